@@ -1,0 +1,80 @@
+"""How far a number could be off: percentile bootstrap (Efron and Tibshirani 1993, chapter 13)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+COVERAGE = 0.95
+
+
+class Interval(NamedTuple):
+    """A value with its 95 % interval. Prints as ``73.9 [72.1, 75.6]``; ``format(interval, ".3f")`` sets the digits."""
+
+    value: float
+    low: float
+    high: float
+
+    def __format__(self, spec: str) -> str:
+        spec = spec or ".1f"
+        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+    def __str__(self) -> str:
+        return format(self)
+
+    def times(self, factor: float) -> Interval:
+        """The interval in other units: ``times(100)`` turns a share into percent."""
+        return Interval(self.value * factor, self.low * factor, self.high * factor)
+
+
+def bootstrap_mean(values: ArrayLike, seed: int = 0, samples: int = 1000) -> Interval:
+    """Mean and 95 % interval, resampling test images, and seeds as well when there are several.
+
+    Args:
+        values: ``(n,)`` one number per test image, or ``(seeds, n)`` for the same images under several seeds: an
+            image drawn is then drawn for all seeds at once, because its difficulty is shared between them.
+        seed: of the resampling.
+        samples: resamples.
+
+    Raises:
+        ValueError: no values, or one of them is not finite.
+    """
+    table = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    if table.size == 0 or not np.isfinite(table).all():
+        raise ValueError("bootstrap_mean needs at least one value, all finite")
+    rows, columns = table.shape
+    rng = np.random.default_rng(seed)
+    means = np.empty(samples)
+    for sample in range(samples):
+        per_row = table @ _counts(rng, columns) / columns
+        means[sample] = per_row @ _counts(rng, rows) / rows
+    return _interval(float(table.mean()), means)
+
+
+def bootstrap_statistic(
+    statistic: Callable[[NDArray[np.int64]], float], size: int, seed: int = 0, samples: int = 1000
+) -> Interval:
+    """Any statistic and its 95 % interval, for what is not a mean over images (AP, NMI, silhouette).
+
+    Args:
+        statistic: from positions ``(size,)`` in ``range(size)``, repetitions allowed, to a finite number.
+        size: things that are resampled.
+        seed: of the resampling.
+        samples: resamples.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = np.array([statistic(rng.integers(size, size=size)) for _ in range(samples)])
+    return _interval(float(statistic(np.arange(size))), drawn)
+
+
+def _counts(rng: np.random.Generator, size: int) -> NDArray[np.int64]:
+    """How often each of ``size`` things is drawn in ``size`` draws with replacement."""
+    return np.bincount(rng.integers(size, size=size), minlength=size)
+
+
+def _interval(value: float, drawn: NDArray[np.float64]) -> Interval:
+    low, high = np.quantile(drawn, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
+    return Interval(value, float(low), float(high))
