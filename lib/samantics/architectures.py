@@ -42,7 +42,7 @@ class Architecture:
         forward: runs it on ``(B, 3, S, S)`` pixels; outputs by layer name: those of ``after``.
         read: a block's raw output as :class:`LayerOutput`.
         headline: layer and pooling as the paper (else the model's authors) pool it.
-        class_token: of which layers ``cls`` can be pooled.
+        cls_in: of which layers ``cls`` can be pooled.
         after: names of the layers behind the blocks.
         any_size: whether it takes other input sizes than its own.
     """
@@ -51,7 +51,7 @@ class Architecture:
     forward: Callable[[Any, Tensor], dict[Layer, LayerOutput]]
     read: Callable[[Any], LayerOutput]
     headline: Wanted
-    class_token: Literal["none", "final", "all"]
+    cls_in: Literal["none", "final", "all"]
     after: tuple[Layer, ...] = ("final",)
     any_size: bool = False
 
@@ -104,21 +104,21 @@ SAM = Architecture(
     forward=lambda model, pixels: {"final": LayerOutput(model.image_encoder(pixels))},
     read=channels_last,
     headline=("final", "mean"),
-    class_token="none",
+    cls_in="none",
 )
 SAM2 = Architecture(
     blocks=lambda model: model.image_encoder.trunk.blocks,
     forward=lambda model, pixels: {"final": LayerOutput(model.image_encoder(pixels)["vision_features"])},
     read=channels_last,
     headline=("final", "mean"),
-    class_token="none",
+    cls_in="none",
 )
 CLIP = Architecture(
     blocks=lambda model: model.visual.transformer.resblocks,
     forward=_clip_forward,
     read=class_and_tokens,
     headline=("final", "cls"),
-    class_token="all",
+    cls_in="all",
     after=("before_projection", "final"),
 )
 DINOV2 = Architecture(
@@ -126,6 +126,6 @@ DINOV2 = Architecture(
     forward=lambda model, pixels: {"final": class_and_tokens(model(pixels).last_hidden_state)},
     read=class_and_tokens,
     headline=("final", "cls"),
-    class_token="all",
+    cls_in="all",
     any_size=True,
 )

@@ -1,4 +1,4 @@
-"""One contract for every image encoder of the study, pocket or official: preprocess, layers by name, dense maps, pooled vectors."""
+"""One contract for every image encoder of the study, pocket or official: its input, layers, maps and vectors."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Encoder:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, layers: Sequence[Layer] = ("final",)) -> dict[Layer, LayerOutput]:
-        """Outputs of the named layers for ``(B, 3, S, S)`` inputs: float32, on the encoder's device, all from one forward.
+        """Outputs of the named layers for ``(B, 3, S, S)`` inputs, all from one forward: float32, on its device.
 
         Raises:
             StudyError: no such layer.
@@ -116,7 +116,7 @@ class Encoder:
 
     def has_class_token(self, layer: Layer) -> bool:
         """Whether ``cls`` can be pooled from the layer."""
-        kind = self.architecture.class_token
+        kind = self.architecture.cls_in
         return kind == "all" or (kind == "final" and layer == "final")
 
     def inputs(self, images: Sequence[Image.Image]) -> Tensor:
@@ -136,7 +136,7 @@ def _pool(output: LayerOutput, pooling: str, over: Tensor | None) -> Tensor:
 
 
 def masked_mean(dense: Tensor, masks: Tensor) -> Tensor:
-    """``(B, C)`` mean of ``(B, C, h, w)`` over ``(B, H, W)`` masks of the same frame, each token weighed by its coverage.
+    """``(B, C)`` mean of ``(B, C, h, w)`` over ``(B, H, W)`` masks of the same frame; tokens weigh as they are covered.
 
     Raises:
         StudyError: a mask is empty.
@@ -144,7 +144,7 @@ def masked_mean(dense: Tensor, masks: Tensor) -> Tensor:
     if not masks.flatten(1).any(dim=1).all():
         raise StudyError("a mask to pool over is empty: leave out objects without visible pixels")
     # averages where tokens are coarser than the mask, repeats where they are finer; never loses a small object
-    cover = F.adaptive_avg_pool2d(masks[:, None].to(dense), dense.shape[2:])
+    cover = F.adaptive_avg_pool2d(masks[:, None].to(dense), (dense.shape[2], dense.shape[3]))
     return (dense * cover).sum((2, 3)) / cover.sum((2, 3))
 
 

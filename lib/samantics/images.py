@@ -33,7 +33,7 @@ def open_image(path: Path | str) -> Image.Image:
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise StudyError(f"{path} has {image.width}x{image.height} pixels, over the limit of 100 million: shrink it")
+                raise StudyError(f"{path} has {image.width}x{image.height} pixels, over 100 million: shrink it")
             return _as_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError as error:
         raise StudyError(f"{path} does not exist: check the path") from error
@@ -82,7 +82,7 @@ class ImageFolder:
 
     @functools.cached_property
     def hash(self) -> str:
-        """Identifies the files by class, name, size and time of change (reading 150 GB for a hash would cost an hour)."""
+        """Identifies the files by class, name, size and time of change (reading ImageNet takes an hour)."""
         stats = [path.stat() for path in self.paths]
         return hash_value(
             [[p.parent.name, p.name, s.st_size, s.st_mtime_ns] for p, s in zip(self.paths, stats, strict=True)]
@@ -93,7 +93,7 @@ def image_folders(root: Path | str, seed: int = 0, val_share: float = 0.2) -> tu
     """Train and validation images of a folder: its ``train/`` and ``val/``, else a seeded split of every class.
 
     Raises:
-        StudyError: no such folder, one class only, a class without images (in either split), other classes in val than in train.
+        StudyError: no such folder, one class only, a class without images, other classes in val than in train.
     """
     root = Path(root)
     folders = {split: _first_folder(root, names) for split, names in SPLITS.items()}
@@ -104,7 +104,7 @@ def image_folders(root: Path | str, seed: int = 0, val_share: float = 0.2) -> tu
         return train, val
     if train_root is not None or val_root is not None:
         there, lacking = ("train", "val") if train_root is not None else ("val", "train")
-        raise StudyError(f"{root} has a {there}/ folder but no {lacking}/: add it, or name the folder of the classes itself")
+        raise StudyError(f"{root} has a {there}/ folder but no {lacking}/: add it, or name the folder of the classes")
     return _split(read_folder(root), seed, val_share)
 
 
@@ -127,7 +127,8 @@ def read_folder(root: Path | str) -> ImageFolder:
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+        files = (root / name).rglob("[!.]*")
+        found = sorted(path for path in files if path.suffix.lower() in SUFFIXES)
         if not found:
             raise StudyError(f"{root / name} has no images: fill it or remove the folder")
         paths += found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -22,7 +21,7 @@ HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """Where an image's pixels land in the model's input: ``x_input = x * scale_x + left``, ``y_input = y * scale_y + top``.
+    """Where an image's pixels land in the model's input: at ``(x * scale_x + left, y * scale_y + top)``.
 
     Attributes:
         width, height: of the image, pixels.
@@ -38,7 +37,7 @@ class Geometry:
     top: float = 0.0
 
     def to_tokens(self, points: NDArray[Any], grid: int) -> NDArray[Any]:
-        """``(..., 2)`` (x, y) in image pixels to the same in tokens of a ``grid x grid`` map (0 is the map's left edge)."""
+        """``(..., 2)`` (x, y) in image pixels to tokens of a ``grid x grid`` map, 0 at its edge."""
         return (points * (self.scale_x, self.scale_y) + (self.left, self.top)) * (grid / self.size)
 
     def to_pixels(self, points: NDArray[Any], grid: int) -> NDArray[Any]:
