@@ -224,10 +224,11 @@ def _rle(path: Path, number: int, segmentation: Any, image: ImageRecord) -> tupl
         if isinstance(segmentation, dict):
             if list(segmentation["size"]) != size:
                 raise ValueError(f"its size is {segmentation['size']}, the image's is {size}")
-            raw = isinstance(segmentation["counts"], list)
-            if raw and sum(segmentation["counts"]) != image.height * image.width:
-                raise ValueError("its run lengths do not fill the image")
-            rle = mask_tools.frPyObjects(segmentation, *size) if raw else dict(segmentation)
+            counts = segmentation["counts"]
+            runs = counts if isinstance(counts, list) else _run_lengths(counts)
+            if min(runs, default=0) < 0 or sum(runs) != image.height * image.width:
+                raise ValueError("its run lengths do not fill the image")  # decoding them would read foreign memory
+            rle = mask_tools.frPyObjects({"size": size, "counts": runs}, *size)
         else:
             polygons = [np.asarray(polygon, np.float64) for polygon in segmentation]
             if not polygons or any(p.ndim != 1 or p.size < 6 or p.size % 2 or not np.isfinite(p).all() for p in polygons):
@@ -235,10 +236,28 @@ def _rle(path: Path, number: int, segmentation: Any, image: ImageRecord) -> tupl
             # a pixel beyond the frame is the rounding of annotation tools, not a fault worth a line
             outside = any((p < -1).any() or (p[::2] > image.width + 1).any() or (p[1::2] > image.height + 1).any() for p in polygons)
             rle = mask_tools.merge(mask_tools.frPyObjects([p.tolist() for p in polygons], *size))
-    except (KeyError, TypeError, ValueError) as error:
+    except (IndexError, KeyError, TypeError, ValueError) as error:
         raise StudyError(f"{path}: annotation {number} has no usable segmentation ({error}): correct or remove it") from error
     counts = rle["counts"]
     return {"size": size, "counts": counts.decode() if isinstance(counts, bytes) else counts}, outside
+
+
+def _run_lengths(counts: str) -> list[int]:
+    """The numbers in COCO's compressed text: five bits a character, each from the third on as a difference (maskApi.c)."""
+    runs: list[int] = []
+    value = shift = 0
+    for character in counts:
+        bits = ord(character) - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        value -= (bits & 16) << (shift - 4)
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    if shift:
+        raise ValueError("its run lengths break off")
+    return runs
 
 
 def _box(said: Any, rle: Rle, image: ImageRecord) -> Box:

@@ -1,0 +1,165 @@
+"""AP and AR against a brute-force count, bounds, and the bootstrap against COCOeval itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from samantics import coco, evaluation
+from samantics.errors import StudyError
+
+
+def random_data(seed: int, images: int = 6, categories: int = 3) -> tuple[coco.CocoDataset, list[evaluation.Result]]:
+    """Boxes on small images, and predictions that are shifted copies, wrong labels and noise. Scores are distinct."""
+    rng = np.random.default_rng(seed)
+    instances, results = [], []
+    for image_id in range(1, images + 1):
+        for _ in range(rng.integers(0, 5)):
+            box = random_box(rng)
+            category = int(rng.integers(1, categories + 1))
+            instances.append(coco.Instance(len(instances) + 1, image_id, category, box, area(box), rle(box)))
+            for _ in range(rng.integers(0, 4)):
+                moved = shifted(rng, box)
+                label = category if rng.random() < 0.8 else int(rng.integers(1, categories + 1))
+                results.append(prediction(rng, image_id, label, moved))
+        results.append(prediction(rng, image_id, int(rng.integers(1, categories + 1)), random_box(rng)))
+    records = {n: coco.ImageRecord(n, f"{n}.png", 64, 64) for n in range(1, images + 1)}
+    names = {n: f"c{n}" for n in range(1, categories + 1)}
+    return coco.CocoDataset(Path("x.json"), Path(), records, names, tuple(instances), annotated=True), results
+
+
+def random_box(rng: np.random.Generator) -> coco.Box:
+    x0, y0 = (int(v) for v in rng.integers(0, 40, 2))
+    width, height = (int(v) for v in rng.integers(6, 24, 2))
+    return x0, y0, x0 + width, y0 + height
+
+
+def shifted(rng: np.random.Generator, box: coco.Box) -> coco.Box:
+    x0, y0, x1, y1 = (int(round(v)) for v in np.array(box) + rng.integers(-3, 4, 4))
+    x0, y0 = max(x0, 0), max(y0, 0)
+    return x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)
+
+
+def area(box: coco.Box) -> float:
+    return float((box[2] - box[0]) * (box[3] - box[1]))
+
+
+def rle(box: coco.Box) -> coco.Rle:
+    mask = np.zeros((64, 64), bool)
+    mask[int(box[1]) : int(box[3]), int(box[0]) : int(box[2])] = True
+    return coco.rles_of(mask[None])[0]
+
+
+def prediction(rng: np.random.Generator, image_id: int, category_id: int, box: coco.Box) -> evaluation.Result:
+    xywh = [float(box[0]), float(box[1]), float(box[2] - box[0]), float(box[3] - box[1])]
+    return {"image_id": image_id, "category_id": category_id, "bbox": xywh, "segmentation": rle(box), "score": float(rng.random())}
+
+
+def brute_force_ap(dataset: coco.CocoDataset, results: list[dict[str, Any]], category: int, threshold: float) -> float | None:
+    """AP by its definition: greedy matching in score order, precision at 101 recalls, mean. None without objects."""
+    objects = [i for i in dataset.instances if i.category_id == category]
+    if not objects:
+        return None
+    ranked = sorted((r for r in results if r["category_id"] == category), key=lambda r: -r["score"])
+    taken: set[int] = set()
+    hits = []
+    for result in ranked:
+        x, y, w, h = result["bbox"]
+        best, found = threshold, None
+        for instance in objects:
+            overlap = coco.box_iou([(x, y, x + w, y + h)], [instance.box])[0, 0]
+            if instance.image_id == result["image_id"] and instance.id not in taken and overlap >= best:
+                best, found = overlap, instance.id
+        hits.append(found is not None)
+        taken |= {found} if found is not None else set()
+    recalls = np.cumsum(hits) / len(objects)
+    precisions = np.cumsum(hits) / np.arange(1, len(hits) + 1)
+    return float(np.mean([max((p for p, r in zip(precisions, recalls, strict=True) if r >= t), default=0) for t in np.linspace(0, 1, 101)]))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_ap_against_brute_force(seed: int) -> None:
+    dataset, results = random_data(seed)
+    found = evaluation.evaluate(dataset, results, "bbox")
+    for metric, thresholds in (("AP", np.linspace(0.5, 0.95, 10)), ("AP50", [0.5]), ("AP75", [0.75])):
+        values = [brute_force_ap(dataset, results, c, t) for c in dataset.categories for t in thresholds]
+        assert found.metrics[metric] == pytest.approx(100 * np.mean([v for v in values if v is not None]))
+
+
+@pytest.mark.parametrize("iou_type", evaluation.IOU_TYPES)
+def test_truth_scores_100_and_nothing_scores_0(iou_type: str) -> None:
+    dataset, _ = random_data(0)
+    perfect = evaluation.evaluate(dataset, evaluation.perfect_results(dataset), iou_type)
+    assert perfect.metrics["AP"] == pytest.approx(100) and perfect.metrics["AR100"] == pytest.approx(100)
+    assert perfect.metrics["APl"] is None  # no object of that size: nothing measured is not zero
+    assert evaluation.evaluate(dataset, [], iou_type).metrics["AP"] == 0
+
+
+def test_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    dataset, results = random_data(0)
+    evaluation.evaluate(dataset, results)
+    assert capsys.readouterr().out == ""
+
+
+def test_subset_and_class_agnostic() -> None:
+    dataset, results = random_data(1)
+    whole = evaluation.evaluate(dataset, results, "bbox")
+    assert whole.ap == pytest.approx(np.mean(list(whole.ap_by_category.values())))
+    one = evaluation.evaluate(dataset, results, "bbox", category_ids=[2])
+    assert one.ap == pytest.approx(whole.ap_by_category[2])
+    relabelled = [{**r, "category_id": 1 + r["category_id"] % 3} for r in results]
+    free = [evaluation.evaluate(dataset, r, "bbox", class_agnostic=True).metrics for r in (results, relabelled)]
+    assert free[0] == free[1]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_bootstrap_accumulates_as_cocoeval(seed: int) -> None:
+    """Every image drawn once gives COCOeval's AP; an image drawn twice counts as two images."""
+    dataset, results = random_data(seed)
+    found = evaluation.evaluate(dataset, results, "segm")
+    assert evaluation._resampled_ap(found, np.ones((1, 6), np.float32), None)[0] == pytest.approx(found.ap)
+    assert evaluation.ap_interval(found, samples=20, iou=0.5).value == pytest.approx(found.metrics["AP50"])
+    weights = np.array([[2, 0, 1, 3, 0, 0]], np.float32)
+    assert evaluation._resampled_ap(found, weights, None)[0] == pytest.approx(repeated(dataset, results, weights[0]).ap)
+
+
+def repeated(dataset: coco.CocoDataset, results: list[evaluation.Result], counts: Any) -> evaluation.Evaluation:
+    images, instances, copies = {}, [], []
+    for image_id, count in zip(dataset.images, counts, strict=True):
+        for copy in range(int(count)):
+            new = image_id + 100 * copy
+            images[new] = coco.ImageRecord(new, "", 64, 64)
+            instances += [coco.Instance(i.id + 1000 * copy, new, i.category_id, i.box, i.area, i.rle) for i in dataset.by_image[image_id]]
+            copies += [{**r, "image_id": new} for r in results if r["image_id"] == image_id]
+    copied = coco.CocoDataset(dataset.path, dataset.folder, images, dataset.categories, tuple(instances), annotated=True)
+    return evaluation.evaluate(copied, copies, "segm")
+
+
+def test_interval_covers_value_and_is_seeded() -> None:
+    evaluations = [evaluation.evaluate(*random_data(3, images=40)), evaluation.evaluate(*random_data(3, images=40))]
+    interval = evaluation.ap_interval(evaluations[0], samples=300)
+    assert interval.low < interval.value < interval.high
+    assert evaluation.ap_interval(evaluations, samples=300).value == pytest.approx(interval.value)
+    assert evaluation.ap_interval(evaluations[0], samples=300) == interval
+
+
+def test_results_file_loads_in_pycocotools(tmp_path: Path) -> None:
+    dataset, results = random_data(2)
+    evaluation.write_results(results, tmp_path / "results.json")
+    truth = evaluation._coco(dataset, [], {c: c for c in dataset.categories})
+    assert len(truth.loadRes(str(tmp_path / "results.json")).anns) == len(results)
+
+
+def test_bad_predictions_are_refused() -> None:
+    dataset, results = random_data(0)
+    with pytest.raises(StudyError, match="image 99"):
+        evaluation.evaluate(dataset, [{**results[0], "image_id": 99}])
+    with pytest.raises(StudyError, match="score nan"):
+        evaluation.evaluate(dataset, [{**results[0], "score": float("nan")}])
+    with pytest.raises(StudyError, match="iou_type is 'mask'"):
+        evaluation.evaluate(dataset, results, "mask")
+    with pytest.raises(StudyError, match="no category 9"):
+        evaluation.evaluate(dataset, results, category_ids=[9])
