@@ -46,6 +46,6 @@ def test_scripts_are_sound_bash() -> None:
 
 
 def test_help_needs_no_environment() -> None:
-    command = [PROJECT / "run_all.sh", "--help"]
+    command = [str(PROJECT / "run_all.sh"), "--help"]
     text = subprocess.run(command, check=True, capture_output=True, text=True, cwd="/").stdout
     assert text.startswith("Does SAM know what it segments?") and '"""' not in text and "--scale NAME" in text

@@ -181,6 +181,7 @@ def execute(path: Path, figures: Path, parameters: Mapping[str, Any]) -> Outcome
                 progress_bar=False,
                 cwd=path.parent,
                 coalesce_streams=True,
+                extra_arguments=["--log-level=40"],  # a kernel's warning about its transport is no news to a reader
                 monitor=monitor,
             )
         except papermill.PapermillExecutionError as failure:
@@ -299,10 +300,9 @@ def only_run(scale: str) -> Iterator[None]:
     """Hold the one place of a run at this scale.
 
     Raises:
-        StudyError: another process holds it, or the folder cannot be written.
+        StudyError: another process holds it.
     """
-    with atomic_path(cache_dir() / "writable"):  # names an unwritable folder before any work is done
-        pass
+    cache_dir().mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(cache_dir() / f"{scale}.lock")
     try:
         lock.acquire(timeout=0)
