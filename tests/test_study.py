@@ -116,7 +116,7 @@ def test_second_run_of_a_scale_is_refused_while_the_first_holds_it() -> None:
         (["--scale", "poket"], 1, "error: no scale is called 'poket': choose from pocket, lite, paper"),
         (["--only", "01", "07"], 1, "error: no notebook is called '07': choose from 01_probe"),
         (["--references", "none.json"], 1, "error: --references none.json does not exist: check the path"),
-        (["--images", "."], 1, "error: no notebook of this run takes --images: leave it out or choose another"),
+        (["--images", "."], 1, "error: no notebook of this run takes --images: leave it out, or choose others by"),
         (["--sead", "1"], 2, "error: unrecognized arguments: --sead 1: see ./run_all.sh --help"),
         (["--only"], 2, "error: argument --only: expected at least one argument: see"),
     ],

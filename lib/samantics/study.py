@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: {error.strerror}: {error.filename}", file=sys.stderr)
+        print(f"error: {error.filename}: {error.strerror}: mend that and run again", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nstopped; finished notebooks and caches are kept", file=sys.stderr)
