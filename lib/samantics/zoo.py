@@ -79,7 +79,8 @@ class ConvStem(nn.Sequential):
 
     def __init__(self, width: int, patch_size: int) -> None:
         halvings = patch_size.bit_length() - 1
-        widths = [3, *(max(16, width >> (halvings - 1 - step)) for step in range(halvings))]
+        # multiples of 8, or GPUs fall back to slow convolutions
+        widths = [3, *(-(-(width >> (halvings - 1 - step)) // 8) * 8 for step in range(halvings))]
         layers: list[nn.Module] = []
         for inside, outside in zip(widths[:-1], widths[1:], strict=True):
             layers += [nn.Conv2d(inside, outside, 3, stride=2, padding=1), nn.GroupNorm(4, outside), nn.GELU()]
@@ -272,7 +273,7 @@ def card(name: str, folder: Path = ASSETS) -> dict[str, Any]:
 class WordTokenizer:
     """Words of MojiWorld's captions as token ids; the end token has the highest id, as `open_clip`'s pooling expects."""
 
-    context_length = 48
+    context_length = 64
 
     def __init__(self) -> None:
         names = [*mojiworld.catalogue()["drawing"], *mojiworld.categories(), *TEMPLATE_WORDS]
