@@ -1,0 +1,307 @@
+"""The five claims judged from the tables of a run. Each rule is a comparison with a margin, fixed before any result.
+
+A claim consists of comparisons "more is above less". One holds when the lower end of the 95 % interval of ``more`` is
+above 0 and above the upper end of the interval of ``less`` times a factor: 2 where the paper says that something is missing ("far
+less", "fails", "not there"), 1 where it says that one thing is better than another. A claim is *supported* when all
+its comparisons hold, *partly* when some do, *not supported* when none does, and *not measured* without its table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from samantics.errors import StudyError
+from samantics.uncertainty import Interval
+
+MISSING = 2.0  # factor where the paper says that something is missing
+BETTER = 1.0  # factor where it says that one thing is better than another
+
+PAPER_PROBE = {"sam": (11.06, 25.37), "sam2": (23.16, 44.44), "clip": (73.92, 92.89), "dinov2": (77.43, 93.78)}
+"""ImageNet-1k top-1 and top-5 in percent, as the paper reports them."""
+
+METRICS = {"silhouette": "silhouette", "knn": "kNN accuracy", "nmi": "NMI of k-means", "linear": "linear probe"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One thing that must be above another for a claim to hold.
+
+    Attributes:
+        statement: what is compared, in words.
+        more, less: the two values, in the same unit.
+        factor: how many times ``less`` must be exceeded.
+        source: the table they come from.
+    """
+
+    statement: str
+    more: Interval
+    less: Interval
+    factor: float
+    source: str
+
+    @property
+    def gap(self) -> Interval:
+        """``more - less``, its interval from the far ends of both (wider than a paired one would be)."""
+        return difference(self.more, self.less)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the whole interval of ``more`` is above ``factor`` times that of ``less``, and above 0."""
+        return self.more.low > max(0.0, self.factor * self.less.high)
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A claim of the paper and how it is judged.
+
+    Attributes:
+        name: ``C1`` to ``C5``.
+        statement: the claim in one sentence.
+        measure: what its one number is.
+        paper: the paper's figures.
+        table: the table it is judged from.
+        compare: from that table to its comparisons; the first gives the claim's number.
+    """
+
+    name: str
+    statement: str
+    measure: str
+    paper: str
+    table: str
+    compare: Callable[[pd.DataFrame], list[Comparison]]
+
+    def comparisons(self, figures: Path) -> list[Comparison]:
+        """Its comparisons in a run's folder of figures; none when the table is not there."""
+        path = figures / self.table
+        return self.compare(pd.read_csv(path)) if path.is_file() else []
+
+
+def difference(more: Interval, less: Interval) -> Interval:
+    """``more - less`` with the interval that their far ends give."""
+    return Interval(more.value - less.value, more.low - less.high, more.high - less.low)
+
+
+def verdict(comparisons: list[Comparison]) -> str:
+    """``supported``, ``partly``, ``not supported`` or ``not measured``, by the rule at the head of this module."""
+    if not comparisons:
+        return "not measured"
+    held = sum(comparison.holds for comparison in comparisons)
+    return {len(comparisons): "supported", 0: "not supported"}.get(held, "partly")
+
+
+def evidence(figures: Path) -> pd.DataFrame:
+    """All comparisons of all claims: ``claim,comparison,more,less,factor,holds,source``."""
+    rows = [
+        {
+            "claim": claim.name,
+            "comparison": comparison.statement,
+            "more": f"{comparison.more}",
+            "less": f"{comparison.less}",
+            "factor": comparison.factor,
+            "holds": comparison.holds,
+            "source": comparison.source,
+        }
+        for claim in CLAIMS
+        for comparison in claim.comparisons(figures)
+    ]
+    return pd.DataFrame(rows, columns=["claim", "comparison", "more", "less", "factor", "holds", "source"])
+
+
+def findings(figures: Path) -> pd.DataFrame:
+    """The verdicts: ``claim,statement,paper,measured,low,high,verdict,source``; ``measured`` is empty where unknown."""
+    rows = []
+    for claim in CLAIMS:
+        comparisons = claim.comparisons(figures)
+        value = headline(claim, comparisons) if comparisons else Interval(*[float("nan")] * 3)
+        rows.append(
+            {
+                "claim": claim.name,
+                "statement": f"{claim.statement} Measured: {claim.measure}.",
+                "paper": claim.paper,
+                "measured": value.value,
+                "low": value.low,
+                "high": value.high,
+                "verdict": verdict(comparisons),
+                "source": comparisons[0].source if comparisons else claim.table,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def headline(claim: Claim, comparisons: list[Comparison]) -> Interval:
+    """The one number of a claim: the gap of its first comparison, for C5 the AP itself."""
+    return comparisons[0].more if claim.name == "C5" else comparisons[0].gap
+
+
+# --------------------------------------------------------------------------------------------- the five comparisons
+
+
+def compare_probes(table: pd.DataFrame) -> list[Comparison]:
+    """C1, from ``01_probe_accuracy.csv``: linear probes on what each encoder gives out, as the paper pools it."""
+
+    def top1(encoder: str, labels: str) -> Interval:
+        row = _row(table, encoder=encoder, labels=labels, probe="linear", layer="final")
+        return Interval(row["top1"], row["top1_low"], row["top1_high"])
+
+    source = _source("01_probe_accuracy.csv", table)
+    comparisons = []
+    for labels, factor in (("drawing", MISSING), ("category", BETTER)):
+        semantic = min(top1("clip", labels), top1("dinov2", labels))
+        masks = max(top1("sam", labels), top1("sam2", labels))
+        statement = f"{labels}: the weaker of CLIP and DINOv2 above the better of SAM and SAM 2, top-1"
+        comparisons.append(Comparison(statement, semantic, masks, factor, source))
+    statement = "drawing: SAM 2 above SAM, top-1"
+    return [*comparisons, Comparison(statement, top1("sam2", "drawing"), top1("sam", "drawing"), BETTER, source)]
+
+
+def compare_incontext(table: pd.DataFrame) -> list[Comparison]:
+    """C2, from ``02_icl_ap.csv``: box AP with the class oracle, most shots."""
+    shots = int(table["shots"].max())
+
+    def ap(variant: str, split: str) -> Interval:
+        row = _row(table, variant=variant, split=split, shots=shots, iou_type="bbox")
+        return Interval(row["AP"], row["low"], row["high"])
+
+    source = _source("02_icl_ap.csv", table)
+    base, novel = ap("class_oracle", "base"), ap("class_oracle", "novel")
+    control = max(ap(name, "base") for name in ("wrong_reference", "random_reference"))
+    return [
+        Comparison(f"box AP at {shots} shots: base above novel categories", base, novel, MISSING, source),
+        Comparison(
+            f"box AP at {shots} shots, base: above references that tell nothing", base, control, MISSING, source
+        ),
+    ]
+
+
+def compare_stages(table: pd.DataFrame) -> list[Comparison]:
+    """C3, from ``02_separability.csv``: class structure after the MLP above that before it, base categories."""
+    source = _source("02_separability.csv", table)
+    return [
+        Comparison(
+            f"{METRICS.get(metric, metric)} over shuffled labels, base: after above before the MLP",
+            _lift(table, "after", "base", metric),
+            _lift(table, "before", "base", metric),
+            MISSING,
+            source,
+        )
+        for metric in _metrics(table)
+    ]
+
+
+def compare_splits(table: pd.DataFrame) -> list[Comparison]:
+    """C4, from ``02_separability.csv``: class structure after the MLP, base above novel categories."""
+    source = _source("02_separability.csv", table)
+    return [
+        Comparison(
+            f"{METRICS.get(metric, metric)} over shuffled labels, after the MLP: base above novel",
+            _lift(table, "after", "base", metric),
+            _lift(table, "after", "novel", metric),
+            MISSING,
+            source,
+        )
+        for metric in _metrics(table)
+    ]
+
+
+def compare_sources(table: pd.DataFrame) -> list[Comparison]:
+    """C5, from ``03_pipeline_ap.csv``: mask AP with DINOv2 as the source of meaning above SAM and above random."""
+    masks = table[table["iou_type"] == "segm"]
+    settings: dict[tuple[str, str, int], set[str]] = {}
+    for row in masks.itertuples():
+        settings.setdefault((str(row.proposals), str(row.merging), int(str(row.shots))), set()).add(str(row.source))
+    complete = [setting for setting, sources in settings.items() if {"dinov2", "sam", "random"} <= sources]
+    if not complete:
+        raise StudyError("03_pipeline_ap.csv has no setting with dinov2, sam and random: run notebook 03 again")
+    # the paper's own setting, if it is there: SAM's proposals, no merging, most references
+    proposals, merging, shots = max(
+        complete, key=lambda setting: (setting[0] == "sam", setting[1] == "none", setting[2])
+    )
+
+    def ap(name: str) -> Interval:
+        row = _row(masks, source=name, proposals=proposals, merging=merging, shots=shots)
+        return Interval(row["AP"], row["low"], row["high"])
+
+    source = _source("03_pipeline_ap.csv", table)
+    return [
+        Comparison(f"mask AP at {shots} shots: DINOv2 above {words}", ap("dinov2"), ap(name), BETTER, source)
+        for name, words in (("random", "an untrained encoder"), ("sam", "SAM's own features"))
+    ]
+
+
+CLAIMS = (
+    Claim(
+        "C1",
+        "SAM and SAM 2 features tell classes apart far worse than CLIP's and DINOv2's, and SAM 2's better than SAM's.",
+        "top-1 of the weaker of CLIP and DINOv2 minus the better of SAM and SAM 2, points",
+        f"{PAPER_PROBE['clip'][0] - PAPER_PROBE['sam2'][0]:.1f} points (ImageNet-1k)",
+        "01_probe_accuracy.csv",
+        compare_probes,
+    ),
+    Claim(
+        "C2",
+        "In-context learning on frozen SAM works on classes seen in tuning and fails on unseen ones.",
+        "box AP on base minus on novel categories, points",
+        "shown in pictures",
+        "02_icl_ap.csv",
+        compare_incontext,
+    ),
+    Claim(
+        "C3",
+        "SAM's mask tokens carry no class structure before the learned MLP; its output does.",
+        "kNN accuracy over shuffled labels, after minus before the MLP, base categories",
+        "shown as t-SNE",
+        "02_separability.csv",
+        compare_stages,
+    ),
+    Claim(
+        "C4",
+        "That class structure covers the tuned classes only; unseen classes stay mixed.",
+        "kNN accuracy over shuffled labels after the MLP, base minus novel categories",
+        "shown as t-SNE",
+        "02_separability.csv",
+        compare_splits,
+    ),
+    Claim(
+        "C5",
+        "Training-free SAM + DINOv2 gives class-aware instances of classes never trained on.",
+        "mask AP with DINOv2 as the source of meaning",
+        "mask AP 11.3, box AP 13.3 (COCO val2017)",
+        "03_pipeline_ap.csv",
+        compare_sources,
+    ),
+)
+
+
+def _row(table: pd.DataFrame, **values: object) -> pd.Series:
+    """The first row with these values.
+
+    Raises:
+        StudyError: there is none.
+    """
+    chosen = table
+    for column, value in values.items():
+        chosen = chosen[chosen[column] == value]
+    if chosen.empty:
+        wanted = ", ".join(f"{column}={value}" for column, value in values.items())
+        raise StudyError(f"a table of this run has no row with {wanted}: run its notebook again by ./run_all.sh --only")
+    return chosen.iloc[0]
+
+
+def _metrics(table: pd.DataFrame) -> list[str]:
+    return sorted(table["metric"].unique(), key=lambda metric: (not metric.startswith("knn"), metric))
+
+
+def _lift(table: pd.DataFrame, stage: str, split: str, metric: str) -> Interval:
+    """A metric above what shuffled labels give."""
+    row = _row(table, stage=stage, split=split, metric=metric)
+    return Interval(*(row[column] - row["shuffled"] for column in ("value", "low", "high")))
+
+
+def _source(name: str, table: pd.DataFrame) -> str:
+    if "seeds" not in table:
+        return name
+    return f"{name} ({table['seeds'].max()} seeds)"
