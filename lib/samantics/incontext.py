@@ -1,0 +1,726 @@
+"""In-context learning on a frozen SAM: "find the objects of this reference's class" (the study, section 4).
+
+A reference's box goes through SAM's prompt encoder and the two-way transformer of its mask decoder; the mask tokens
+that come out pass the fuser, an MLP, and become the class embedding. It is added to every query of a small deformable
+DETR over SAM's intermediate trunk maps of the target image, whose head knows one class: "same class as the
+reference". The boxes found prompt SAM's mask decoder. Fuser and DETR are trained, nothing of SAM is.
+
+Everything happens in SAM's input frame: the image's long side fills the square input, the rest is padding. Boxes are
+``(x0, y0, x1, y1)`` in its pixels, unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from segment_anything.modeling import Sam
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.ops import box_convert
+from tqdm.auto import tqdm
+from transformers import DeformableDetrConfig
+from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
+from transformers.models.deformable_detr.modeling_deformable_detr import (
+    DeformableDetrDecoder,
+    DeformableDetrEncoder,
+    DeformableDetrMLPPredictionHead,
+    DeformableDetrSinePositionEmbedding,
+    inverse_sigmoid,
+)
+
+from samantics.architectures import SAM, listen
+from samantics.coco import CocoDataset, read_image
+from samantics.errors import StudyError
+from samantics.files import atomic_path, hash_value
+from samantics.preprocessing import Preprocessing
+from samantics.scales import InContextSettings
+
+LOSS_WEIGHTS = {"loss_ce": 2.0, "loss_bbox": 5.0, "loss_giou": 2.0}  # also the matcher's costs
+CLASS_PRIOR = 0.01  # a query's score at the start: focal loss needs it small (Lin et al. 2017, section 3.3)
+RECORD_EVERY = 10  # steps between rows of the loss curve
+SAVE_EVERY = 100  # steps between checkpoints
+
+
+# ------------------------------------------------------------------------------------------------- the frozen SAM
+
+
+class SamMaps(NamedTuple):
+    """What SAM's encoder says of a batch of images.
+
+    Attributes:
+        trunk: ``(B, L, C, h, w)``, the outputs of L trunk blocks.
+        neck: ``(B, D, h, w)``, what the mask decoder reads.
+        inside: ``(B, h, w)`` bool, False for tokens of padding.
+    """
+
+    trunk: Tensor
+    neck: Tensor
+    inside: Tensor
+
+
+def preprocessing_of(sam: Sam) -> Preprocessing:
+    """SAM's own way from a picture to its input: long side to the input's, padded to a square."""
+    return Preprocessing(sam.image_encoder.img_size, "pad")
+
+
+def trunk_blocks(sam: Sam, count: int) -> list[int]:
+    """Positions of ``count`` trunk blocks, evenly spread, the last one included (SAM ViT-B, 4: 2, 5, 8, 11)."""
+    depth = len(sam.image_encoder.blocks)
+    return [math.ceil(depth * (step + 1) / count) - 1 for step in range(count)]
+
+
+@torch.no_grad()
+def encode_images(sam: Sam, dataset: CocoDataset, image_ids: Sequence[int], count: int) -> SamMaps:
+    """SAM's maps of some images, from one forward of its encoder.
+
+    Args:
+        count: of trunk maps, see :func:`trunk_blocks`.
+    """
+    prepare = preprocessing_of(sam)
+    pixels = torch.stack([prepare(read_image(dataset, image_id)) for image_id in image_ids]).to(sam.device)
+    chosen = {str(block): sam.image_encoder.blocks[block] for block in trunk_blocks(sam, count)}
+    with listen(chosen) as heard:
+        neck = sam.image_encoder(pixels)
+    trunk = torch.stack([SAM.read(heard[name]).dense for name in chosen], dim=1)
+    inside = torch.zeros(len(pixels), *neck.shape[-2:], dtype=torch.bool, device=sam.device)
+    for seen, image_id in zip(inside, image_ids, strict=True):
+        record = dataset.images[image_id]
+        _, _, right, bottom = prepare.geometry(record.width, record.height).seen
+        token = prepare.size / seen.shape[0]
+        seen[: math.ceil(bottom / token), : math.ceil(right / token)] = True
+    return SamMaps(trunk, neck, inside)
+
+
+@torch.no_grad()
+def mask_tokens(sam: Sam, neck: Tensor, boxes: Tensor) -> Tensor:
+    """``(R, T, D)`` mask tokens as they leave the mask decoder's two-way transformer, one image and box per row.
+
+    Args:
+        neck: ``(R, D, h, w)``.
+        boxes: ``(R, 4)`` prompts.
+
+    Raises:
+        StudyError: a box is empty or outside the input.
+    """
+    side = sam.image_encoder.img_size
+    good = (boxes[:, 2:] > boxes[:, :2]).all(1) & (boxes[:, 2:] > 0).all(1) & (boxes[:, :2] < side).all(1)
+    if not good.all():
+        box = [round(v, 1) for v in boxes[~good][0].tolist()]
+        raise StudyError(
+            f"the reference box {box} is empty or outside SAM's {side}-pixel input: correct its annotation"
+        )
+    decoder = sam.mask_decoder
+    sparse, dense = sam.prompt_encoder(points=None, boxes=boxes, masks=None)
+    output = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(len(boxes), -1, -1)
+    positions = sam.prompt_encoder.get_dense_pe().expand(len(boxes), -1, -1, -1)
+    hidden, _ = decoder.transformer(neck + dense, positions, torch.cat([output, sparse], dim=1))
+    return hidden[:, 1 : 1 + decoder.num_mask_tokens]
+
+
+@torch.no_grad()
+def box_masks(sam: Sam, neck: Tensor, boxes: Tensor, width: int, height: int) -> NDArray[np.bool_]:
+    """``(K, height, width)`` masks of an image for ``(K, 4)`` boxes, SAM's single-mask output for each.
+
+    Args:
+        neck: ``(1, D, h, w)`` of the image.
+        width, height: of the image itself, pixels.
+    """
+    sparse, dense = sam.prompt_encoder(points=None, boxes=boxes, masks=None)
+    logits, _ = sam.mask_decoder(
+        image_embeddings=neck,
+        image_pe=sam.prompt_encoder.get_dense_pe(),
+        sparse_prompt_embeddings=sparse,
+        dense_prompt_embeddings=dense,
+        multimask_output=False,
+    )
+    new_width, new_height = preprocessing_of(sam).resized(width, height)
+    masks: NDArray[np.bool_] = (
+        sam.postprocess_masks(logits, (new_height, new_width), (height, width))[:, 0] > sam.mask_threshold
+    ).numpy(force=True)
+    return masks
+
+
+# ------------------------------------------------------------------------------------------- objects and features
+
+
+@dataclasses.dataclass(frozen=True)
+class Objects:
+    """All objects of a data set as arrays, in SAM's input frame. Rows of images follow ``dataset.images``.
+
+    Attributes:
+        image: ``(R,)`` row of its image.
+        boxes: ``(R, 4)`` float32.
+        categories: ``(R,)`` COCO category ids.
+        crowd: ``(R,)`` True for groups.
+        area: ``(R,)`` of its mask, pixels of the image itself.
+    """
+
+    image: NDArray[np.int64]
+    boxes: NDArray[np.float32]
+    categories: NDArray[np.int64]
+    crowd: NDArray[np.bool_]
+    area: NDArray[np.float64]
+
+
+def input_scales(dataset: CocoDataset, input_size: int) -> NDArray[np.float64]:
+    """``(N, 4)`` factors that take boxes in pixels of each image to SAM's input frame."""
+    prepare = Preprocessing(input_size, "pad")
+    frames = [prepare.geometry(record.width, record.height) for record in dataset.images.values()]
+    return np.array([[frame.scale_x, frame.scale_y] * 2 for frame in frames])
+
+
+def objects_of(dataset: CocoDataset, input_size: int) -> Objects:
+    """The objects of a data set for a SAM whose input is ``input_size`` pixels."""
+    row = {image_id: number for number, image_id in enumerate(dataset.images)}
+    image = np.array([row[i.image_id] for i in dataset.instances], np.int64)
+    boxes = np.array([i.box for i in dataset.instances]).reshape(-1, 4)
+    return Objects(
+        image=image,
+        boxes=(boxes * input_scales(dataset, input_size)[image]).astype(np.float32),
+        categories=np.array([i.category_id for i in dataset.instances], np.int64),
+        crowd=np.array([i.crowd for i in dataset.instances], bool),
+        area=np.array([i.area for i in dataset.instances], np.float64),
+    )
+
+
+class FeatureSource(Protocol):
+    """Where SAM's maps of a data set's images come from."""
+
+    def read(self, rows: NDArray[np.int64]) -> SamMaps:
+        """The maps of some images, float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LiveFeatures:
+    """SAM's maps, encoded whenever they are asked for: nothing is stored."""
+
+    sam: Sam
+    dataset: CocoDataset
+    count: int
+
+    def read(self, rows: NDArray[np.int64]) -> SamMaps:
+        """See :class:`FeatureSource`."""
+        image_ids = list(self.dataset.images)
+        return encode_images(self.sam, self.dataset, [image_ids[row] for row in rows], self.count)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredFeatures:
+    """SAM's maps, encoded once and kept on disk as float16.
+
+    Attributes:
+        trunk: ``(N, L, C, h, w)`` memory map.
+        neck: ``(N, D, h, w)`` memory map.
+        inside: ``(N, h, w)``.
+    """
+
+    trunk: NDArray[np.float16]
+    neck: NDArray[np.float16]
+    inside: NDArray[np.bool_]
+    device: torch.device
+
+    def read(self, rows: NDArray[np.int64]) -> SamMaps:
+        """See :class:`FeatureSource`."""
+        trunk, neck, inside = (
+            torch.from_numpy(part[rows]).to(self.device) for part in (self.trunk, self.neck, self.inside)
+        )
+        return SamMaps(trunk.float(), neck.float(), inside)
+
+
+def stored_features(
+    sam: Sam, dataset: CocoDataset, count: int, weights_hash: str, folder: Path, batch: int = 32
+) -> StoredFeatures:
+    """SAM's maps of all images of a data set: read from ``folder``, else encoded and written there first."""
+    key = hash_value(["maps 1", dataset.hash, weights_hash, trunk_blocks(sam, count)])
+    paths = {part: folder / f"{key}_{part}.npy" for part in SamMaps._fields}
+    if not all(path.is_file() for path in paths.values()):
+        live = LiveFeatures(sam, dataset, count)
+        starts = range(0, len(dataset.images), batch)
+        parts: dict[str, Any] = {}
+        for start in tqdm(starts, desc="SAM encodes", unit="batch"):
+            rows = np.arange(start, min(start + batch, len(dataset.images)))
+            for part, values in zip(SamMaps._fields, live.read(rows), strict=True):
+                if part not in parts:
+                    kind = np.dtype(bool if part == "inside" else np.float16)
+                    parts[part] = np.empty((len(dataset.images), *values.shape[1:]), kind)
+                parts[part][rows] = values.numpy(force=True)
+        for part, values in parts.items():
+            with atomic_path(paths[part]) as temporary:
+                np.save(temporary, values)
+    loaded = {part: np.load(path, mmap_mode="r") for part, path in paths.items()}
+    return StoredFeatures(loaded["trunk"], loaded["neck"], loaded["inside"], sam.device)
+
+
+def reference_tokens(
+    sam: Sam, source: FeatureSource, objects: Objects, path: Path, batch: int = 16
+) -> NDArray[np.float16]:
+    """``(R, T, D)`` mask tokens of every object's own box: read from ``path``, else computed and written there."""
+    if not path.is_file():
+        decoder = sam.mask_decoder
+        tokens = np.zeros((len(objects.image), decoder.num_mask_tokens, decoder.transformer_dim), np.float16)
+        order = np.argsort(objects.image, kind="stable")
+        images = np.unique(objects.image)
+        for start in tqdm(range(0, len(images), batch), desc="mask tokens", unit="batch"):
+            rows = images[start : start + batch]
+            mine = order[np.isin(objects.image[order], rows)]
+            neck = source.read(rows).neck[np.searchsorted(rows, objects.image[mine])]
+            boxes = torch.from_numpy(objects.boxes[mine]).to(sam.device)
+            tokens[mine] = mask_tokens(sam, neck, boxes).numpy(force=True)
+        with atomic_path(path) as temporary:
+            np.save(temporary, tokens)
+    return np.load(path)
+
+
+# ------------------------------------------------------------------------------------------------------ the model
+
+
+class Detections(NamedTuple):
+    """What the DETR says of P pairs of an image and a class embedding, at each of its decoder layers.
+
+    Attributes:
+        logits: ``(layers, P, Q)`` of "an instance of the reference's class".
+        boxes: ``(layers, P, Q, 4)`` centre x, centre y, width, height, as shares of the input's side.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+
+
+class InContextModel(nn.Module):
+    """The trained part: fuser and deformable DETR (Zhu et al. 2021, arXiv 2010.04159, with iterative box refinement).
+
+    Args:
+        settings: sizes.
+        trunk_width: channels of SAM's trunk maps.
+        token_shape: (T, D) of a reference's mask tokens.
+    """
+
+    def __init__(self, settings: InContextSettings, trunk_width: int, token_shape: tuple[int, int]) -> None:
+        super().__init__()
+        dim, levels, layers = settings.dim, settings.trunk_maps, settings.decoder_layers
+        config = detr_config(settings)
+        self.fuser = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(math.prod(token_shape), settings.fuser_width),
+            nn.GELU(),
+            nn.Linear(settings.fuser_width, settings.fuser_width),
+            nn.GELU(),
+            nn.Linear(settings.fuser_width, dim),
+        )
+        self.projections = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(trunk_width, dim, 1), nn.GroupNorm(32, dim)) for _ in range(levels)
+        )
+        self.positions = DeformableDetrSinePositionEmbedding(dim // 2, normalize=True)
+        self.level_embedding = nn.Parameter(torch.randn(levels, dim))
+        self.encoder = DeformableDetrEncoder(config)
+        self.decoder = DeformableDetrDecoder(config)
+        self.query_content = nn.Embedding(settings.queries, dim)
+        self.query_position = nn.Embedding(settings.queries, dim)
+        self.anchors = nn.Parameter(torch.logit(spread_points(settings.queries)))
+        self.class_heads = nn.ModuleList(nn.Linear(dim, 1) for _ in range(layers))
+        self.box_heads = nn.ModuleList(DeformableDetrMLPPredictionHead(dim, dim, 4, 3) for _ in range(layers))
+        self.decoder.bbox_embed = self.box_heads
+        self._reset_heads()
+
+    def _reset_heads(self) -> None:
+        """Start with small scores and, before refinement, boxes of an eighth of the image at the anchors."""
+        for name, parameter in self.class_heads.named_parameters():
+            if name.endswith("bias"):
+                nn.init.constant_(parameter, -math.log((1 - CLASS_PRIOR) / CLASS_PRIOR))
+        for name, parameter in self.box_heads.named_parameters():
+            if ".layers.2." in name:
+                nn.init.zeros_(parameter)
+            if name == "0.layers.2.bias":
+                nn.init.constant_(parameter[2:], -2.0)  # sigmoid(-2) is about an eighth
+
+    def forward(self, maps: SamMaps, tokens: Tensor, owner: Tensor) -> Detections:
+        """Find each reference's class in its image.
+
+        Args:
+            maps: of B images.
+            tokens: ``(P, T, D)`` mask tokens, averaged over the references where there are several.
+            owner: ``(P,)`` row of each pair's image in ``maps``.
+        """
+        return self.detect(maps, self.fuser(tokens), owner)
+
+    def detect(self, maps: SamMaps, embeddings: Tensor, owner: Tensor) -> Detections:
+        """As :meth:`forward`, from ``(P, dim)`` class embeddings."""
+        memory, inside, shapes = self._memory(maps)
+        pairs, levels = len(owner), len(shapes)
+        points = self.anchors.sigmoid().expand(pairs, -1, -1)
+        found = self.decoder(
+            inputs_embeds=self.query_content.weight + embeddings[:, None],
+            object_queries_position_embeddings=self.query_position.weight.expand(pairs, -1, -1),
+            encoder_hidden_states=memory[owner],
+            encoder_attention_mask=inside[owner],
+            reference_points=points,
+            valid_ratios=torch.ones(pairs, levels, 2, device=memory.device),
+            **_geometry(shapes, memory.device),
+        )
+        states = found.intermediate_hidden_states.unbind(1)
+        starts = [points, *found.intermediate_reference_points.unbind(1)[:-1]]
+        logits = [head(state)[..., 0] for head, state in zip(self.class_heads, states, strict=True)]
+        boxes = [refined(head(state), start) for head, state, start in zip(self.box_heads, states, starts, strict=True)]
+        return Detections(torch.stack(logits), torch.stack(boxes))
+
+    def _memory(self, maps: SamMaps) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+        """DETR encoder output ``(B, L * h * w, dim)``, ``inside`` of its tokens, and the (h, w) of each level."""
+        batch, levels, _, height, width = maps.trunk.shape
+        shape = torch.Size((batch, self.level_embedding.shape[1], height, width))
+        grid = self.positions(shape=shape, device=maps.trunk.device, dtype=torch.float32)
+        content = [project(level) for project, level in zip(self.projections, maps.trunk.unbind(1), strict=True)]
+        places = [grid + level[:, None, None] for level in self.level_embedding]
+        inside = maps.inside.flatten(1).repeat(1, levels)
+        shapes = [(height, width)] * levels
+        memory = self.encoder(
+            inputs_embeds=torch.cat([c.flatten(2) for c in content], dim=2).transpose(1, 2),
+            attention_mask=inside,
+            spatial_position_embeddings=torch.cat([p.flatten(2) for p in places], dim=2).transpose(1, 2),
+            valid_ratios=torch.ones(batch, levels, 2, device=inside.device),
+            **_geometry(shapes, inside.device),
+        ).last_hidden_state
+        return memory, inside, shapes
+
+
+def detr_config(settings: InContextSettings) -> DeformableDetrConfig:
+    """The sizes of the DETR's encoder and decoder as `transformers` wants them."""
+    return DeformableDetrConfig(
+        d_model=settings.dim,
+        encoder_layers=settings.encoder_layers,
+        decoder_layers=settings.decoder_layers,
+        encoder_attention_heads=settings.heads,
+        decoder_attention_heads=settings.heads,
+        encoder_ffn_dim=settings.ffn_width,
+        decoder_ffn_dim=settings.ffn_width,
+        num_feature_levels=settings.trunk_maps,
+        num_queries=settings.queries,
+        dropout=settings.dropout,
+        with_box_refine=True,
+    )
+
+
+def spread_points(count: int) -> Tensor:
+    """``(count, 2)`` points spread evenly over the unit square: the R2 sequence (Roberts 2018)."""
+    plastic = 1.32471795724474602596
+    steps = torch.arange(1, count + 1, dtype=torch.float64)[:, None] * torch.tensor([1 / plastic, 1 / plastic**2])
+    return ((0.5 + steps) % 1).float()
+
+
+def refined(offsets: Tensor, start: Tensor) -> Tensor:
+    """``(..., 4)`` boxes from a head's offsets and the points ``(..., 2)`` or boxes ``(..., 4)`` that it began with."""
+    known = nn.functional.pad(inverse_sigmoid(start), (0, 4 - start.shape[-1]))
+    return (offsets + known).sigmoid()
+
+
+def _geometry(shapes: list[tuple[int, int]], device: torch.device) -> dict[str, Any]:
+    """The levels' sizes in the three forms that `transformers` asks for."""
+    sizes = torch.tensor(shapes, device=device)
+    begins = torch.cat([sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]])
+    return {"spatial_shapes": sizes, "spatial_shapes_list": shapes, "level_start_index": begins}
+
+
+# -------------------------------------------------------------------------------------------------- base and novel
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Category ids seen in tuning (base) and never labelled in it (novel), each ascending."""
+
+    base: tuple[int, ...]
+    novel: tuple[int, ...]
+
+    @property
+    def all(self) -> tuple[int, ...]:
+        """Every category id, ascending."""
+        return tuple(sorted(self.base + self.novel))
+
+
+def split_categories(dataset: CocoDataset, novel: Sequence[str]) -> Split:
+    """Base and novel categories from the names of the novel ones.
+
+    Raises:
+        StudyError: the data set has no category of a name, or no base category is left.
+    """
+    ids = {name: number for number, name in dataset.categories.items()}
+    unknown = [name for name in novel if name not in ids]
+    if unknown:
+        raise StudyError(
+            f"{dataset.path} has no category {unknown[0]!r}: correct the list of novel categories in scales.py"
+        )
+    chosen = {ids[name] for name in novel}
+    base = tuple(sorted(set(dataset.categories) - chosen))
+    if not base or not chosen:
+        raise StudyError(
+            f"{dataset.path} leaves {len(base)} base and {len(chosen)} novel categories: at least one of each is needed"
+        )
+    return Split(base, tuple(sorted(chosen)))
+
+
+def draw_references(
+    objects: Objects, category_ids: Sequence[int], shots: int, seed: int, min_area: float
+) -> NDArray[np.int64]:
+    """``(C, shots)`` rows of randomly drawn reference objects, those of a category from as many images.
+
+    The first references of a seed are the same for every number of shots.
+
+    Raises:
+        StudyError: a category has too few objects that are large enough, in distinct images.
+    """
+    chosen = []
+    for category in category_ids:
+        rng = np.random.default_rng([seed, category])
+        rows = rng.permutation(np.flatnonzero((objects.categories == category) & usable(objects, min_area)))
+        _, first = np.unique(objects.image[rows], return_index=True)
+        if len(first) < shots:
+            raise StudyError(
+                f"category {category} has references in {len(first)} images and {shots} are needed: "
+                "add images to the reference data or ask for fewer shots"
+            )
+        chosen.append(rows[np.sort(first)[:shots]])
+    return np.stack(chosen)
+
+
+def usable(objects: Objects, min_area: float) -> NDArray[np.bool_]:
+    """``(R,)`` which objects may be a reference: no crowds, nothing smaller than ``min_area`` pixels."""
+    return ~objects.crowd & (objects.area >= min_area)
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+
+class Questions(NamedTuple):
+    """What a training step asks of B images.
+
+    Attributes:
+        rows: ``(B,)`` of the images.
+        owner: ``(P,)`` position of each question's image in ``rows``.
+        references: ``(P,)`` row of each question's reference object.
+        answers: for each question the ``(n, 4)`` boxes to be found, as :class:`Detections` has them.
+    """
+
+    rows: NDArray[np.int64]
+    owner: Tensor
+    references: NDArray[np.int64]
+    answers: list[Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lesson:
+    """All that training needs besides the model.
+
+    Attributes:
+        source, objects, tokens: SAM's maps of the training images, their objects, and the objects' mask tokens.
+        base: ids of the base categories; objects of others never answer a question and are never a reference.
+        input_size: side of SAM's input, pixels.
+        seed: of the order of images, the questions and (with :func:`build_model`) the initialisation.
+    """
+
+    source: FeatureSource
+    objects: Objects
+    tokens: NDArray[np.float16]
+    base: tuple[int, ...]
+    input_size: int
+    settings: InContextSettings
+    seed: int = 0
+
+    @functools.cached_property
+    def images(self) -> NDArray[np.int64]:
+        """Rows of the images that show a base category: only they can be asked something."""
+        return np.unique(self.objects.image[np.isin(self.objects.categories, self.base) & ~self.objects.crowd])
+
+    @property
+    def steps(self) -> int:
+        """Training steps in all."""
+        return max(1, round(self.settings.epochs * len(self.images) / self.settings.batch))
+
+    def rows_of(self, step: int) -> NDArray[np.int64]:
+        """The images of a step: every epoch goes through all of them in an order of its own."""
+        images, size = self.images, self.settings.batch
+        if len(images) < size:
+            raise StudyError(f"{len(images)} images show a base category, fewer than a batch of {size}: add images")
+        per_epoch = len(images) // size
+        order = np.random.default_rng([self.seed, step // per_epoch]).permutation(images)
+        return order[step % per_epoch * size :][:size]
+
+    def questions(self, rows: NDArray[np.int64], step: int) -> Questions:
+        """For each image some of its base categories and ``absent_classes`` others, each with a reference elsewhere.
+
+        Raises:
+            StudyError: a category has no reference in another image.
+        """
+        owner, references, answers = [], [], []
+        for position, row in enumerate(rows):
+            rng = np.random.default_rng(
+                [self.seed, step, int(row)]
+            )  # of the image alone: no process depends on another
+            mine = (self.objects.image == row) & ~self.objects.crowd
+            present = np.intersect1d(self.objects.categories[mine], self.base)
+            asked = rng.permutation(present)[: self.settings.classes_per_image]
+            others = rng.permutation(np.setdiff1d(self.base, present))[: self.settings.absent_classes]
+            for category in (*asked, *others):
+                owner.append(position)
+                references.append(self._reference(int(category), int(row), rng))
+                answers.append(self._answer(mine & (self.objects.categories == category)))
+        return Questions(rows, torch.tensor(owner), np.array(references), answers)
+
+    def _reference(self, category: int, row: int, rng: np.random.Generator) -> int:
+        fits = (self.objects.categories == category) & (self.objects.image != row)
+        found = np.flatnonzero(fits & usable(self.objects, self.settings.min_reference_area))
+        if not found.size:
+            raise StudyError(
+                f"category {category} has no reference outside image row {row}: add images or make it novel"
+            )
+        return int(rng.choice(found))
+
+    def _answer(self, chosen: NDArray[np.bool_]) -> Tensor:
+        return box_convert(torch.from_numpy(self.objects.boxes[chosen]) / self.input_size, "xyxy", "cxcywh")
+
+
+def build_model(settings: InContextSettings, sam: Sam, seed: int) -> InContextModel:
+    """An untrained model for that SAM, its initialisation seeded."""
+    decoder = sam.mask_decoder
+    width = sam.image_encoder.neck[0].in_channels
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = InContextModel(settings, width, (decoder.num_mask_tokens, decoder.transformer_dim))
+    return model.to(sam.device)
+
+
+def loss_of(detections: Detections, answers: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
+    """Focal + L1 + GIoU loss after Hungarian matching, summed over decoder layers; and the last layer's three terms.
+
+    Normalised by the objects to be found in the batch of all processes, so that the mean over processes, which
+    ``DistributedDataParallel`` takes, is the loss of the whole batch.
+    """
+    device = detections.logits.device
+    layers = [
+        {"logits": logits[..., None], "pred_boxes": boxes}
+        for logits, boxes in zip(detections.logits, detections.boxes, strict=True)
+    ]
+    labels = [
+        {"class_labels": torch.zeros(len(a), dtype=torch.int64, device=device), "boxes": a.to(device)} for a in answers
+    ]
+    matcher = DeformableDetrHungarianMatcher(*(LOSS_WEIGHTS[name] for name in LOSS_WEIGHTS))
+    criterion = DeformableDetrImageLoss(matcher, num_classes=1, focal_alpha=0.25, losses=["labels", "boxes"])
+    terms = criterion({**layers[-1], "auxiliary_outputs": layers[:-1]}, labels)
+    count = torch.tensor(float(sum(len(a) for a in answers)), device=device)
+    here = count.clamp(min=1)  # what the criterion divided by
+    world = 1
+    if dist.is_initialized():
+        dist.all_reduce(count)
+        world = dist.get_world_size()
+    share = here * world / count.clamp(min=1)
+    total = sum(LOSS_WEIGHTS[name.rstrip("_0123456789")] * value for name, value in terms.items())
+    assert isinstance(total, Tensor)
+    return total * share, {name: float(terms[name] * share) for name in LOSS_WEIGHTS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Where training is saved, and what it must have been trained with to be used.
+
+    Attributes:
+        path: of the file.
+        identity: JSON-able values by name: settings, split, hashes of data and weights, seed.
+    """
+
+    path: Path
+    identity: dict[str, Any]
+
+    def load(self, device: torch.device) -> dict[str, Any] | None:
+        """What was saved, or None where nothing was.
+
+        Raises:
+            StudyError: the file is damaged, or was trained with something else.
+        """
+        if not self.path.is_file():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(self.path, map_location=device, weights_only=True)
+            saved = state["identity"]
+        except Exception as error:  # torch.load raises nearly anything on a damaged file
+            raise StudyError(f"{self.path} is damaged: remove it, and training starts anew") from error
+        changed = [name for name in self.identity if saved.get(name) != self.identity[name]]
+        if changed:
+            raise StudyError(
+                f"{self.path} was trained with another {changed[0]} ({saved.get(changed[0])!r}, now "
+                f"{self.identity[changed[0]]!r}): remove it or train under another name"
+            )
+        return state
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the file, whole."""
+        with atomic_path(self.path) as temporary:
+            torch.save(state | {"identity": self.identity}, temporary)
+
+
+def train(model: InContextModel, lesson: Lesson, checkpoint: Checkpoint) -> pd.DataFrame:
+    """Train to the end, from the checkpoint's step if there is one. Returns the loss curve, one row each few steps.
+
+    Under ``torchrun`` (an initialised process group) every process takes its share of each step's images.
+
+    Raises:
+        StudyError: the checkpoint belongs to another training; the loss is not finite.
+    """
+    settings, device = lesson.settings, next(model.parameters()).device
+    optimiser = torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
+    state = checkpoint.load(device)
+    first, curve = 0, []
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        first, curve = state["step"], state["curve"]
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    trained = DistributedDataParallel(model) if world > 1 else model
+    bar = tqdm(
+        range(first, lesson.steps), initial=first, total=lesson.steps, desc="training", unit="step", disable=rank > 0
+    )
+    for step in bar:
+        terms = _train_step(trained, optimiser, lesson, step, rank, world)
+        if step % RECORD_EVERY == 0 or step + 1 == lesson.steps:
+            curve.append({"step": step, **terms})
+            bar.set_postfix(loss=f"{terms['loss']:.2f}")
+        if rank == 0 and ((step + 1) % SAVE_EVERY == 0 or step + 1 == lesson.steps):
+            done = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1, "curve": curve}
+            checkpoint.save(done)
+    model.eval()
+    return pd.DataFrame(curve)
+
+
+def _train_step(
+    model: nn.Module, optimiser: torch.optim.Optimizer, lesson: Lesson, step: int, rank: int, world: int
+) -> dict[str, float]:
+    """One step; its loss and the loss's terms, over all processes."""
+    settings, device = lesson.settings, next(model.parameters()).device
+    for group in optimiser.param_groups:
+        group["lr"] = settings.learning_rate * learning_rate_share(step, lesson.steps)
+    model.train()
+    torch.manual_seed(lesson.seed * 1_000_003 + step)  # of dropout, the same after a resumption
+    asked = lesson.questions(lesson.rows_of(step)[rank::world], step)
+    tokens = torch.from_numpy(lesson.tokens[asked.references]).to(device).float()
+    loss, terms = loss_of(model(lesson.source.read(asked.rows), tokens, asked.owner.to(device)), asked.answers)
+    values = torch.tensor([loss.item(), *terms.values()], device=device)
+    if world > 1:
+        dist.all_reduce(values)
+    if not torch.isfinite(values).all():
+        raise StudyError(f"the loss is not finite at step {step}: lower the learning rate in scales.py")
+    optimiser.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+    optimiser.step()
+    return dict(zip(["loss", *terms], (values / world).tolist(), strict=True))
+
+
+def learning_rate_share(step: int, steps: int) -> float:
+    """The paper's schedule: the full rate for four fifths of the steps, then a tenth."""
+    return 1.0 if step < 0.8 * steps else 0.1
