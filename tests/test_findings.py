@@ -29,7 +29,7 @@ PAPER_LIKE = {"sam": 11.0, "sam2": 23.0, "clip": 74.0, "dinov2": 77.0}
 ALIKE = {"sam": 30.0, "sam2": 30.5, "clip": 31.0, "dinov2": 29.5}
 
 
-def row_of(folder: Path, claim: str) -> dict[str, Any]:
+def row_of(folder: Path, claim: str) -> dict[Any, Any]:
     return {row["claim"]: row for row in findings(folder).to_dict("records")}[claim]
 
 

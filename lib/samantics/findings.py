@@ -1,9 +1,10 @@
 """The five claims judged from the tables of a run. Each rule is a comparison with a margin, fixed before any result.
 
 A claim consists of comparisons "more is above less". One holds when the lower end of the 95 % interval of ``more`` is
-above 0 and above the upper end of the interval of ``less`` times a factor: 2 where the paper says that something is missing ("far
-less", "fails", "not there"), 1 where it says that one thing is better than another. A claim is *supported* when all
-its comparisons hold, *partly* when some do, *not supported* when none does, and *not measured* without its table.
+above 0 and above the upper end of the interval of ``less`` times a factor: 2 where the paper says that something is
+missing ("far less", "fails", "not there"), 1 where it says that one thing is better than another. A claim is
+*supported* when all its comparisons hold, *partly* when some do, *not supported* when none does, and *not measured*
+without its table.
 """
 
 from __future__ import annotations
