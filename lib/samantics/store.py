@@ -1,8 +1,9 @@
 """Features on disk: every image is encoded once, for all wanted layers and poolings, and read many times.
 
 A store belongs to one encoder, weight file, preprocessing and data set; change any of them and it is another store. Its
-shards appear whole or not at all, so a killed run resumes where it was, and a shard is written by whoever holds its
-lock: several runs, or the processes of ``torchrun`` on any number of nodes, share the work through the folder alone.
+rows lie in a random order, so that a reader who takes shard after shard sees the classes mixed. Shards appear whole or
+not at all, so a killed run resumes where it was, and a shard is written by whoever holds its lock: several runs, or the
+processes of ``torchrun`` on any number of nodes, share the work through the folder alone.
 
     python -m samantics.store FOLDER --encoder sam --weights official --layers final:mean block_12:mean
     torchrun --nproc-per-node 8 -m samantics.store FOLDER --encoder sam ...      # one process per GPU
@@ -77,17 +78,16 @@ class FeatureStore:
         return np.setdiff1d(np.arange(self.rows), list(self.skipped))
 
     def read(self, wanted: Wanted) -> NDArray[np.float32]:
-        """``(N, C)`` float32 features of the kept rows, all in memory.
+        """``(N, C)`` float32 features of the kept rows, all in memory, in the order of the images.
 
         Raises:
             StudyError: the store lacks that layer and pooling, or a shard is damaged.
         """
         column = self.column(wanted)
         out = np.empty(column.shape, np.float32)
-        start = 0
-        for block in column.blocks():
-            out[start : start + len(block)] = block
-            start += len(block)
+        for shard in range(self.shards):
+            positions, vectors = column.block(shard)
+            out[positions] = vectors
         return out
 
     def column(self, wanted: Wanted) -> Column:
@@ -109,7 +109,7 @@ class FeatureStore:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """One (layer, pooling) of a store, read block by block, so that memory does not grow with the number of images."""
+    """One (layer, pooling) of a store, read shard by shard, so that memory does not grow with the number of images."""
 
     store: FeatureStore
     wanted: Wanted
@@ -122,21 +122,29 @@ class Column:
     def __len__(self) -> int:
         return len(self.store.kept)
 
-    def blocks(self, order: Sequence[int] | None = None) -> Iterator[NDArray[np.float16]]:
-        """``(n, C)`` float16 features of each shard, in this order of shards (default: as stored).
+    def block(self, shard: int) -> tuple[NDArray[np.int64], NDArray[np.float16]]:
+        """Positions ``(n,)`` among the kept rows and features ``(n, C)``, float16, of one shard: some images at random.
 
         Raises:
-            StudyError: a shard is damaged.
+            StudyError: the shard is damaged.
         """
-        for shard in range(self.store.shards) if order is None else order:
-            yield self.block(shard)
+        rows = _shard_rows(self.store.rows, self.store.shard_rows, shard)
+        vectors = _read_block(self.store.folder, shard, self.wanted)
+        if self.store.skipped:
+            readable = ~np.isin(rows, list(self.store.skipped))
+            rows, vectors = rows[readable], vectors[readable]
+        return np.searchsorted(self.store.kept, rows), vectors
 
-    def block(self, shard: int) -> NDArray[np.float16]:
-        """``(n, C)`` float16 features of one shard, without the skipped rows."""
-        first = shard * self.store.shard_rows
-        rows = _read_block(self.store.folder, shard, self.wanted)
-        skipped = [row - first for row in self.store.skipped if first <= row < first + len(rows)]
-        return np.delete(rows, skipped, axis=0) if skipped else rows
+
+@functools.lru_cache(maxsize=4)
+def _order(rows: int) -> NDArray[np.int64]:
+    """``(rows,)`` the images in the order in which they are stored."""
+    return np.random.default_rng(0).permutation(rows)
+
+
+def _shard_rows(rows: int, shard_rows: int, shard: int) -> NDArray[np.int64]:
+    """The images of a shard."""
+    return _order(rows)[shard * shard_rows : (shard + 1) * shard_rows]
 
 
 def _read_block(folder: Path, shard: int, wanted: Wanted) -> NDArray[np.float16]:
@@ -277,8 +285,8 @@ class _Job:
     def shards(self) -> int:
         return -(-len(self.images) // self.shard_rows)
 
-    def rows(self, shard: int) -> range:
-        return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, len(self.images)))
+    def rows(self, shard: int) -> list[int]:
+        return _shard_rows(len(self.images), self.shard_rows, shard).tolist()
 
 
 def _encode_shards(job: _Job, pending: Sequence[int], max_unreadable: float) -> None:
@@ -306,11 +314,13 @@ def _encode_shard(job: _Job, shard: int, pool: ThreadPoolExecutor) -> list[str]:
     rows = job.rows(shard)
     features: dict[Wanted, NDArray[np.float16]] = {}
     skipped: dict[int, str] = {}
+    start = 0
     for batch, inputs in _prefetched(job, rows, pool):
         skipped |= {row: item for row, item in zip(batch, inputs, strict=True) if isinstance(item, str)}
         for wanted, vectors in _encode_batch(job, inputs).items():
             block = features.setdefault(wanted, np.empty((len(rows), vectors.shape[1]), np.float16))
-            block[batch.start - rows.start : batch.stop - rows.start] = vectors
+            block[start : start + len(batch)] = vectors
+        start += len(batch)
     for wanted, block in features.items():
         if not np.isfinite(block).all():
             raise StudyError(f"{job.encoder.name}'s {':'.join(wanted)} features overflow 16 bits: leave that layer out")
@@ -331,9 +341,9 @@ class _Input:
     seen: Tensor | None
 
 
-def _prefetched(job: _Job, rows: range, pool: ThreadPoolExecutor) -> Iterator[tuple[range, list[_Input | str]]]:
+def _prefetched(job: _Job, rows: list[int], pool: ThreadPoolExecutor) -> Iterator[tuple[list[int], list[_Input | str]]]:
     """Batches of rows with their inputs (or the reason why there is none), decoded ``PREFETCH`` batches ahead."""
-    batches = [range(start, min(start + job.batch_size, rows.stop)) for start in rows[:: job.batch_size]]
+    batches = [rows[start : start + job.batch_size] for start in range(0, len(rows), job.batch_size)]
     futures: list[list[Future[_Input | str]]] = []
     for number, batch in enumerate(batches):
         for ahead in batches[len(futures) : number + 1 + PREFETCH]:
