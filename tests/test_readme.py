@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from samantics.files import PROJECT
+from samantics.readme import README, filled, findings_table, notebook_table, probe_table
+
+
+def test_readme_says_what_the_committed_tables_say() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert set(re.findall(r"<!-- table: (\w+) -->", text)) == {"findings", "probe", "notebooks"}
+    assert filled(text, PROJECT / "figures" / "pocket") == text, "run python -m samantics.readme"
+
+
+def test_links_to_files_lead_somewhere() -> None:
+    for page in (README, *(PROJECT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_tables_without_results_claim_nothing(tmp_path: Path) -> None:
+    assert probe_table(tmp_path).count("not measured") == 10
+    assert findings_table(tmp_path).count("**not measured**") == 5
+
+
+def test_probe_table_shows_the_headline_rows_with_intervals(tmp_path: Path) -> None:
+    names = {"encoder": "sam", "labels": "drawing", "probe": "linear", "layer": "final"}
+    row = names | {"top1": 5.04, "top1_low": 4.0, "top1_high": 6.0}
+    pd.DataFrame([row, row | {"probe": "knn", "top1": 9.0}]).to_csv(tmp_path / "01_probe_accuracy.csv", index=False)
+    assert "| SAM | 11.06 | 5.0 [4.0, 6.0] | not measured |" in probe_table(tmp_path)
+
+
+@pytest.mark.skipif(not any((PROJECT / "notebooks").glob("*.ipynb")), reason="no notebook yet")
+def test_notebook_table_gives_times_of_the_run(tmp_path: Path) -> None:
+    name = min((PROJECT / "notebooks").glob("*.ipynb")).stem
+    run = {"notebook": name, "seconds": 90.0, "peak_gib": 1.26, "figures": 4, "error": ""}
+    pd.DataFrame([run]).to_csv(tmp_path / "run.csv", index=False)
+    assert "| 1.5 min | 1.3 GiB | 4 |" in notebook_table(tmp_path)
