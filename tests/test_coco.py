@@ -23,7 +23,9 @@ def content() -> dict[str, Any]:
     return {
         "images": [{"id": 7, "file_name": "a.png", "width": 100, "height": 80}],
         "categories": [{"id": 3, "name": "cat"}],
-        "annotations": [{"id": 1, "image_id": 7, "category_id": 3, "segmentation": [SQUARE], "bbox": [10, 10, 40, 40], "area": 1600}],
+        "annotations": [
+            {"id": 1, "image_id": 7, "category_id": 3, "segmentation": [SQUARE], "bbox": [10, 10, 40, 40], "area": 1600}
+        ],
     }
 
 
@@ -131,7 +133,13 @@ def test_crowds_empty_masks_and_polygons_beyond_the_frame(tmp_path: Path) -> Non
     runs = {"size": [80, 100], "counts": [0, 160, 80 * 100 - 160]}
     data["annotations"] += [
         {**base, "id": 2, "segmentation": [[200, 10, 250, 10, 250, 60]]},
-        {**base, "id": 3, "segmentation": [[80, 60, 140, 60, 140, 120, 80, 120]], "bbox": [80, 60, 60, 60], "area": 3600},
+        {
+            **base,
+            "id": 3,
+            "segmentation": [[80, 60, 140, 60, 140, 120, 80, 120]],
+            "bbox": [80, 60, 60, 60],
+            "area": 3600,
+        },
         {**base, "id": 4, "segmentation": runs, "iscrowd": 1, "bbox": [0, 0, 0, 0]},
         {**base, "id": 5, "segmentation": [[20, 20, 20, 20, 20, 20]], "area": 0, "bbox": [20, 20, 0, 0]},
     ]
@@ -160,7 +168,8 @@ def test_run_lengths_decode_pycocotools_text(bits: list[bool], width: int) -> No
 
 
 def test_category_in_one_file_only(tmp_path: Path) -> None:
-    (tmp_path / "r").mkdir(), (tmp_path / "t").mkdir()
+    (tmp_path / "r").mkdir()
+    (tmp_path / "t").mkdir()
     references, targets = content(), content()
     references["categories"].append({"id": 4, "name": "dog"})
     references["annotations"][0]["category_id"] = 4
@@ -168,7 +177,7 @@ def test_category_in_one_file_only(tmp_path: Path) -> None:
     assert names == {3: "cat", 4: "dog"}
     assert notes[0].startswith("category 3 (cat) has no reference") and notes[1].startswith("category 4 (dog)")
     targets["categories"][0]["name"] = "bird"
-    with pytest.raises(StudyError, match="category 3 is 'cat' in .* and 'bird' in"):
+    with pytest.raises(StudyError, match=r"category 3 is 'cat' in .* and 'bird' in"):
         coco.matched_categories(load(tmp_path / "r", references), load(tmp_path / "t", targets))
 
 

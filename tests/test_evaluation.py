@@ -15,7 +15,8 @@ from samantics.errors import StudyError
 def random_data(seed: int, images: int = 6, categories: int = 3) -> tuple[coco.CocoDataset, list[evaluation.Result]]:
     """Boxes on small images, and predictions that are shifted copies, wrong labels and noise. Scores are distinct."""
     rng = np.random.default_rng(seed)
-    instances, results = [], []
+    instances: list[coco.Instance] = []
+    results: list[evaluation.Result] = []
     for image_id in range(1, images + 1):
         for _ in range(rng.integers(0, 5)):
             box = random_box(rng)
@@ -38,7 +39,7 @@ def random_box(rng: np.random.Generator) -> coco.Box:
 
 
 def shifted(rng: np.random.Generator, box: coco.Box) -> coco.Box:
-    x0, y0, x1, y1 = (int(round(v)) for v in np.array(box) + rng.integers(-3, 4, 4))
+    x0, y0, x1, y1 = (round(v) for v in np.array(box) + rng.integers(-3, 4, 4))
     x0, y0 = max(x0, 0), max(y0, 0)
     return x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)
 
@@ -55,10 +56,18 @@ def rle(box: coco.Box) -> coco.Rle:
 
 def prediction(rng: np.random.Generator, image_id: int, category_id: int, box: coco.Box) -> evaluation.Result:
     xywh = [float(box[0]), float(box[1]), float(box[2] - box[0]), float(box[3] - box[1])]
-    return {"image_id": image_id, "category_id": category_id, "bbox": xywh, "segmentation": rle(box), "score": float(rng.random())}
+    return {
+        "image_id": image_id,
+        "category_id": category_id,
+        "bbox": xywh,
+        "segmentation": rle(box),
+        "score": float(rng.random()),
+    }
 
 
-def brute_force_ap(dataset: coco.CocoDataset, results: list[dict[str, Any]], category: int, threshold: float) -> float | None:
+def brute_force_ap(
+    dataset: coco.CocoDataset, results: list[dict[str, Any]], category: int, threshold: float
+) -> float | None:
     """AP by its definition: greedy matching in score order, precision at 101 recalls, mean. None without objects."""
     objects = [i for i in dataset.instances if i.category_id == category]
     if not objects:
@@ -77,7 +86,14 @@ def brute_force_ap(dataset: coco.CocoDataset, results: list[dict[str, Any]], cat
         taken |= {found} if found is not None else set()
     recalls = np.cumsum(hits) / len(objects)
     precisions = np.cumsum(hits) / np.arange(1, len(hits) + 1)
-    return float(np.mean([max((p for p, r in zip(precisions, recalls, strict=True) if r >= t), default=0) for t in np.linspace(0, 1, 101)]))
+    return float(
+        np.mean(
+            [
+                max((p for p, r in zip(precisions, recalls, strict=True) if r >= t), default=0)
+                for t in np.linspace(0, 1, 101)
+            ]
+        )
+    )
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -132,9 +148,14 @@ def repeated(dataset: coco.CocoDataset, results: list[evaluation.Result], counts
         for copy in range(int(count)):
             new = image_id + 100 * copy
             images[new] = coco.ImageRecord(new, "", 64, 64)
-            instances += [coco.Instance(i.id + 1000 * copy, new, i.category_id, i.box, i.area, i.rle) for i in dataset.by_image[image_id]]
+            instances += [
+                coco.Instance(i.id + 1000 * copy, new, i.category_id, i.box, i.area, i.rle)
+                for i in dataset.by_image[image_id]
+            ]
             copies += [{**r, "image_id": new} for r in results if r["image_id"] == image_id]
-    copied = coco.CocoDataset(dataset.path, dataset.folder, images, dataset.categories, tuple(instances), annotated=True)
+    copied = coco.CocoDataset(
+        dataset.path, dataset.folder, images, dataset.categories, tuple(instances), annotated=True
+    )
     return evaluation.evaluate(copied, copies, "segm")
 
 

@@ -120,7 +120,10 @@ def load_coco(annotations: Path | str, images: Path | str) -> CocoDataset:
     """
     path, folder = Path(annotations), Path(images)
     content = _read_json(path)
-    records = {r["id"]: _image_record(path, r) for r in _entries(path, content, "images", ("id", "file_name", "width", "height"))}
+    records = {
+        r["id"]: _image_record(path, r)
+        for r in _entries(path, content, "images", ("id", "file_name", "width", "height"))
+    }
     if not records:
         raise StudyError(f"{path} lists no images: choose a COCO file with some")
     _check_files(path, folder, records)
@@ -155,21 +158,33 @@ def _entries(path: Path, content: dict[str, Any], key: str, fields: Sequence[str
     for position, entry in enumerate(entries):
         lacking = [f for f in fields if not isinstance(entry, dict) or entry.get(f) is None]
         if lacking:
-            name = f"{what} {entry['id']}" if isinstance(entry, dict) and "id" in entry else f"{what} at position {position}"
+            name = (
+                f"{what} {entry['id']}"
+                if isinstance(entry, dict) and "id" in entry
+                else f"{what} at position {position}"
+            )
             raise StudyError(f"{path}: {name} has no {lacking[0]}: add it or remove the {what}")
-        wrong = [f for f in fields if f.endswith("id") and (not isinstance(entry[f], int) or isinstance(entry[f], bool))]
+        wrong = [
+            f for f in fields if f.endswith("id") and (not isinstance(entry[f], int) or isinstance(entry[f], bool))
+        ]
         if wrong:
-            raise StudyError(f"{path}: {what} {entry['id']!r}: {wrong[0]} is {entry[wrong[0]]!r}, not an integer: correct it")
+            raise StudyError(
+                f"{path}: {what} {entry['id']!r}: {wrong[0]} is {entry[wrong[0]]!r}, not an integer: correct it"
+            )
     repeated = [number for number, count in Counter(entry["id"] for entry in entries).items() if count > 1]
     if repeated:
-        raise StudyError(f"{path}: {what} id {repeated[0]} occurs more than once ({len(repeated)} such): make the ids unique")
+        raise StudyError(
+            f"{path}: {what} id {repeated[0]} occurs more than once ({len(repeated)} such): make the ids unique"
+        )
     return entries
 
 
 def _image_record(path: Path, entry: dict[str, Any]) -> ImageRecord:
     width, height = entry["width"], entry["height"]
     if not all(isinstance(side, int) and side > 0 for side in (width, height)):
-        raise StudyError(f"{path}: image {entry['id']} has size {width}x{height}: give width and height in whole pixels")
+        raise StudyError(
+            f"{path}: image {entry['id']} has size {width}x{height}: give width and height in whole pixels"
+        )
     return ImageRecord(entry["id"], str(entry["file_name"]), width, height)
 
 
@@ -188,10 +203,12 @@ def _instance(
     """One checked instance, or None (with a note) where nothing of its mask lies in the image."""
     number = entry["id"]
     if entry["image_id"] not in images:
-        raise StudyError(f"{path}: annotation {number} is of image {entry['image_id']}, which the file does not list: correct it")
+        raise StudyError(
+            f"{path}: annotation {number} is of image {entry['image_id']}, which is not listed: correct it"
+        )
     if entry["category_id"] not in categories:
         raise StudyError(
-            f"{path}: annotation {number} is of category {entry['category_id']}, which the file does not list: correct it"
+            f"{path}: annotation {number} is of category {entry['category_id']}, which is not listed: correct it"
         )
     image = images[entry["image_id"]]
     rle, outside = _rle(path, number, entry["segmentation"], image)
@@ -202,13 +219,14 @@ def _instance(
     if outside:
         notes.append(f"{path.name}: annotation {number} reaches outside image {image.id}: cut at the frame")
     said = entry.get("area")
-    trusted = isinstance(said, (int, float)) and said > 0 and not outside
+    if not isinstance(said, (int, float)) or said <= 0 or outside:
+        said = area
     return Instance(
         id=number,
         image_id=image.id,
         category_id=entry["category_id"],
         box=_box(entry.get("bbox"), rle, image),
-        area=float(said) if trusted else area,
+        area=float(said),
         rle=rle,
         crowd=bool(entry.get("iscrowd", 0)),
         drawing=entry.get("drawing"),
@@ -231,19 +249,26 @@ def _rle(path: Path, number: int, segmentation: Any, image: ImageRecord) -> tupl
             rle = mask_tools.frPyObjects({"size": size, "counts": runs}, *size)
         else:
             polygons = [np.asarray(polygon, np.float64) for polygon in segmentation]
-            if not polygons or any(p.ndim != 1 or p.size < 6 or p.size % 2 or not np.isfinite(p).all() for p in polygons):
+            if not polygons or any(
+                p.ndim != 1 or p.size < 6 or p.size % 2 or not np.isfinite(p).all() for p in polygons
+            ):
                 raise ValueError("a polygon needs three or more x, y pairs")
             # a pixel beyond the frame is the rounding of annotation tools, not a fault worth a line
-            outside = any((p < -1).any() or (p[::2] > image.width + 1).any() or (p[1::2] > image.height + 1).any() for p in polygons)
+            outside = any(
+                (p < -1).any() or (p[::2] > image.width + 1).any() or (p[1::2] > image.height + 1).any()
+                for p in polygons
+            )
             rle = mask_tools.merge(mask_tools.frPyObjects([p.tolist() for p in polygons], *size))
     except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise StudyError(f"{path}: annotation {number} has no usable segmentation ({error}): correct or remove it") from error
+        raise StudyError(
+            f"{path}: annotation {number} has no usable segmentation ({error}): correct or remove it"
+        ) from error
     counts = rle["counts"]
     return {"size": size, "counts": counts.decode() if isinstance(counts, bytes) else counts}, outside
 
 
 def _run_lengths(counts: str) -> list[int]:
-    """The numbers in COCO's compressed text: five bits a character, each from the third on as a difference (maskApi.c)."""
+    """The numbers in COCO's compressed text: five bits a character, from the third on as differences."""
     runs: list[int] = []
     value = shift = 0
     for character in counts:
@@ -304,7 +329,11 @@ def matched_categories(references: CocoDataset, targets: CocoDataset) -> tuple[d
     Raises:
         StudyError: one id stands for two names.
     """
-    clash = [c for c in references.categories.keys() & targets.categories.keys() if references.categories[c] != targets.categories[c]]
+    clash = [
+        c
+        for c in references.categories.keys() & targets.categories.keys()
+        if references.categories[c] != targets.categories[c]
+    ]
     if clash:
         c = min(clash)
         raise StudyError(
@@ -314,8 +343,14 @@ def matched_categories(references: CocoDataset, targets: CocoDataset) -> tuple[d
     names = dict(sorted({**targets.categories, **references.categories}.items()))
     shown = [{instance.category_id for instance in dataset.instances} for dataset in (references, targets)]
     notes = [
-        *(f"category {c} ({names[c]}) has no reference: all its objects count as missed" for c in sorted(shown[1] - shown[0])),
-        *(f"category {c} ({names[c]}) is in {references.path.name} only: no AP of its own" for c in sorted(shown[0] - shown[1])),
+        *(
+            f"category {c} ({names[c]}) has no reference: all its objects count as missed"
+            for c in sorted(shown[1] - shown[0])
+        ),
+        *(
+            f"category {c} ({names[c]}) is in {references.path.name} only: no AP of its own"
+            for c in sorted(shown[0] - shown[1])
+        ),
     ]
     return names, tuple(notes) if targets.annotated else ()
 
@@ -380,7 +415,9 @@ def choose_references(
     for instance in eligible_references(dataset, rule or ReferenceRule()):
         pools.setdefault(instance.category_id, []).append(instance)
     if not pools:
-        raise StudyError(f"{dataset.path}: no instance can be a reference by {rule or ReferenceRule()}: add some or relax the rule")
+        raise StudyError(
+            f"{dataset.path}: no instance can be a reference by {rule or ReferenceRule()}: add some or relax the rule"
+        )
     return {category_id: _draw(pools[category_id], shots, [seed, category_id]) for category_id in sorted(pools)}
 
 
@@ -391,7 +428,9 @@ def _draw(pool: Sequence[Instance], shots: int, seed: list[int]) -> tuple[Instan
     return tuple(chosen.values())[:shots]
 
 
-def box_iou(first: Sequence[Box] | NDArray[np.floating[Any]], second: Sequence[Box] | NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+def box_iou(
+    first: Sequence[Box] | NDArray[np.floating[Any]], second: Sequence[Box] | NDArray[np.floating[Any]]
+) -> NDArray[np.float64]:
     """``(N, M)`` IoU of ``(N, 4)`` and ``(M, 4)`` boxes ``(x0, y0, x1, y1)``; 0 where both are empty."""
     a, b = (np.asarray(boxes, np.float64).reshape(-1, 4) for boxes in (first, second))
     sides = np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2])
@@ -405,7 +444,11 @@ def box_iou(first: Sequence[Box] | NDArray[np.floating[Any]], second: Sequence[B
 
 
 def write_coco(
-    path: Path, images: Sequence[ImageRecord], categories: dict[int, str], instances: Sequence[Instance], info: dict[str, Any]
+    path: Path,
+    images: Sequence[ImageRecord],
+    categories: dict[int, str],
+    instances: Sequence[Instance],
+    info: dict[str, Any],
 ) -> None:
     """Write instance data as COCO JSON, atomically (the images are the caller's)."""
     annotations = [
@@ -438,7 +481,8 @@ def write_mojiworld(
     home = Path(folder) / f"{stream}_{count}_{key}"
     path = home / "instances.json"
     if not path.is_file():
-        records, instances = [], []
+        records: list[ImageRecord] = []
+        instances: list[Instance] = []
         for index in range(count):
             picture = mojiworld.scene(world, stream, index, held_out_share)
             record = ImageRecord(index + 1, f"{index:05d}.png", picture.image.shape[1], picture.image.shape[0])

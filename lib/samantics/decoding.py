@@ -1,7 +1,7 @@
 """SAM's and SAM 2's mask decoders for many single-point prompts on one image: the packages' weights, less work.
 
-The results are the packages' up to rounding. Three identities save most of the work (C channels, N image tokens, T prompt
-tokens, a dozen at most; ``x`` are image tokens, ``q, k, v`` the projections of an attention):
+The results are the packages' up to rounding. Three identities save most of the work (C channels, N image tokens, T
+prompt tokens, a dozen at most; ``x`` are image tokens, ``q, k, v`` the projections of an attention):
 
 - before the first layer all prompts see the same image tokens: their projections are made once;
 - ``q . (W x + b) = (W^T q) . x + q . b``: where few tokens meet many, the few are projected instead of the many, and
@@ -59,11 +59,13 @@ class EncodedImage:
         if inside is None:  # SAM resizes to its input, cuts the padding off, and resizes to the image
             identity = _resized(identity, self.model.image_encoder.img_size)
         shapes = zip(self.frame, self.size, strict=True)
-        rows, columns = (_resized(identity[..., :used] if inside is None else identity, whole)[0].T for used, whole in shapes)
+        rows, columns = (
+            _resized(identity[..., :used] if inside is None else identity, whole)[0].T for used, whole in shapes
+        )
         return rows.contiguous(), columns.contiguous()
 
     def full_logits(self, low: Tensor) -> Tensor:
-        """``(M, 4h, 4w)`` logits as ``(M, width, height)`` at the image's resolution, transposed as COCO's run lengths go."""
+        """``(M, 4h, 4w)`` logits at the image's resolution, ``(M, width, height)``: the order of COCO's run lengths."""
         rows, columns = self.upscaling
         return columns @ (low.transpose(1, 2) @ rows.T)
 
@@ -83,7 +85,9 @@ def encode_image(model: Any, image: Image.Image) -> EncodedImage:
     if isinstance(model, Sam):
         scale = model.image_encoder.img_size / max(size)
         if min(size) * scale < 0.5:
-            raise StudyError(f"an image of {image.width}x{image.height} pixels is too narrow for SAM: remove or crop it")
+            raise StudyError(
+                f"an image of {image.width}x{image.height} pixels is too narrow for SAM: remove or crop it"
+            )
         predictor = SamPredictor(model)
         predictor.set_image(np.asarray(image))
         return EncodedImage(model, predictor.features[0], (), size, predictor.input_size)
@@ -221,7 +225,7 @@ class PointDecoder:
 
     @functools.cached_property
     def _finer_maps(self) -> tuple[Tensor, ...]:
-        """SAM 2's finer maps in the order that :func:`_doubled` leaves: ``(N, 2, 2, 2, 2, C / 8)``, ``(N, 2, 2, C / 4)``."""
+        """SAM 2's finer maps in :func:`_doubled`'s order: ``(N, 2, 2, 2, 2, C / 8)`` and ``(N, 2, 2, C / 4)``."""
         if not self.image.high_res:
             return ()
         finest, finer = self.image.high_res

@@ -1,7 +1,7 @@
 """AP and AR as COCOeval defines them, with intervals over images. All figures are percent.
 
 Predictions are a list of dictionaries in COCO's result format: ``image_id, category_id, score`` with ``segmentation``
-(run lengths), ``bbox`` (x, y, width, height) or both, so a list that is evaluated can also be saved and loaded elsewhere.
+(run lengths), ``bbox`` (x, y, width, height) or both: what is evaluated here can be saved and loaded elsewhere.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Evaluation:
     """The outcome of one evaluation.
 
     Attributes:
-        metrics: percent for each of :data:`METRICS`; None where the data has no object to measure it on (COCOeval's -1).
+        metrics: percent for each of :data:`METRICS`; None where no object can be measured (COCOeval's -1).
         category_ids: the categories that were asked for.
         coco: the evaluated COCOeval, for :func:`ap_interval` and whoever needs more.
     """
@@ -59,8 +59,11 @@ class Evaluation:
     def ap_by_category(self) -> dict[int, float]:
         """AP in percent of each category that has objects."""
         precision = self.coco.eval["precision"][:, :, :, 0, -1]
-        found = {c: float(precision[:, :, k].mean()) * 100 for k, c in enumerate(self.category_ids) if (precision[:, :, k] > -1).any()}
-        return found
+        return {
+            c: float(precision[:, :, k].mean()) * 100
+            for k, c in enumerate(self.category_ids)
+            if (precision[:, :, k] > -1).any()
+        }
 
 
 def evaluate(
@@ -105,9 +108,13 @@ def _check(dataset: CocoDataset, results: Sequence[Result], category_ids: tuple[
         raise StudyError(f"{dataset.path} has no category {unknown[0]}: choose from {sorted(dataset.categories)}")
     for result in results:
         if result["image_id"] not in dataset.images:
-            raise StudyError(f"a prediction is of image {result['image_id']}, which {dataset.path} does not list: predict its images")
+            raise StudyError(
+                f"a prediction is of image {result['image_id']}, which {dataset.path} does not list: predict its images"
+            )
         if not np.isfinite(result["score"]):
-            raise StudyError(f"a prediction of image {result['image_id']} has the score {result['score']}: scores must be finite")
+            raise StudyError(
+                f"a prediction of image {result['image_id']} has the score {result['score']}: scores must be finite"
+            )
 
 
 def _annotations(dataset: CocoDataset, label: dict[int, int]) -> COCO:
@@ -166,7 +173,9 @@ class _Curve:
     hits: NDArray[np.intp]
 
 
-def ap_interval(evaluations: Evaluation | Sequence[Evaluation], samples: int = 1000, seed: int = 0, iou: float | None = None) -> Interval:
+def ap_interval(
+    evaluations: Evaluation | Sequence[Evaluation], samples: int = 1000, seed: int = 0, iou: float | None = None
+) -> Interval:
     """AP in percent with its 95 % bootstrap interval over images.
 
     Predictions are matched to objects once; each resample only weighs the images by how often they were drawn and
@@ -227,7 +236,9 @@ def _weighted_ap(curve: _Curve, weights: NDArray[np.float32], objects: NDArray[n
 def _curves(coco: COCOeval, category: int) -> tuple[NDArray[np.float32], list[_Curve]]:
     """``(images,)`` objects per image of one category (all sizes), and its curve at every IoU threshold."""
     images = len(coco.params.imgIds)
-    start = category * len(coco.params.areaRng) * images  # evalImgs: categories, then area ranges ("all" first), then images
+    start = (
+        category * len(coco.params.areaRng) * images
+    )  # evalImgs: categories, then area ranges ("all" first), then images
     found = [(i, e) for i, e in enumerate(coco.evalImgs[start : start + images]) if e is not None]
     objects = np.zeros(images, np.float32)
     for i, entry in found:

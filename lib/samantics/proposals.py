@@ -1,11 +1,11 @@
 """Proposals: every object's mask without its name, by prompting SAM or SAM 2 with a grid of points.
 
-The same masks as the packages' automatic mask generators without crops (settings have the same meaning), several times
-faster: see :mod:`samantics.decoding` for the decoder; masks stay small until predicted IoU has chosen among them, and are
+The same masks as the packages' automatic mask generators without crops (settings have the same meaning), but several
+times faster: see :mod:`samantics.decoding` for the decoder; masks stay small until predicted IoU has chosen among them, and are
 encoded by pycocotools instead of in Python.
 
-Proposals are stored one file per image, whole or not at all, so a killed run goes on where it stopped. Several processes
-share the work:
+Proposals are stored one file per image, whole or not at all, so a killed run goes on where it stopped. Several
+processes share the work:
 
     torchrun --nproc-per-node 8 -m samantics.proposals --annotations x.json --images folder --encoder sam
 """
@@ -92,11 +92,13 @@ class Proposals:
     def select(self, rows: NDArray[Any]) -> Proposals:
         """The proposals at these positions, in that order."""
         rles = tuple(self.rles[int(row)] for row in rows)
-        return Proposals(self.size, rles, self.boxes[rows], self.predicted_iou[rows], self.stability[rows], self.points[rows])
+        return Proposals(
+            self.size, rles, self.boxes[rows], self.predicted_iou[rows], self.stability[rows], self.points[rows]
+        )
 
 
 def point_grid(per_side: int, size: tuple[int, int]) -> NDArray[np.float64]:
-    """``(per_side ** 2, 2)`` x, y in pixels of an image of ``size`` (height, width): the centres of equal cells, by rows."""
+    """``(per_side ** 2, 2)`` x, y in pixels of an image of ``size`` (height, width): centres of equal cells, by rows."""
     steps = (np.arange(per_side) + 0.5) / per_side
     x, y = np.meshgrid(steps * size[1], steps * size[0])
     return np.stack([x.ravel(), y.ravel()], axis=1)
@@ -122,7 +124,10 @@ def propose_encoded(image: EncodedImage, settings: ProposalSettings) -> Proposal
     whole = Proposals(
         image.size,
         tuple(rle for part in parts for rle in part.rles),
-        *(np.concatenate([getattr(part, name) for part in parts]) for name in ("boxes", "predicted_iou", "stability", "points")),
+        *(
+            np.concatenate([getattr(part, name) for part in parts])
+            for name in ("boxes", "predicted_iou", "stability", "points")
+        ),
     )
     # float32, and boxes whose far sides are the last pixels: as the packages rank and compare them
     boxes = torch.as_tensor(whole.boxes - (0, 0, 1, 1), dtype=torch.float32)
@@ -155,7 +160,9 @@ def _full(
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64], NDArray[np.float64], list[Rle]]:
     """Of ``(M, 4h, 4w)`` logits: which are stable and not empty ``(M,)``; their stability, boxes and run lengths."""
     logits = image.full_logits(low)  # (M, width, height)
-    counts = [(logits > MASK_THRESHOLD + o).sum((1, 2)) for o in (settings.stability_offset, -settings.stability_offset)]
+    counts = [
+        (logits > MASK_THRESHOLD + o).sum((1, 2)) for o in (settings.stability_offset, -settings.stability_offset)
+    ]
     stability = counts[0] / counts[1]
     masks = logits > MASK_THRESHOLD
     columns, rows = masks.any(2), masks.any(1)
@@ -171,13 +178,17 @@ def _full(
 # -------------------------------------------------------------------------------------------------------- storing
 
 
-def proposals_folder(encoder: Encoder, dataset: CocoDataset, settings: ProposalSettings, root: Path | None = None) -> Path:
+def proposals_folder(
+    encoder: Encoder, dataset: CocoDataset, settings: ProposalSettings, root: Path | None = None
+) -> Path:
     """Where the proposals of this model, these images and settings are stored; others have another folder."""
     key = hash_value([FORMAT, encoder.name, encoder.weights_hash, dataset.hash, dataclasses.asdict(settings)])
     return (root or cache_dir() / "proposals") / f"{encoder.name}_{settings.points_per_side}_{key}"
 
 
-def compute_proposals(encoder: Encoder, dataset: CocoDataset, settings: ProposalSettings, root: Path | None = None) -> Path:
+def compute_proposals(
+    encoder: Encoder, dataset: CocoDataset, settings: ProposalSettings, root: Path | None = None
+) -> Path:
     """Propose and store for every image that has no stored proposals yet; returns their folder.
 
     Under ``torchrun`` each process does its share. What is finished stays when a later image fails.
@@ -219,7 +230,9 @@ def _read(path: Path) -> Proposals:
         content = json.loads(path.read_text(encoding="utf-8"))
         size = (int(content["size"][0]), int(content["size"][1]))
         rles = tuple({"size": list(size), "counts": counts} for counts in content["counts"])
-        arrays = {name: np.array(content[name], np.float64) for name in ("boxes", "predicted_iou", "stability", "points")}
+        arrays = {
+            name: np.array(content[name], np.float64) for name in ("boxes", "predicted_iou", "stability", "points")
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StudyError(f"{path} is damaged: delete it and run again, which redoes this image only") from error
     arrays["boxes"], arrays["points"] = arrays["boxes"].reshape(-1, 4), arrays["points"].reshape(-1, 2)
