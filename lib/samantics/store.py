@@ -35,7 +35,7 @@ from samantics.architectures import Wanted
 from samantics.encoders import Encoder, load_encoder
 from samantics.errors import StudyError
 from samantics.files import atomic_path, cache_dir, hash_value, write_json
-from samantics.images import ImageFolder, image_folders
+from samantics.images import image_folders
 from samantics.preprocessing import Geometry
 
 FORMAT = 1  # of the files below; a store of another format is refused
@@ -157,7 +157,7 @@ def _read_block(folder: Path, shard: int, wanted: Wanted) -> NDArray[np.float16]
             try:
                 values = np.array(np.load(path, mmap_mode="r")[start:stop])  # a copy: the map is closed again
                 rows = values.reshape(note["rows"], dim)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, EOFError) as error:
                 raise StudyError(f"{path} is damaged: delete it and run again, which redoes this shard only") from error
             if zlib.crc32(rows.data) != checksum:
                 raise StudyError(f"{path} is damaged: delete it and run again, which redoes this shard only")
@@ -319,7 +319,8 @@ def _encode_shard(job: _Job, shard: int, pool: ThreadPoolExecutor) -> list[str]:
         skipped |= {row: item for row, item in zip(batch, inputs, strict=True) if isinstance(item, str)}
         for wanted, vectors in _encode_batch(job, inputs).items():
             block = features.setdefault(wanted, np.empty((len(rows), vectors.shape[1]), np.float16))
-            block[start : start + len(batch)] = vectors
+            with np.errstate(over="ignore"):  # told below, as an error
+                block[start : start + len(batch)] = vectors
         start += len(batch)
     for wanted, block in features.items():
         if not np.isfinite(block).all():
@@ -427,6 +428,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 2)
     parser.add_argument("--half", action="store_true", help="compute in bfloat16")
     parser.add_argument("--max-unreadable", type=float, default=0.01)
+    parser.add_argument("--shard-rows", type=int, default=SHARD_ROWS, help="images in a file")
     options = parser.parse_args(arguments)
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     try:
@@ -434,26 +436,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = options.layers or [":".join(encoder.headline)]
         wanted = [(name.partition(":")[0], name.partition(":")[2] or "mean") for name in names]
         for split in image_folders(options.folder):
-            store = encode_folder(encoder, split, wanted, options.batch_size, options.workers, options.max_unreadable)
+            store = encode_images(
+                encoder,
+                split,
+                wanted,
+                split.hash,
+                batch_size=options.batch_size,
+                workers=options.workers,
+                max_unreadable=options.max_unreadable,
+                shard_rows=options.shard_rows,
+            )
             print(f"{store.folder}: {len(store.kept)} images, {len(store.skipped)} unreadable")
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def encode_folder(
-    encoder: Encoder,
-    images: ImageFolder,
-    wanted: Sequence[Wanted],
-    batch_size: int = 32,
-    workers: int = 2,
-    max_unreadable: float = 0.01,
-) -> FeatureStore:
-    """:func:`encode_images` of an image folder."""
-    return encode_images(
-        encoder, images, wanted, images.hash, batch_size=batch_size, workers=workers, max_unreadable=max_unreadable
-    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,241 @@
+"""The feature store: right rows, resumed after a kill, never stale, safe with several runs at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from stub_encoder import MEAN, LookUp
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from samantics import store
+from samantics.architectures import Architecture, LayerOutput
+from samantics.encoders import Encoder
+from samantics.errors import StudyError
+from samantics.preprocessing import Preprocessing
+from samantics.store import encode_images
+
+
+@pytest.fixture
+def stub() -> LookUp:
+    return LookUp(np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32))
+
+
+def encode(stub: LookUp, folder: Path, **options: Any) -> store.FeatureStore:
+    options = {"wanted": [MEAN], "data_hash": "data", "shard_rows": 16, "batch_size": 5, **options}
+    return encode_images(stub.encoder, options.pop("images", stub.images), folder=folder, **options)
+
+
+def halves(stub: LookUp) -> NDArray[np.float32]:
+    return stub.table.numpy().astype(np.float16).astype(np.float32)
+
+
+def test_features_are_the_images_own_in_order(stub: LookUp, tmp_path: Path) -> None:
+    made = encode(stub, tmp_path, wanted=[("early", "mean"), MEAN])
+    assert np.array_equal(made.read(MEAN), halves(stub))
+    assert np.array_equal(made.read(("early", "mean")), 2 * halves(stub))
+    assert made.kept.tolist() == list(range(50))
+    with pytest.raises(StudyError, match="encode them too"):
+        made.read(("early", "cls"))
+
+
+def test_a_second_call_encodes_nothing(stub: LookUp, tmp_path: Path) -> None:
+    encode(stub, tmp_path, wanted=[("early", "mean"), MEAN])
+    stub.calls = 0
+    assert np.array_equal(encode(stub, tmp_path).read(MEAN), halves(stub))  # a part of what is there will do
+    assert stub.calls == 0
+
+
+def test_another_encoder_data_or_preprocessing_is_another_store(stub: LookUp, tmp_path: Path) -> None:
+    first = encode(stub, tmp_path)
+    folders = {first.folder, encode(stub, tmp_path, data_hash="other").folder}
+    for change in (
+        {"weights_hash": "1"},
+        {"preprocess": dataclasses.replace(stub.encoder.preprocess, bicubic=True)},
+        {"half": True},
+    ):
+        encoder = dataclasses.replace(stub.encoder, **change)
+        folders.add(encode_images(encoder, stub.images, [MEAN], "data", folder=tmp_path, shard_rows=16).folder)
+    assert len(folders) == 5
+
+
+def test_a_killed_run_redoes_one_shard_at_most(stub: LookUp, tmp_path: Path) -> None:
+    class Killed(BaseException): ...
+
+    class Failing(list[Any]):
+        reads = 0
+
+        def __getitem__(self, index: Any) -> Any:
+            Failing.reads += 1
+            if Failing.reads == 40:
+                raise Killed
+            return super().__getitem__(index)
+
+    with pytest.raises(Killed):
+        encode(stub, tmp_path, images=Failing(stub.images))
+    stub.calls = 0
+    assert np.array_equal(encode(stub, tmp_path).read(MEAN), halves(stub))
+    assert stub.calls == 50 - 32  # the two finished shards were kept
+
+
+def test_damage_is_found_and_mended_by_deleting_the_shard(stub: LookUp, tmp_path: Path) -> None:
+    made = encode(stub, tmp_path)
+    shard = sorted(made.folder.glob("*.npy"))[1]
+    whole = shard.read_bytes()
+    for damaged in (whole[:-30], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
+        shard.write_bytes(damaged)
+        with pytest.raises(StudyError, match=rf"{shard.name} is damaged: delete it"):
+            encode(stub, tmp_path).read(MEAN)
+    shard.unlink()
+    stub.calls = 0
+    assert np.array_equal(encode(stub, tmp_path).read(MEAN), halves(stub))
+    assert stub.calls == 16
+
+
+def test_a_store_of_another_version_is_refused(stub: LookUp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode(stub, tmp_path)
+    monkeypatch.setattr(store, "FORMAT", 99)
+    with pytest.raises(StudyError, match="another version: delete"):
+        encode(stub, tmp_path)
+
+
+def test_a_full_disk_loses_nothing(stub: LookUp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, saves = np.save, []
+
+    def full(path: Any, values: Any) -> None:
+        saves.append(path)
+        if len(saves) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(path, values)
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(StudyError, match="no space left"):
+        encode(stub, tmp_path)
+    monkeypatch.setattr(np, "save", save)
+    stub.calls = 0
+    assert np.array_equal(encode(stub, tmp_path).read(MEAN), halves(stub))
+    assert stub.calls == 50 - 32
+
+
+class Unreadable(list[Any]):
+    bad: tuple[int, ...] = (3, 20, 21)
+
+    def __getitem__(self, index: Any) -> Any:
+        if index in self.bad:
+            raise StudyError(f"{index}.png cannot be read as an image: replace or remove it")
+        return super().__getitem__(index)
+
+
+def test_unreadable_images_are_skipped_up_to_the_limit_and_listed(stub: LookUp, tmp_path: Path) -> None:
+    images = Unreadable(stub.images)
+    with pytest.raises(StudyError, match=r"of 50 images are unreadable, over the limit of 2\.0%: \d+\.png"):
+        encode(stub, tmp_path, images=images, max_unreadable=0.02)
+    made = encode(stub, tmp_path, images=images, max_unreadable=0.06)
+    assert sorted(made.skipped) == [3, 20, 21]
+    assert "20.png" in made.skipped[20]
+    assert np.array_equal(made.read(MEAN), halves(stub)[made.kept])
+    assert len(made.kept) == made.column(MEAN).shape[0] == 47
+
+
+def test_all_of_a_batch_unreadable(stub: LookUp, tmp_path: Path) -> None:
+    class AllBad(Unreadable):
+        bad = tuple(range(50))
+
+    with pytest.raises(StudyError, match="50 of 50"):
+        encode(stub, tmp_path, images=AllBad(stub.images), max_unreadable=0.99, shard_rows=50)
+
+
+def test_refused_before_any_work(stub: LookUp, tmp_path: Path) -> None:
+    for wanted, message in (
+        ([("late", "mean")], "no layer 'late'"),
+        ([("final", "max")], "no pooling"),
+        ([("final", "cls")], "no class token"),
+    ):
+        with pytest.raises(StudyError, match=message):
+            encode(stub, tmp_path, wanted=wanted)
+    with pytest.raises(StudyError, match="no images"):
+        encode(stub, tmp_path, images=[])
+    assert stub.calls == 0
+
+
+def test_features_over_16_bits_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="overflow"):
+        encode(LookUp(np.full((5, 2), 1e6, np.float32)), tmp_path)
+
+
+def test_object_masks_pool_the_object(tmp_path: Path) -> None:
+    """A stub whose dense map is the picture itself: pooled over the mask it is the object's mean colour."""
+    architecture = Architecture(
+        lambda _model: [], lambda _model, pixels: {"final": LayerOutput(pixels)}, lambda output: output, MEAN, "none"
+    )
+    for fit in ("squash", "pad", "crop"):
+        preprocess = Preprocessing(8, fit, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+        encoder = Encoder(
+            "stub", "0", ("final",), MEAN, torch.nn.Identity(), preprocess, architecture, torch.device("cpu")
+        )
+        image = np.zeros((8, 16, 3), np.uint8)
+        image[:, :8] = 255
+        mask = np.zeros((8, 16), np.uint8)
+        mask[:, 5:7] = 1
+        made = encode_images(
+            encoder, [image], [MEAN, ("final", "object")], "data", masks=[mask], folder=tmp_path, shard_rows=1
+        )
+        assert np.allclose(made.read(("final", "object")), 1, atol=0.05), fit
+        assert np.allclose(made.read(MEAN), 0.5, atol=0.05), fit  # padding is left out of the mean
+
+
+def test_a_mask_of_another_size_is_refused(stub: LookUp, tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="cannot belong"):
+        encode(stub, tmp_path, wanted=[("final", "object")], masks=[np.ones((5, 4))] * 50)
+
+
+def test_damaged_notes_are_named(stub: LookUp, tmp_path: Path) -> None:
+    made = encode(stub, tmp_path)
+    note = sorted(made.folder.glob("shard_*.json"))[0]
+    note.write_text("{")
+    with pytest.raises(StudyError, match=f"{note.name} is missing or damaged"):
+        encode(stub, tmp_path)
+
+
+def main_on_one_thread(options: list[str]) -> int:
+    torch.set_num_threads(1)  # threads do not survive a fork
+    return store.main(options)
+
+
+def test_two_processes_of_torchrun_make_what_one_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        for number in range(6):
+            path = tmp_path / "photos" / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(path)
+    options = ["--encoder", "dinov2", "--weights", "zoo_random", "--layers", "block_02:mean", "final:cls"]
+    options += ["--batch-size", "2", "--workers", "1", "--shard-rows", "4"]
+    options = [str(tmp_path / "photos"), *options]
+    monkeypatch.setenv("SAMANTICS_CACHE", str(tmp_path / "one"))
+    assert store.main(options) == 0
+    monkeypatch.setenv("SAMANTICS_CACHE", str(tmp_path / "two"))
+    # what the command torchrun starts, but with workers forked from this process: they need not import torch again
+    config = LaunchConfig(1, 1, 2, run_id="test", rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork")
+    assert elastic_launch(config, main_on_one_thread)(options) == {0: 0, 1: 0}
+    shards = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.npy"))
+    assert len(shards) == 4
+    for shard in shards:
+        assert (tmp_path / "one" / shard).read_bytes() == (tmp_path / "two" / shard).read_bytes()
+
+
+def test_unwritable_folder(stub: LookUp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_arguments: Any, **_options: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    with pytest.raises(StudyError, match="cannot write"):
+        encode(stub, tmp_path)
