@@ -109,7 +109,7 @@ class CocoDataset:
 
 
 def load_coco(annotations: Path | str, images: Path | str) -> CocoDataset:
-    """Read and check a COCO JSON file and the folder of its images.
+    """Read and check a COCO JSON file and the folder of its images (or of sub-folders with them).
 
     Crowds are kept and marked. Masks that are empty once cut at the frame are left out, with a line in ``notes``.
     A file without ``annotations`` is good: its images can be predicted, not measured.
@@ -126,7 +126,7 @@ def load_coco(annotations: Path | str, images: Path | str) -> CocoDataset:
     }
     if not records:
         raise StudyError(f"{path} lists no images: choose a COCO file with some")
-    _check_files(path, folder, records)
+    records = _located(path, folder, records)
     categories = {c["id"]: str(c["name"]) for c in _entries(path, content, "categories", ("id", "name"))}
     notes: list[str] = []
     fields = ("id", "image_id", "category_id", "segmentation")
@@ -188,13 +188,29 @@ def _image_record(path: Path, entry: dict[str, Any]) -> ImageRecord:
     return ImageRecord(entry["id"], str(entry["file_name"]), width, height)
 
 
-def _check_files(path: Path, folder: Path, records: dict[int, ImageRecord]) -> None:
+def _located(path: Path, folder: Path, records: dict[int, ImageRecord]) -> dict[int, ImageRecord]:
+    """The records, with the sub-folder in ``file`` where an image lies in one (``train2017``, ``val2017``)."""
     missing = [record for record in records.values() if not (folder / record.file).is_file()]
+    if not missing:
+        return records
+    places: dict[str, list[Path]] = {}
+    for place in sorted(folder.rglob("*")):
+        places.setdefault(place.name, []).append(place)
+    found = {record.id: places.get(Path(record.file).name, []) for record in missing}
+    twice = next((number for number, hits in found.items() if len(hits) > 1), None)
+    if twice is not None:
+        hits = found[twice]
+        raise StudyError(
+            f"image {twice} of {path} could be {hits[0]} or {hits[1]}: give the folder that holds the right one"
+        )
+    missing = [record for record in missing if not found[record.id]]
     if missing:
         raise StudyError(
             f"{folder / missing[0].file} is missing (image {missing[0].id} of {path}; {len(missing)} of "
             f"{len(records)} are): add the files or give their folder"
         )
+    moved = {n: dataclasses.replace(records[n], file=str(hits[0].relative_to(folder))) for n, hits in found.items()}
+    return {**records, **moved}
 
 
 def _instance(

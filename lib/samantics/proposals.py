@@ -1,8 +1,8 @@
 """Proposals: every object's mask without its name, by prompting SAM or SAM 2 with a grid of points.
 
 The same masks as the packages' automatic mask generators without crops (settings have the same meaning), but several
-times faster: see :mod:`samantics.decoding` for the decoder; masks stay small until predicted IoU has chosen among them, and are
-encoded by pycocotools instead of in Python.
+times faster: see :mod:`samantics.decoding` for the decoder; masks stay small until predicted IoU has chosen among
+them, and are encoded by pycocotools instead of in Python.
 
 Proposals are stored one file per image, whole or not at all, so a killed run goes on where it stopped. Several
 processes share the work:
@@ -98,7 +98,7 @@ class Proposals:
 
 
 def point_grid(per_side: int, size: tuple[int, int]) -> NDArray[np.float64]:
-    """``(per_side ** 2, 2)`` x, y in pixels of an image of ``size`` (height, width): centres of equal cells, by rows."""
+    """``(per_side ** 2, 2)`` x, y in pixels of an image of ``size`` (height, width), by rows."""
     steps = (np.arange(per_side) + 0.5) / per_side
     x, y = np.meshgrid(steps * size[1], steps * size[0])
     return np.stack([x.ravel(), y.ravel()], axis=1)
