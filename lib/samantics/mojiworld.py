@@ -9,9 +9,13 @@ Drawings: OpenMoji (CC BY-SA 4.0), rasterised from the SVG files of the package 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import io
+import os
+import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -24,12 +28,15 @@ import pandas as pd
 import resvg_py
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from tqdm.auto import tqdm
 
 from samantics.errors import StudyError
 from samantics.files import atomic_path, cache_dir, hash_value
 
 SPRITE_SIZE = 192  # pixels of a rasterised drawing before it is cropped to what it shows
 MAX_OBJECTS = 6
+CHUNK = 128  # pictures that a process renders at a time
+PARTS = ("images", "instances", "drawings")
 MIN_VISIBLE = 0.35  # share of every object that stays visible; a newcomer that would hide more is placed elsewhere
 PLACEMENT_TRIES = 8
 
@@ -47,7 +54,7 @@ class World:
         seed: every picture depends on it.
     """
 
-    image_size: int = 192
+    image_size: int = 128
     theme_strength: float = 0.8
     seed: int = 0
 
@@ -323,23 +330,46 @@ class Pictures:
         return len(self.images)
 
 
-def render(make: Callable[[int], Picture], indices: Sequence[int], workers: int = 1) -> Pictures:
-    """Render ``make(index)`` for every index, in the order given, on ``workers`` processes.
+def render(make: Callable[[int], Picture], indices: Sequence[int]) -> Pictures:
+    """The pictures ``make(index)`` for every index, in the order given."""
+    return _stack([make(index) for index in indices])
 
-    ``make`` must be picklable when ``workers > 1`` (a ``functools.partial`` of a function above).
+
+def stored_pictures(make: Callable[[int], Picture], count: int, name: str, workers: int = 0) -> Pictures:
+    """Pictures 0 to ``count - 1`` of ``make``, rendered once by all cores, memory-mapped from the cache folder.
+
+    Args:
+        make: a picture by its index; picklable (a ``functools.partial`` of a function of this module).
+        name: identifies ``make`` and all that its pictures depend on (the world's hash).
+        workers: processes that render; 0 means all cores.
     """
-    if workers <= 1:
-        return _stack([make(index) for index in indices])
-    sprites()  # rasterise once, before the workers start and each would
-    chunks = [list(indices[start : start + 64]) for start in range(0, len(indices), 64)]
-    with ProcessPoolExecutor(workers) as pool:
-        parts = list(pool.map(functools.partial(_render_chunk, make), chunks))
-    return Pictures(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    folder = cache_dir() / "mojiworld" / f"{name}_{count}"
+    if not folder.exists():
+        sprites()  # rasterise once, before the workers start and each would
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            first = make(0)
+            for part in PARTS:
+                sample = getattr(_stack([first]), part)
+                np.lib.format.open_memmap(temporary / f"{part}.npy", "w+", sample.dtype, (count, *sample.shape[1:]))
+            spans = [(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+            with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+                done = pool.map(functools.partial(_fill, temporary, make), spans)
+                list(tqdm(done, total=len(spans), desc="rendering MojiWorld", unit=f"{CHUNK} pictures", leave=False))
+            with contextlib.suppress(OSError):  # another process was quicker: its pictures are the same
+                temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return Pictures(*(np.load(folder / f"{part}.npy", mmap_mode="r") for part in PARTS))
 
 
-def _render_chunk(make: Callable[[int], Picture], indices: list[int]) -> tuple[RGB, NDArray[np.uint8], NDArray[np.int16]]:
-    pictures = _stack([make(index) for index in indices])
-    return pictures.images, pictures.instances, pictures.drawings
+def _fill(folder: Path, make: Callable[[int], Picture], span: tuple[int, int]) -> None:
+    pictures = render(make, range(*span))
+    for part in PARTS:
+        array = np.load(folder / f"{part}.npy", mmap_mode="r+")
+        array[span[0] : span[1]] = getattr(pictures, part)
+        array.flush()
 
 
 def _stack(pictures: list[Picture]) -> Pictures:
@@ -355,6 +385,13 @@ def pretraining_picture(world: World, index: int, stream: str = "pretraining") -
     if rng.random() < 0.6:
         return object_picture(world, stream, index, _choose(rng, None, None))
     return scene(world, stream, index)
+
+
+def classification_pictures(world: World, per_drawing: int, workers: int = 0) -> Pictures:
+    """The classification set: ``per_drawing`` views of drawing 0, then of drawing 1, and so on."""
+    make = functools.partial(classification_picture, world, per_drawing)
+    count = per_drawing * len(catalogue())
+    return stored_pictures(make, count, f"classification_{world.hash}_{per_drawing}", workers)
 
 
 def classification_picture(world: World, per_drawing: int, index: int) -> Picture:

@@ -25,7 +25,6 @@ from torchvision.ops import roi_align, sigmoid_focal_loss
 from samantics import mojiworld, zoo
 from samantics.errors import StudyError
 
-MASK_SIDE = 96  # masks are compared at this resolution: twice the 48 x 48 logits of a 12 x 12 token grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +81,11 @@ class SamObjective(Objective):
         super().__init__()
         self.name = name
         self.model = zoo.BUILDERS[name](config)
+        self.mask_side = 8 * config.grid  # masks are compared at twice the resolution of the logits
 
     def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         clicked, boxed = chosen_masks(batch).unbind(1)
-        target, box_target = shrunk_masks(clicked), shrunk_masks(boxed)
+        target, box_target = shrunk_masks(clicked, self.mask_side), shrunk_masks(boxed, self.mask_side)
         image = self.embed(normalised(batch.images))
         points, labels = sampled_clicks(target.bool(), target, clicked.shape[-1])
         click, click_iou = self.decode(image, points, labels)
@@ -156,9 +156,9 @@ def chosen_masks(batch: Batch) -> Tensor:
     return batch.instances[:, None] == chosen[..., None, None].to(batch.instances.dtype)
 
 
-def shrunk_masks(masks: Tensor) -> Tensor:
-    """``(B, MASK_SIDE, MASK_SIDE)`` float 0/1: at least half covered, or any covered where that leaves nothing."""
-    share = functional.adaptive_avg_pool2d(masks.float(), MASK_SIDE)
+def shrunk_masks(masks: Tensor, side: int) -> Tensor:
+    """``(B, side, side)`` float 0/1: at least half covered, or any covered where that leaves nothing."""
+    share = functional.adaptive_avg_pool2d(masks.float(), side)
     half, some = (share >= 0.5).float(), (share > 0).float()
     return torch.where(half.flatten(1).any(1)[:, None, None], half, some)
 
@@ -198,15 +198,15 @@ def jittered(boxes: Tensor) -> Tensor:
 
 
 def upsampled(logits: Tensor) -> Tensor:
-    """``(B, M, s, s)`` logits at ``MASK_SIDE``."""
-    return functional.interpolate(logits, (MASK_SIDE, MASK_SIDE), mode="bilinear", align_corners=False)
+    """``(B, M, s, s)`` logits at twice their resolution."""
+    return functional.interpolate(logits, scale_factor=2, mode="bilinear", align_corners=False)
 
 
 def best_of_masks_loss(logits: Tensor, predicted_iou: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """SAM's loss: 20 focal + dice of the best mask of each prompt, plus the squared error of every predicted IoU.
 
     Args:
-        logits: ``(B, M, s, s)``; predicted_iou: ``(B, M)``; targets: ``(B, MASK_SIDE, MASK_SIDE)``.
+        logits: ``(B, M, s, s)``; predicted_iou: ``(B, M)``; targets: ``(B, 2s, 2s)``.
 
     Returns:
         The mean loss and the mean IoU of the best mask.

@@ -12,11 +12,7 @@ import dataclasses
 import functools
 import os
 import platform
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +46,15 @@ class Recipe:
         seed: of initialisation, order of data, and augmentation.
     """
 
-    images: int = 800_000
+    images: int = 640_000
     pool: int = 80_000
     batch: int = 256
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     warmup: float = 0.05
     clip: float = 1.0
-    probe_points: int = 12
-    checkpoint_every: int = 250
+    probe_points: int = 10
+    checkpoint_every: int = 100
     theme_strength: float = mojiworld.World().theme_strength
     seed: int = 0
 
@@ -83,40 +79,9 @@ class Recipe:
 
 
 def pretraining_pool(world: mojiworld.World, count: int, stream: str = "pretraining", workers: int = 0) -> mojiworld.Pictures:
-    """``count`` pictures to pretrain on, rendered once and memory-mapped from the cache folder.
-
-    About 3 ms a picture and core; ``workers`` 0 means all cores.
-    """
-    folder = cache_dir() / "mojiworld" / f"{stream}_{world.hash}_{count}"
-    names = ("images", "instances", "drawings")
-    if not folder.exists():
-        mojiworld.sprites()  # rasterise once, before the workers start and each would
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            side = world.image_size
-            shapes = ((count, side, side, 3), (count, side, side), (count, mojiworld.MAX_OBJECTS))
-            for name, shape in zip(names, shapes, strict=True):
-                kind = np.int16 if name == "drawings" else np.uint8
-                np.lib.format.open_memmap(temporary / f"{name}.npy", "w+", kind, shape)
-            fill = functools.partial(_fill_pool, temporary, world, stream)
-            spans = [(start, min(start + 256, count)) for start in range(0, count, 256)]
-            with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-                list(tqdm(pool.map(fill, spans), total=len(spans), desc="rendering MojiWorld", unit="256 pictures"))
-            if not folder.exists():  # another process may have been as quick
-                temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return mojiworld.Pictures(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in names))
-
-
-def _fill_pool(folder: Path, world: mojiworld.World, stream: str, span: tuple[int, int]) -> None:
+    """``count`` pictures to pretrain on (or, of another stream, to measure on), memory-mapped from the cache folder."""
     make = functools.partial(mojiworld.pretraining_picture, world, stream=stream)
-    part = mojiworld.render(make, range(*span))
-    for name in ("images", "instances", "drawings"):
-        array = np.load(folder / f"{name}.npy", mmap_mode="r+")
-        array[span[0] : span[1]] = getattr(part, name)
-        array.flush()
+    return mojiworld.stored_pictures(make, count, f"{stream}_{world.hash}", workers)
 
 
 class DeviceData:
@@ -169,10 +134,8 @@ class ProbeData:
 
 def probe_data(per_drawing: int = 6, test_views: int = 2, workers: int = 0) -> ProbeData:
     """The classification set of notebook 01 at drawing level (default world), rendered with all cores."""
-    make = functools.partial(mojiworld.classification_picture, mojiworld.World(), per_drawing)
-    count = len(mojiworld.catalogue()) * per_drawing
-    pictures = mojiworld.render(make, range(count), workers or os.cpu_count() or 1)
-    view = np.arange(count) % per_drawing
+    pictures = mojiworld.classification_pictures(mojiworld.World(), per_drawing, workers)
+    view = np.arange(len(pictures)) % per_drawing
     return ProbeData(pictures.images, pictures.drawings[:, 0].astype(np.int64), view >= per_drawing - test_views)
 
 
@@ -183,7 +146,7 @@ def probe_vectors(objective: Objective, images: np.ndarray, device: torch.device
     parts = []
     for start in range(0, len(images), 256):
         pixels = normalised(torch.from_numpy(images[start : start + 256]).to(device).permute(0, 3, 1, 2))
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with mixed_precision(device):
             parts.append(objective.vectors(pixels).float())
     objective.train()
     return torch.cat(parts)
@@ -222,7 +185,7 @@ def held_out_figures(objective: Objective, data: DeviceData, progress: float, ba
     rows: list[dict[str, float]] = []
     for start in range(0, len(data.pictures) - batch + 1, batch):
         torch.manual_seed(start)
-        with torch.autocast(data.device.type, torch.bfloat16, enabled=data.device.type == "cuda"):
+        with mixed_precision(data.device):
             loss, figures = objective(data.batch(np.arange(start, start + batch)), progress)
         rows.append({"held_out_loss": float(loss), **{f"held_out_{k}": float(v) for k, v in figures.items()}})
     objective.train()
@@ -282,7 +245,7 @@ def _step(objective: Objective, optimiser: torch.optim.Optimizer, data: DeviceDa
     for group in optimiser.param_groups:
         group["lr"] = recipe.rate(step)
     batch = data.batch(_rows(recipe, len(data.pictures), step))
-    with torch.autocast(data.device.type, torch.bfloat16, enabled=data.device.type == "cuda"):
+    with mixed_precision(data.device):
         loss, _ = objective(batch, step / recipe.steps)
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
@@ -291,6 +254,12 @@ def _step(objective: Objective, optimiser: torch.optim.Optimizer, data: DeviceDa
         raise StudyError(f"the loss is not finite at step {step}: lower the learning rate and train again")
     optimiser.step()
     objective.after_step((step + 1) / recipe.steps)
+
+
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """bfloat16 where the device computes in it: GPUs, and processors with AVX-512 BF16."""
+    native = device.type == "cuda" or bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+    return torch.autocast(device.type, torch.bfloat16, enabled=native)
 
 
 def _rows(recipe: Recipe, pool: int, step: int) -> np.ndarray:
@@ -315,7 +284,7 @@ def _optimiser(objective: Objective, recipe: Recipe) -> torch.optim.Optimizer:
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98))
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=trained[0].is_cuda)
 
 
 class _State:

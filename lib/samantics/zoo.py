@@ -1,7 +1,7 @@
 """The pocket zoo: small models of the official packages' own classes, trained on MojiWorld (see ``training``).
 
 All of them share one capacity so that only the objective differs: the ViTs are six blocks of width 160 (a little under
-ViT-Tiny's width, at half its depth) on 12x12 tokens of a 192-pixel image, the Hiera has about as many parameters. A stem of four
+ViT-Tiny's width, at half its depth) on 8x8 tokens of a 128-pixel image, the Hiera has about as many parameters. A stem of four
 stride-2 convolutions stands in for the patch embedding: early convolutions make small-budget training work
 (Xiao et al. 2021, arXiv 2106.14881). Change a setting here and retrain; nothing else needs to change.
 """
@@ -45,7 +45,7 @@ class ZooConfig:
     """Sizes of every model of the zoo.
 
     Attributes:
-        image_size: input side, pixels.
+        image_size: input side, pixels: MojiWorld's.
         patch_size: pixels of a token's side; the stem halves the image log2(patch_size) times.
         width, depth, heads: of the ViT trunks.
         dim: channels of SAM's and SAM 2's neck, of CLIP's joint space, and the width of DINOv2's class token, so that
@@ -54,7 +54,7 @@ class ZooConfig:
         text_width, text_layers: of CLIP's text tower.
     """
 
-    image_size: int = 192
+    image_size: int = mojiworld.World().image_size
     patch_size: int = 16
     width: int = 160
     depth: int = 6
