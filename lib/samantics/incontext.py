@@ -38,7 +38,7 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
     inverse_sigmoid,
 )
 
-from samantics.architectures import SAM, listen
+from samantics.architectures import listen
 from samantics.coco import CocoDataset, read_image
 from samantics.errors import StudyError
 from samantics.files import atomic_path, hash_value
@@ -91,7 +91,7 @@ def encode_images(sam: Sam, dataset: CocoDataset, image_ids: Sequence[int], coun
     chosen = {str(block): sam.image_encoder.blocks[block] for block in trunk_blocks(sam, count)}
     with listen(chosen) as heard:
         neck = sam.image_encoder(pixels)
-    trunk = torch.stack([SAM.read(heard[name]).dense for name in chosen], dim=1)
+    trunk = torch.stack([heard[name].permute(0, 3, 1, 2) for name in chosen], dim=1)
     inside = torch.zeros(len(pixels), *neck.shape[-2:], dtype=torch.bool, device=sam.device)
     for seen, image_id in zip(inside, image_ids, strict=True):
         record = dataset.images[image_id]
@@ -622,7 +622,7 @@ def loss_of(detections: Detections, answers: Sequence[Tensor]) -> tuple[Tensor, 
     share = here * world / count.clamp(min=1)
     total = sum(LOSS_WEIGHTS[name.rstrip("_0123456789")] * value for name, value in terms.items())
     assert isinstance(total, Tensor)
-    return total * share, {name: float(terms[name] * share) for name in LOSS_WEIGHTS}
+    return total * share, {name: float((terms[name] * share).detach()) for name in LOSS_WEIGHTS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -708,12 +708,13 @@ def _train_step(
     torch.manual_seed(lesson.seed * 1_000_003 + step)  # of dropout, the same after a resumption
     asked = lesson.questions(lesson.rows_of(step)[rank::world], step)
     tokens = torch.from_numpy(lesson.tokens[asked.references]).to(device).float()
-    loss, terms = loss_of(model(lesson.source.read(asked.rows), tokens, asked.owner.to(device)), asked.answers)
+    detections = model(lesson.source.read(asked.rows), tokens, asked.owner.to(device))
+    if not torch.isfinite(detections.boxes).all():
+        raise StudyError(f"the model's boxes are not finite at step {step}: lower the learning rate in scales.py")
+    loss, terms = loss_of(detections, asked.answers)
     values = torch.tensor([loss.item(), *terms.values()], device=device)
     if world > 1:
         dist.all_reduce(values)
-    if not torch.isfinite(values).all():
-        raise StudyError(f"the loss is not finite at step {step}: lower the learning rate in scales.py")
     optimiser.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), settings.clip)

@@ -168,7 +168,7 @@ def wrong_classes(present: NDArray[np.bool_], split: Split, seed: int) -> NDArra
 
 
 def questions(variant: str, present: NDArray[np.bool_], split: Split, seed: int) -> pd.DataFrame:
-    """Which images are asked for what: ``image`` row, ``asked`` embedding (column of ``present``), ``category`` id meant.
+    """Which images are asked for what: ``image`` row, ``asked`` column of ``present``, ``category`` id that is meant.
 
     Raises:
         StudyError: no such variant.

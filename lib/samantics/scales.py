@@ -103,7 +103,7 @@ POCKET_INCONTEXT = InContextSettings(
     learning_rate=5e-4,
     clip=1.0,
     absent_classes=1,
-    min_reference_area=16.0**2,
+    min_reference_area=10.0**2,
     top=10,
     min_score=0.05,
 )
@@ -111,15 +111,47 @@ POCKET_INCONTEXT = InContextSettings(
 
 @dataclasses.dataclass(frozen=True)
 class PipelineSettings:
-    """Notebook 03.
+    """Notebook 03. The defaults are the paper's (study, section 5).
 
     Attributes:
+        reference_scenes, target_scenes: how many MojiWorld scenes are written, where the data is MojiWorld.
+        min_reference_area, reference_inset: pixels; smaller objects and those nearer to the frame are no references.
+        points_per_side, predicted_iou, stability, box_nms: of the proposals.
+        semantic_size: side of DINOv2's input, pixels; 0 for its own.
         shots: references per class of the headline row.
+        shot_curve: references per class of the curve over shots.
+        grids: points per side of the curve over grid density.
+        grid_images: targets on which that curve is measured.
         reference_seeds: draws of the references, with seeds 0, 1, ...
     """
 
+    reference_scenes: int = 0
+    target_scenes: int = 0
+    min_reference_area: float = 32.0**2
+    reference_inset: float = 10.0
+    points_per_side: int = 32
+    predicted_iou: float = 0.4
+    stability: float = 0.0
+    box_nms: float = 1.0
+    semantic_size: int = 518
     shots: int = 10
+    shot_curve: tuple[int, ...] = (1, 2, 5, 10)
+    grids: tuple[int, ...] = (8, 16, 32)
+    grid_images: int = 200
     reference_seeds: int = 3
+
+
+# 192 pixels instead of some 640: lengths are 0.3 of a photograph's, areas a tenth
+POCKET_PIPELINE = PipelineSettings(
+    reference_scenes=400,
+    target_scenes=100,
+    min_reference_area=16.0**2,
+    reference_inset=3.0,
+    points_per_side=12,
+    semantic_size=0,
+    grids=(3, 6, 12, 16),
+    grid_images=40,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +176,7 @@ class Scale:
 SCALES = {
     scale.name: scale
     for scale in (
-        Scale(name="pocket", weights="zoo", incontext=POCKET_INCONTEXT),
+        Scale(name="pocket", weights="zoo", incontext=POCKET_INCONTEXT, pipeline=POCKET_PIPELINE),
         Scale(name="lite", weights="official"),
         Scale(name="paper", weights="official"),
     )

@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler, normalize
 from samantics.errors import StudyError
 from samantics.uncertainty import Interval, bootstrap_mean, bootstrap_statistic
 
-METRICS = ("silhouette", "knn_accuracy", "kmeans_nmi", "linear_accuracy")
+METRICS = ("silhouette", "knn", "nmi", "linear")
 NEIGHBOURS = 5
 FOLDS = 5
 SHUFFLES = 5
@@ -33,9 +33,9 @@ def separability(points: Points, labels: Labels, groups: Labels, seed: int = 0) 
     """The four numbers of ``(n, d)`` points with ``(n,)`` labels and groups.
 
     - ``silhouette``: mean cosine silhouette, -1 to 1 (Rousseeuw 1987).
-    - ``knn_accuracy``: share of points whose 5 nearest by cosine, of other groups, vote for their class.
-    - ``kmeans_nmi``: normalised mutual information of labels and as many k-means clusters of the directions, 0 to 1.
-    - ``linear_accuracy``: share of points that logistic regression names right, in 5-fold cross-validation over groups.
+    - ``knn``: share of points whose 5 nearest by cosine, of other groups, vote for their class.
+    - ``nmi``: normalised mutual information of labels and as many k-means clusters of the directions, 0 to 1.
+    - ``linear``: share of points that logistic regression names right, in 5-fold cross-validation over groups.
 
     Columns ``metric, value, low, high, shuffled``: low and high are the 95 % bootstrap interval over points,
     ``shuffled`` is the mean for five shuffles of the labels.
@@ -74,11 +74,11 @@ def _check(points: Points, labels: Labels, groups: Labels) -> None:
 def _measured(
     metric: str, directions: Points, clusters: Labels, labels: Labels, groups: Labels, seed: int, samples: int = 1000
 ) -> Interval:
-    if metric == "kmeans_nmi":
+    if metric == "nmi":
         return bootstrap_statistic(lambda rows: nmi(labels[rows], clusters[rows]), len(labels), seed, samples)
     if metric == "silhouette":
         values = silhouette_samples(directions, labels, metric="cosine")
-    elif metric == "knn_accuracy":
+    elif metric == "knn":
         values = knn_predictions(directions, labels, groups) == labels
     else:
         values = linear_predictions(directions, labels, groups) == labels

@@ -1,0 +1,413 @@
+"""The in-context model: SAM stays as it is, the parts equal the packages' own, and training is reproducible."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from segment_anything import SamPredictor
+from segment_anything.modeling import Sam
+from torch.multiprocessing.spawn import spawn
+from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+
+from samantics import mojiworld, zoo
+from samantics.coco import CocoDataset, load_coco, read_image, write_coco, write_mojiworld
+from samantics.errors import StudyError
+from samantics.incontext import (
+    Checkpoint,
+    Detections,
+    InContextModel,
+    Lesson,
+    LiveFeatures,
+    Objects,
+    SamMaps,
+    StoredFeatures,
+    box_masks,
+    build_model,
+    draw_references,
+    encode_images,
+    loss_of,
+    mask_tokens,
+    objects_of,
+    reference_tokens,
+    refined,
+    split_categories,
+    spread_points,
+    stored_features,
+    train,
+    trunk_blocks,
+)
+from samantics.scales import POCKET_INCONTEXT, POCKET_NOVEL, VOC
+
+torch.set_num_threads(1)
+SIZE, GRID = zoo.DEFAULT.image_size, zoo.DEFAULT.grid
+WIDTH, DIM = zoo.DEFAULT.width, zoo.DEFAULT.dim
+TINY = dataclasses.replace(
+    POCKET_INCONTEXT,
+    dim=32, heads=2, ffn_width=32, decoder_layers=2, queries=9, fuser_width=32, trunk_maps=2, batch=4, epochs=1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sam() -> Sam:
+    return zoo.build("sam").requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
+    return write_mojiworld(mojiworld.World(), "test", 24, tmp_path_factory.mktemp("scenes"), 0.0)
+
+
+@pytest.fixture(scope="module")
+def wide(scenes: CocoDataset, tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
+    """One 100 x 60 image, so that SAM's input has padding below."""
+    folder = tmp_path_factory.mktemp("wide")
+    read_image(scenes, 1).crop((0, 0, 100, 60)).save(folder / "wide.png")
+    record = dataclasses.replace(scenes.images[1], file="wide.png", width=100, height=60)
+    write_coco(folder / "wide.json", [record], scenes.categories, [], {})
+    return load_coco(folder / "wide.json", folder)
+
+
+@pytest.fixture(scope="module")
+def lesson(sam: Sam, scenes: CocoDataset, tmp_path_factory: pytest.TempPathFactory) -> Lesson:
+    folder = tmp_path_factory.mktemp("maps")
+    objects = objects_of(scenes, SIZE)
+    source = stored_features(sam, scenes, TINY.trunk_maps, "random", folder)
+    tokens = reference_tokens(sam, source, objects, folder / "tokens.npy")
+    # with so few scenes only the common categories have references in several of them
+    common = [c for c in scenes.categories if len(np.unique(objects.image[objects.categories == c])) > 2]
+    return Lesson(source, objects, tokens, tuple(common[:-1]), SIZE, TINY)
+
+
+# ------------------------------------------------------------------------------------------------- the frozen SAM
+
+
+def test_trunk_blocks_of_official_and_pocket_sam(sam: Sam) -> None:
+    assert trunk_blocks(sam, 3) == [1, 3, 5]
+    assert trunk_blocks(sam, 4) == [1, 2, 4, 5]
+
+
+@pytest.mark.parametrize("name", ["scenes", "wide"])
+def test_maps_equal_the_predictors(name: str, sam: Sam, request: pytest.FixtureRequest) -> None:
+    dataset: CocoDataset = request.getfixturevalue(name)
+    predictor = SamPredictor(sam)
+    heard: list[torch.Tensor] = []
+    handle = sam.image_encoder.blocks[3].register_forward_hook(lambda _m, _i, output: heard.append(output))
+    predictor.set_image(np.asarray(read_image(dataset, 1)))
+    handle.remove()
+    maps = encode_images(sam, dataset, [1], 3)
+    torch.testing.assert_close(maps.neck, predictor.features, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(maps.trunk[:, 1], heard[0].permute(0, 3, 1, 2), atol=1e-5, rtol=1e-4)
+    rows = GRID if name == "scenes" else math.ceil(0.6 * GRID)
+    assert maps.inside.sum() == rows * GRID
+    assert maps.inside[0, :rows].all()
+
+
+def test_mask_tokens_are_what_leaves_the_mask_decoders_transformer(sam: Sam, scenes: CocoDataset) -> None:
+    predictor = SamPredictor(sam)
+    predictor.set_image(np.asarray(read_image(scenes, 1)))
+    boxes = torch.tensor([[10.0, 20.0, 90.0, 100.0], [50.0, 5.0, 120.0, 60.0]])
+    heard: list[torch.Tensor] = []
+    handle = sam.mask_decoder.transformer.register_forward_hook(lambda _m, _i, output: heard.append(output[0]))
+    predictor.predict_torch(None, None, boxes)
+    handle.remove()
+    tokens = mask_tokens(sam, predictor.features.expand(2, -1, -1, -1), boxes)
+    torch.testing.assert_close(tokens, heard[0][:, 1:5], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("box", [[50, 50, 50, 90], [90, 50, 50, 90], [200, 10, 240, 90], [-40, 10, -5, 90]])
+def test_an_empty_or_outside_reference_box_is_refused(box: list[int], sam: Sam) -> None:
+    with pytest.raises(StudyError, match="empty or outside"):
+        mask_tokens(sam, torch.zeros(1, DIM, GRID, GRID), torch.tensor([box], dtype=torch.float32))
+
+
+@pytest.mark.parametrize("name", ["scenes", "wide"])
+def test_masks_equal_the_predictors(name: str, sam: Sam, request: pytest.FixtureRequest) -> None:
+    dataset: CocoDataset = request.getfixturevalue(name)
+    record = dataset.images[1]
+    predictor = SamPredictor(sam)
+    predictor.set_image(np.asarray(read_image(dataset, 1)))
+    boxes = torch.tensor([[10.0, 20.0, 90.0, 100.0], [50.0, 5.0, 120.0, 60.0]])
+    expected = predictor.predict_torch(None, None, boxes, multimask_output=False)[0][:, 0].numpy()
+    masks = box_masks(sam, encode_images(sam, dataset, [1], 1).neck, boxes, record.width, record.height)
+    assert masks.shape == (2, record.height, record.width)
+    assert (masks == expected).mean() > 0.9999
+
+
+def test_objects_lie_in_sams_frame(scenes: CocoDataset) -> None:
+    objects = objects_of(scenes, 2 * scenes.images[1].width)
+    np.testing.assert_allclose(objects.boxes[5], np.array(scenes.instances[5].box) * 2, rtol=1e-6)
+    assert list(scenes.images)[objects.image[5]] == scenes.instances[5].image_id
+
+
+def test_stored_features_are_the_live_ones_in_half_precision(sam: Sam, scenes: CocoDataset, tmp_path: Path) -> None:
+    stored = stored_features(sam, scenes, 2, "x", tmp_path)
+    rows = np.array([7, 3])
+    for kept, live in zip(stored.read(rows), LiveFeatures(sam, scenes, 2).read(rows), strict=True):
+        torch.testing.assert_close(kept.float(), live.float(), atol=1e-3, rtol=2e-3)
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in tmp_path.iterdir())
+    stored_features(sam, scenes, 2, "x", tmp_path)
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in tmp_path.iterdir()) == before
+    stored_features(sam, scenes, 2, "other weights", tmp_path)
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_reference_tokens_are_of_each_objects_own_image_and_box(sam: Sam, lesson: Lesson) -> None:
+    for row in (0, 17):
+        neck = lesson.source.read(lesson.objects.image[[row]]).neck
+        alone = mask_tokens(sam, neck, torch.from_numpy(lesson.objects.boxes[[row]]))
+        np.testing.assert_allclose(lesson.tokens[row], alone[0].numpy(), atol=5e-3)
+
+
+# ------------------------------------------------------------------------------------------------------ the model
+
+
+def test_spread_points_cover_the_image_evenly() -> None:
+    points = spread_points(36)
+    assert points.min() > 0
+    assert points.max() < 1
+    cells = (points * 3).long() @ torch.tensor([3, 1])
+    counts = cells.bincount(minlength=9)
+    assert counts.min() >= 2  # 4 in each if it were a grid
+    assert counts.max() <= 5
+
+
+def test_refinement_moves_a_box_in_logit_space() -> None:
+    start = torch.tensor([[0.3, 0.6, 0.2, 0.5]])
+    assert torch.allclose(refined(torch.zeros(1, 4), start), start, atol=1e-5)
+    point = refined(torch.tensor([[0.0, 0.0, -2.0, 0.0]]), start[:, :2])
+    assert torch.allclose(point, torch.tensor([[0.3, 0.6, 0.1192, 0.5]]), atol=1e-4)
+
+
+def test_padding_does_not_reach_the_answer(sam: Sam) -> None:
+    model = build_model(TINY, sam, 0).eval()
+    inside = torch.zeros(1, GRID, GRID, dtype=torch.bool)
+    inside[:, : GRID - 3] = True
+    trunk = torch.randn(1, 2, WIDTH, GRID, GRID)
+    # GroupNorm's statistics do see the padding, as in the published code; the attention must not
+    normalised = copy.deepcopy(model)
+    normalised.projections = torch.nn.ModuleList(torch.nn.Conv2d(WIDTH, 32, 1) for _ in range(2))
+    other = torch.where(inside[:, None, None], trunk, torch.randn_like(trunk))
+    embedding, owner = torch.randn(1, 32), torch.zeros(1, dtype=torch.int64)
+    with torch.no_grad():
+        first, second = (
+            normalised.detect(SamMaps(t, torch.zeros(1, DIM, GRID, GRID), inside), embedding, owner)
+            for t in (trunk, other)
+        )
+    torch.testing.assert_close(first.logits, second.logits)
+    torch.testing.assert_close(first.boxes, second.boxes)
+
+
+def test_every_question_is_answered_from_its_own_image_and_reference(sam: Sam, lesson: Lesson) -> None:
+    model = build_model(TINY, sam, 0).eval()
+    maps = lesson.source.read(np.array([2, 5]))
+    embeddings = torch.randn(3, TINY.dim) * 3
+    with torch.no_grad():
+        together = model.detect(maps, embeddings, torch.tensor([1, 0, 1]))
+        alone = model.detect(SamMaps(*(part[1:] for part in maps)), embeddings[2:], torch.tensor([0]))
+    torch.testing.assert_close(together.boxes[:, 2:], alone.boxes, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(together.logits[:, 0], together.logits[:, 2])
+
+
+def test_loss_of_one_object_and_one_query_in_closed_form() -> None:
+    logit, box, target = 0.7, [0.5, 0.5, 0.4, 0.2], [0.45, 0.55, 0.3, 0.3]
+    found = Detections(torch.tensor([[[logit]]]), torch.tensor([[[box]]]))
+    total, terms = loss_of(found, [torch.tensor([target])])
+    focal = sigmoid_focal_loss(torch.tensor([logit]), torch.ones(1), alpha=0.25, gamma=2, reduction="sum")
+    corners = [
+        torch.tensor([[c[0] - c[2] / 2, c[1] - c[3] / 2, c[0] + c[2] / 2, c[1] + c[3] / 2]]) for c in (box, target)
+    ]
+    expected = [float(focal), 0.05 + 0.05 + 0.1 + 0.1, float(generalized_box_iou_loss(*corners))]
+    assert list(terms.values()) == pytest.approx(expected, abs=1e-5)
+    assert float(total) == pytest.approx(2 * expected[0] + 5 * expected[1] + 2 * expected[2], abs=1e-4)
+
+
+def test_loss_without_any_object_is_finite() -> None:
+    found = Detections(torch.zeros(2, 1, 3), torch.full((2, 1, 3, 4), 0.5))
+    assert torch.isfinite(loss_of(found, [torch.empty(0, 4)])[0])
+
+
+# -------------------------------------------------------------------------------------------------- base and novel
+
+
+def test_pocket_split_is_every_third_category() -> None:
+    assert mojiworld.categories()[2::3] == POCKET_NOVEL
+    table = mojiworld.catalogue().drop_duplicates("category")
+    assert table[table["category"].isin(POCKET_NOVEL)]["theme"].is_unique
+
+
+def test_split_by_names(scenes: CocoDataset) -> None:
+    split = split_categories(scenes, POCKET_NOVEL)
+    assert len(split.base) == 15
+    assert [scenes.categories[c] for c in split.novel] == list(POCKET_NOVEL)
+    with pytest.raises(StudyError, match="no category 'dragon'"):
+        split_categories(scenes, ["dragon"])
+    with pytest.raises(StudyError, match="0 base"):
+        split_categories(scenes, list(scenes.categories.values()))
+    assert len(set(VOC)) == 20
+
+
+def test_training_never_labels_a_novel_object(lesson: Lesson) -> None:
+    for step in range(5):
+        asked = lesson.questions(lesson.rows_of(step), step)
+        categories = lesson.objects.categories[asked.references]
+        assert np.isin(categories, lesson.base).all()
+        for owner, category, answers in zip(asked.owner, categories, asked.answers, strict=True):
+            here = (lesson.objects.image == asked.rows[owner]) & (lesson.objects.categories == category)
+            assert len(answers) == here.sum()
+        assert (lesson.objects.image[asked.references] != asked.rows[asked.owner]).all()
+
+
+def test_an_epoch_shows_every_image_once(lesson: Lesson) -> None:
+    per_epoch = len(lesson.images) // TINY.batch
+    seen = np.concatenate([lesson.rows_of(step) for step in range(per_epoch)])
+    assert len(set(seen.tolist())) == per_epoch * TINY.batch
+
+
+def test_a_category_without_a_reference_elsewhere_is_named(lesson: Lesson) -> None:
+    lonely = int(lesson.objects.categories[0])
+    keep = (lesson.objects.categories != lonely) | (np.arange(len(lesson.objects.image)) == 0)
+    objects = Objects(*(getattr(lesson.objects, f.name)[keep] for f in dataclasses.fields(Objects)))
+    few = dataclasses.replace(lesson, objects=objects, base=(lonely,))
+    with pytest.raises(StudyError, match=f"category {lonely} has no reference"):
+        few.questions(np.array([0]), 0)
+
+
+def test_references_are_large_enough_of_distinct_images_and_nested(lesson: Lesson) -> None:
+    category = lesson.base[0]
+    rows = draw_references(lesson.objects, [category], 3, seed=1, min_area=256)[0]
+    assert len(set(lesson.objects.image[rows].tolist())) == 3
+    assert (lesson.objects.categories[rows] == category).all()
+    assert (lesson.objects.area[rows] >= 256).all()
+    np.testing.assert_array_equal(rows[:2], draw_references(lesson.objects, [category], 2, seed=1, min_area=256)[0])
+    with pytest.raises(StudyError, match=f"category {category} has references in"):
+        draw_references(lesson.objects, [category], 1000, seed=1, min_area=256)
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+
+def test_sam_is_frozen(sam: Sam, scenes: CocoDataset, lesson: Lesson, tmp_path: Path) -> None:
+    weights = copy.deepcopy(sam.state_dict())
+    boxes = torch.tensor([[10.0, 20.0, 90.0, 100.0]])
+    before = encode_images(sam, scenes, [1], 2)
+    masks = box_masks(sam, before.neck, boxes, SIZE, SIZE)
+    model = build_model(TINY, sam, 0)
+    start = copy.deepcopy(model.state_dict())
+    live = dataclasses.replace(lesson, source=LiveFeatures(sam, scenes, TINY.trunk_maps))
+    train(model, live, Checkpoint(tmp_path / "model.pt", {}))
+    assert all(torch.equal(value, weights[name]) for name, value in sam.state_dict().items())
+    after = encode_images(sam, scenes, [1], 2)
+    assert torch.equal(before.trunk, after.trunk)
+    assert np.array_equal(masks, box_masks(sam, after.neck, boxes, SIZE, SIZE))
+    moved = [name for name, value in model.state_dict().items() if not torch.equal(value, start[name])]
+    assert any(name.startswith("fuser") for name in moved)
+    assert any(name.startswith("decoder") for name in moved)
+
+
+def test_training_learns_a_few_scenes(sam: Sam, lesson: Lesson, tmp_path: Path) -> None:
+    few = dataclasses.replace(lesson, settings=dataclasses.replace(TINY, epochs=12, learning_rate=2e-3))
+    curve = train(build_model(TINY, sam, 0), few, Checkpoint(tmp_path / "model.pt", {}))
+    assert curve["loss"].iloc[-1] < 0.75 * curve["loss"].iloc[0]
+    assert np.isfinite(curve.to_numpy()).all()
+
+
+def test_a_killed_training_resumes_to_the_same_weights(
+    sam: Sam, lesson: Lesson, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("samantics.incontext.SAVE_EVERY", 2)
+    with_dropout = dataclasses.replace(lesson, settings=dataclasses.replace(TINY, dropout=0.1))
+    whole = build_model(with_dropout.settings, sam, 0)
+    expected = train(whole, with_dropout, Checkpoint(tmp_path / "whole.pt", {}))
+
+    class KilledError(Exception):
+        pass
+
+    reads = iter(range(3))
+
+    class Mortal:
+        def read(self, rows: np.ndarray) -> SamMaps:
+            if next(reads, None) is None:
+                raise KilledError
+            return lesson.source.read(rows)
+
+    halfway = Checkpoint(tmp_path / "half.pt", {})
+    with pytest.raises(KilledError):
+        train(build_model(with_dropout.settings, sam, 0), dataclasses.replace(with_dropout, source=Mortal()), halfway)
+    resumed = build_model(with_dropout.settings, sam, 99)
+    curve = train(resumed, with_dropout, halfway)
+    assert curve.equals(expected)
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+def test_a_checkpoint_of_another_split_is_refused(sam: Sam, lesson: Lesson, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    train(build_model(TINY, sam, 0), lesson, Checkpoint(path, {"base": [1, 2]}))
+    with pytest.raises(StudyError, match="trained with another base"):
+        train(build_model(TINY, sam, 0), lesson, Checkpoint(path, {"base": [1, 3]}))
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(StudyError, match="damaged"):
+        train(build_model(TINY, sam, 0), lesson, Checkpoint(path, {"base": [1, 2]}))
+
+
+def _worker(rank: int, lesson: Lesson, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    model = build_model(lesson.settings, zoo.build("sam"), 0)
+    curve = train(model, lesson, Checkpoint(folder / "two.pt", {}))
+    if rank == 0:
+        curve.to_json(folder / "curve.json", double_precision=10)
+    dist.destroy_process_group()
+
+
+def test_two_processes_train_as_one(sam: Sam, lesson: Lesson, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("samantics.incontext.RECORD_EVERY", 1)
+    expected = train(build_model(TINY, sam, 0), lesson, Checkpoint(tmp_path / "one.pt", {}))
+    assert isinstance(lesson.source, StoredFeatures)
+    source = lesson.source  # a memory map would be pickled as a copy, but without its file
+    in_memory = StoredFeatures(np.array(source.trunk), np.array(source.neck), np.array(source.inside), source.device)
+    spawn(_worker, (dataclasses.replace(lesson, source=in_memory), tmp_path), nprocs=2)
+    curve = {name: list(column.values()) for name, column in json.loads((tmp_path / "curve.json").read_text()).items()}
+    recorded = expected[expected["step"].isin(curve["step"])]
+    for name in ("loss", "loss_ce", "loss_bbox", "loss_giou"):
+        np.testing.assert_allclose(curve[name], recorded[name], rtol=2e-3)
+    saved = torch.load(tmp_path / "two.pt", weights_only=True)["model"]
+    alone = torch.load(tmp_path / "one.pt", weights_only=True)["model"]
+    for name, value in alone.items():
+        torch.testing.assert_close(saved[name], value, atol=2e-3, rtol=0)  # Adam scales rounding up
+
+
+def test_a_model_that_is_not_finite_stops_training(sam: Sam, lesson: Lesson, tmp_path: Path) -> None:
+    model = build_model(TINY, sam, 0)
+    torch.nn.init.constant_(model.query_content.weight, float("nan"))
+    with pytest.raises(StudyError, match="not finite at step 0"):
+        train(model, lesson, Checkpoint(tmp_path / "model.pt", {}))
+
+
+def test_the_model_is_small() -> None:
+    model = InContextModel(POCKET_INCONTEXT, WIDTH, (4, DIM))
+    assert sum(p.numel() for p in model.parameters()) < 3e6
+
+
+COCO100 = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco100"
+
+
+@pytest.mark.skipif(not COCO100.is_dir(), reason="coco100 is not part of the project")
+def test_training_on_photographs(sam: Sam, tmp_path: Path) -> None:
+    photographs = load_coco(COCO100 / "instances_train2017.json", COCO100 / "train2017")
+    split = split_categories(photographs, VOC)
+    objects = objects_of(photographs, SIZE)
+    source = LiveFeatures(sam, photographs, 2)
+    tokens = reference_tokens(sam, source, objects, tmp_path / "tokens.npy")
+    common = tuple(c for c in split.base if len(np.unique(objects.image[objects.categories == c])) > 3)
+    settings = dataclasses.replace(TINY, epochs=0.2, absent_classes=0, min_reference_area=0)
+    lesson = Lesson(source, objects, tokens, common, SIZE, settings)
+    curve = train(build_model(settings, sam, 0), lesson, Checkpoint(tmp_path / "model.pt", {}))
+    assert np.isfinite(curve.to_numpy()).all()

@@ -1,0 +1,77 @@
+"""Numbers of class structure: known answers, brute force, and chance for shuffled labels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.metrics import silhouette_score
+
+from samantics.errors import StudyError
+from samantics.separability import METRICS, knn_predictions, linear_predictions, separability, tsne_map
+
+RNG = np.random.default_rng(0)
+LABELS = np.repeat(np.arange(4), 30)
+GROUPS = np.arange(120) // 2
+APART = np.eye(16)[LABELS] * 8 + RNG.normal(size=(120, 16))
+MIXED = RNG.normal(size=(120, 16))
+
+
+def test_classes_that_are_apart_score_high_and_mixed_ones_as_shuffled() -> None:
+    apart = separability(APART, LABELS, GROUPS).set_index("metric")
+    mixed = separability(MIXED, LABELS, GROUPS).set_index("metric")
+    assert tuple(apart.index) == METRICS
+    assert (apart["value"] > [0.5, 0.99, 0.99, 0.99]).all()
+    assert (apart["shuffled"] < [0.05, 0.45, 0.15, 0.45]).all()
+    assert (abs(mixed["value"] - mixed["shuffled"]) < [0.05, 0.15, 0.1, 0.15]).all()
+    for table in (apart, mixed):
+        assert (table["low"] <= table["value"]).drop("nmi").all()
+        assert (table["value"] <= table["high"]).drop("nmi").all()
+        assert np.isfinite(table.to_numpy()).all()
+    assert apart.loc["silhouette", "value"] == pytest.approx(silhouette_score(APART, LABELS, metric="cosine"), abs=1e-6)
+
+
+def test_neighbours_against_brute_force() -> None:
+    directions = MIXED / np.linalg.norm(MIXED, axis=1, keepdims=True)
+    predicted = knn_predictions(directions, LABELS, GROUPS, neighbours=3)
+    for point in range(0, 120, 7):
+        others = [other for other in range(120) if GROUPS[other] != GROUPS[point]]
+        nearest = sorted(others, key=lambda other: -float(directions[point] @ directions[other]))[:3]
+        votes = np.zeros(4)
+        for other in nearest:
+            votes[LABELS[other]] += max(0.0, float(directions[point] @ directions[other]))
+        assert predicted[point] == votes.argmax()
+
+
+def test_a_group_never_recognises_its_own_members() -> None:
+    # each pair of a group is alike and like nothing else, so remembering would be right every time
+    pairs = np.repeat(RNG.normal(size=(60, 16)), 2, axis=0)
+    labels = RNG.permutation(np.repeat(np.arange(4), 15)).repeat(2)
+    directions = pairs / np.linalg.norm(pairs, axis=1, keepdims=True)
+    assert (knn_predictions(directions, labels, np.arange(120), neighbours=1) == labels).mean() > 0.99
+    assert (knn_predictions(directions, labels, GROUPS) == labels).mean() < 0.5
+    assert (linear_predictions(directions, labels, GROUPS) == labels).mean() < 0.5
+
+
+def test_tsne_is_seeded_and_keeps_classes_together() -> None:
+    placed = tsne_map(APART, perplexity=20, seed=1)
+    assert placed.shape == (120, 2)
+    assert silhouette_score(placed, LABELS) > 0.5
+    np.testing.assert_array_equal(placed, tsne_map(APART, perplexity=20, seed=1))
+    with pytest.raises(StudyError, match="perplexity"):
+        tsne_map(APART[:20], perplexity=20)
+
+
+@pytest.mark.parametrize(
+    ("points", "labels", "groups", "message"),
+    [
+        (MIXED, np.zeros(120, int), GROUPS, "two classes"),
+        (MIXED, np.where(np.arange(120) == 5, 9, LABELS), GROUPS, "two classes"),
+        (MIXED, LABELS, np.zeros(120, int), "groups"),
+        (np.full((120, 4), np.nan), LABELS, GROUPS, "not finite"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    points: np.ndarray, labels: np.ndarray, groups: np.ndarray, message: str
+) -> None:
+    with pytest.raises(StudyError, match=message):
+        separability(points, labels, groups)
