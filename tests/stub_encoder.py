@@ -34,7 +34,7 @@ class LookUp:
     @property
     def encoder(self) -> Encoder:
         architecture = Architecture(
-            lambda _model: [], self.forward, lambda output: output, MEAN, "none", after=("early", "final")
+            lambda _model: [], self.forward, lambda _model, output: output, MEAN, "none", after=("early", "final")
         )
         preprocess = Preprocessing(4, "squash", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
         model = torch.nn.Identity()

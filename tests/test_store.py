@@ -174,7 +174,11 @@ def test_features_over_16_bits_are_refused(tmp_path: Path) -> None:
 def test_object_masks_pool_the_object(tmp_path: Path) -> None:
     """A stub whose dense map is the picture itself: pooled over the mask it is the object's mean colour."""
     architecture = Architecture(
-        lambda _model: [], lambda _model, pixels: {"final": LayerOutput(pixels)}, lambda output: output, MEAN, "none"
+        blocks=lambda _model: [],
+        forward=lambda _model, pixels: {"final": LayerOutput(pixels)},
+        read=lambda _model, output: output,
+        headline=MEAN,
+        cls_in="none",
     )
     for fit in ("squash", "pad", "crop"):
         preprocess = Preprocessing(8, fit, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))

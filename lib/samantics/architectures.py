@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 Layer = str
@@ -40,7 +40,7 @@ class Architecture:
     Attributes:
         blocks: its trunk blocks, in order.
         forward: runs it on ``(B, 3, S, S)`` pixels; outputs by layer name: those of ``after``.
-        read: a block's raw output as :class:`LayerOutput`.
+        read: model and a block's raw output -> :class:`LayerOutput`.
         headline: layer and pooling as the paper (else the model's authors) pool it.
         cls_in: of which layers ``cls`` can be pooled.
         after: names of the layers behind the blocks.
@@ -49,7 +49,7 @@ class Architecture:
 
     blocks: Callable[[Any], Sequence[nn.Module]]
     forward: Callable[[Any, Tensor], dict[Layer, LayerOutput]]
-    read: Callable[[Any], LayerOutput]
+    read: Callable[[Any, Any], LayerOutput]
     headline: Wanted
     cls_in: Literal["none", "final", "all"]
     after: tuple[Layer, ...] = ("final",)
@@ -73,7 +73,7 @@ def listen(modules: Mapping[Layer, nn.Module]) -> Iterator[dict[Layer, Any]]:
 # ------------------------------------------------------------------------------------------------ reading outputs
 
 
-def channels_last(output: Any) -> LayerOutput:
+def channels_last(_model: Any, output: Any) -> LayerOutput:
     """``(B, h, w, C)`` of the trunks of SAM, SAM 2 and SAM 3."""
     return LayerOutput(output.permute(0, 3, 1, 2))
 
@@ -86,13 +86,15 @@ def tokens(output: Any, prefix: int) -> LayerOutput:
     return LayerOutput(dense, sequence[:, 0] if prefix else None)
 
 
-class_and_tokens = functools.partial(tokens, prefix=1)
+def class_and_tokens(_model: Any, output: Any) -> LayerOutput:
+    """``(B, 1 + h * w, C)``."""
+    return tokens(output, prefix=1)
 
 
 def _clip_forward(model: Any, pixels: Tensor) -> dict[Layer, LayerOutput]:
     with listen({"norm": model.visual.ln_post}) as heard:
         projected = model.visual(pixels)
-    normal = class_and_tokens(heard["norm"])
+    normal = tokens(heard["norm"], prefix=1)
     dense = (normal.dense.permute(0, 2, 3, 1) @ model.visual.proj).permute(0, 3, 1, 2)
     return {"before_projection": normal, "final": LayerOutput(dense, projected)}
 
@@ -123,9 +125,78 @@ CLIP = Architecture(
 )
 DINOV2 = Architecture(
     blocks=lambda model: model.encoder.layer,
-    forward=lambda model, pixels: {"final": class_and_tokens(model(pixels).last_hidden_state)},
+    forward=lambda model, pixels: {"final": tokens(model(pixels).last_hidden_state, prefix=1)},
     read=class_and_tokens,
     headline=("final", "cls"),
     cls_in="all",
     any_size=True,
+)
+
+
+# -------------------------------------------------------------------------------- parents, and models of today
+
+
+def _mae_forward(model: Any, pixels: Tensor) -> dict[Layer, LayerOutput]:
+    """Nothing masked, and the tokens in their order (``noise`` is what MAE sorts them by)."""
+    count = model.embeddings.patch_embeddings.num_patches
+    noise = torch.arange(count, device=pixels.device).expand(len(pixels), count)
+    return {"final": tokens(model(pixels, noise=noise).last_hidden_state, prefix=1)}
+
+
+def _hiera_block(model: Any, output: Any) -> LayerOutput:
+    """Hiera's tokens lie window by window until its own ``reroll`` puts them in order."""
+    sequence: Tensor = output[0]
+    grids = [size[0] * size[1] for _, size in model.encoder.schedule.values()]
+    return channels_last(model, model.encoder.reroll(sequence, grids.index(sequence.shape[1])))
+
+
+def _sam3_forward(model: Any, pixels: Tensor) -> dict[Layer, LayerOutput]:
+    """The neck's map at the trunk's own resolution."""
+    return {"final": LayerOutput(model(pixels).fpn_hidden_states[model.config.scale_factors.index(1.0)])}
+
+
+def _siglip_forward(model: Any, pixels: Tensor) -> dict[Layer, LayerOutput]:
+    output = model(pixels)
+    return {"final": LayerOutput(tokens(output.last_hidden_state, prefix=0).dense, output.pooler_output)}
+
+
+def _dinov3_tokens(model: Any, output: Any) -> LayerOutput:
+    return tokens(output, prefix=1 + model.config.num_register_tokens)
+
+
+MAE = Architecture(
+    blocks=lambda model: model.layers,
+    forward=_mae_forward,
+    read=class_and_tokens,
+    headline=("final", "mean"),
+    cls_in="all",
+)
+HIERA = Architecture(
+    blocks=lambda model: [layer for stage in model.encoder.stages for layer in stage.layers],
+    forward=lambda model, pixels: {"final": tokens(model(pixels).last_hidden_state, prefix=0)},
+    read=_hiera_block,
+    headline=("final", "mean"),
+    cls_in="none",
+)
+SAM3 = Architecture(
+    blocks=lambda model: model.backbone.layers,
+    forward=_sam3_forward,
+    read=channels_last,
+    headline=("final", "mean"),
+    cls_in="none",
+)
+DINOV3 = Architecture(
+    blocks=lambda model: model.model.layer,
+    forward=lambda model, pixels: {"final": _dinov3_tokens(model, model(pixels).last_hidden_state)},
+    read=_dinov3_tokens,
+    headline=("final", "cls"),
+    cls_in="all",
+    any_size=True,
+)
+SIGLIP2 = Architecture(
+    blocks=lambda model: model.encoder.layers,
+    forward=_siglip_forward,
+    read=lambda _model, output: tokens(output, prefix=0),
+    headline=("final", "cls"),
+    cls_in="final",
 )

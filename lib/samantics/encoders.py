@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -75,7 +75,7 @@ class Encoder:
             torch.autocast(self.device.type, torch.bfloat16, enabled=self.half),
         ):
             outputs = self.architecture.forward(self.model, pixels.to(self.device))
-        outputs |= {name: self.architecture.read(raw) for name, raw in heard.items()}
+        outputs |= {name: self.architecture.read(self.model, raw) for name, raw in heard.items()}
         return {name: _as_float(outputs[name]) for name in layers}
 
     def pooled(
@@ -156,22 +156,29 @@ def load_encoder(
     weights: str | Path = "zoo",
     device: str | torch.device = "cpu",
     seed: int = 0,
+    preprocessing: Literal["own", "paper"] = "own",
     image_size: int | None = None,
     half: bool = False,
 ) -> Encoder:
     """The encoder of that name, frozen, in evaluation mode.
 
     Args:
-        name: ``sam``, ``sam2``, ``clip``, ``dinov2`` or ``random`` (an untrained SAM).
-        weights: ``zoo`` (the pocket models) or ``zoo_random`` (the same, untrained).
+        name: ``sam``, ``sam2``, ``clip``, ``dinov2`` or ``random`` (an untrained SAM); of the official models also
+            ``mae`` and ``hiera`` (the parents of SAM and SAM 2), ``sam3``, ``dinov3``, ``siglip2``.
+        weights: ``zoo`` (the pocket models), ``zoo_random`` (the same, untrained), ``official``, ``random`` (the
+            official architecture, untrained) or the path of an official checkpoint.
         seed: of untrained weights.
-        image_size: another input side, for models that take any (``dinov2``).
+        preprocessing: the model's own, or the paper's for all; the pocket models have one only.
+        image_size: another input side, for models that take any (``dinov2``, ``dinov3``).
         half: compute in bfloat16.
 
     Raises:
         StudyError: unknown name; weights that are missing, damaged or of another model; a size that it does not take.
     """
-    architecture, model, weights_hash, preprocess = _from_zoo(name, str(weights), seed)
+    if weights in ("zoo", "zoo_random"):
+        architecture, model, weights_hash, preprocess = _from_zoo(name, str(weights), seed)
+    else:
+        architecture, model, weights_hash, preprocess = _from_official(name, weights, seed, preprocessing)
     if image_size is not None:
         if not architecture.any_size and image_size != preprocess.size:
             raise StudyError(f"encoder {name} takes {preprocess.size}-pixel images only: leave image_size out")
@@ -200,6 +207,22 @@ def _from_zoo(name: str, weights: str, seed: int) -> tuple[Architecture, nn.Modu
     else:
         model, weights_hash = zoo.load(name), zoo.verify(name)[:16]
     return ZOO[name], model, weights_hash, Preprocessing(zoo.DEFAULT.image_size, "squash")
+
+
+def _from_official(
+    name: str, weights: str | Path, seed: int, preprocessing: Literal["own", "paper"]
+) -> tuple[Architecture, nn.Module, str, Preprocessing]:
+    from samantics import (
+        official,  # imports every model package of transformers: seconds, and only official models need it
+    )
+
+    if name not in (*official.OFFICIAL, "random"):
+        raise StudyError(f"no official encoder is called {name!r}: choose from {', '.join(official.OFFICIAL)}, random")
+    known, source = ("sam", "random") if name == "random" else (name, weights)
+    model, sha256 = official.official_model(known, source, seed)
+    weights_hash = sha256[:16] if sha256 else hash_model(model)
+    entry = official.OFFICIAL[known]
+    return entry.architecture, model, weights_hash, entry.paper if preprocessing == "paper" else entry.own
 
 
 def hash_model(model: nn.Module) -> str:
