@@ -28,13 +28,14 @@ def probe_table(figures: Path) -> str:
         "|---|---:|---:|---:|",
     ]
     path = figures / "01_probe_accuracy.csv"
-    table = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["encoder", "labels", "probe", "layer"])
+    columns = ["encoder", "labels", "probe", "layer", "top1", "top1_low", "top1_high"]
+    table = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=columns)
     for encoder in ("sam", "sam2", "clip", "dinov2", "random"):
         paper = f"{PAPER_PROBE[encoder][0]}" if encoder in PAPER_PROBE else ""
         rows = table[(table["encoder"] == encoder) & (table["probe"] == "linear") & (table["layer"] == "final")]
         cells = []
         for labels in ("drawing", "category"):
-            values = rows.loc[rows["labels"] == labels, ["top1", "top1_low", "top1_high"]].to_numpy(float)
+            values = rows.loc[rows["labels"] == labels, columns[-3:]].to_numpy(float)
             cells.append(str(Interval(*values[0])) if len(values) else "not measured")
         lines.append(f"| {LABELS[encoder]} | {paper} | {' | '.join(cells)} |")
     return "\n".join(lines)
