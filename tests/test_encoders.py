@@ -178,7 +178,12 @@ def test_siglip2_pools_by_attention() -> None:
 
 @torch.no_grad()
 def test_sam3_takes_the_neck_at_the_trunks_resolution() -> None:
-    trunk = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    trunk: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
     trunk |= {"image_size": 56, "pretrain_image_size": 56, "window_size": 2, "global_attn_indexes": [1]}
     model = Sam3VisionModel(Sam3VisionConfig(backbone_config={**trunk, "model_type": "sam3_vit_model"}))
     encoder = small(architectures.SAM3, model, 56)

@@ -161,6 +161,25 @@ def _split(folder: ImageFolder, seed: int, val_share: float) -> tuple[ImageFolde
     return folder.subset(train), folder.subset(val)
 
 
+def imagenette(root: Path | str) -> tuple[ImageFolder, ImageFolder]:
+    """Train and validation images of Imagenette (320 px): ten classes of ImageNet, fetched and verified by torchvision.
+
+    Raises:
+        StudyError: it is not in ``root`` and cannot be downloaded.
+    """
+    from torchvision.datasets import Imagenette
+
+    folder = Path(root) / "imagenette2-320"
+    if not folder.is_dir():
+        try:
+            Path(root).mkdir(parents=True, exist_ok=True)
+            Imagenette(root, size="320px", download=True)
+        except (OSError, RuntimeError, EOFError) as error:
+            source = Imagenette._ARCHIVES["320px"][0]
+            raise StudyError(f"cannot fetch Imagenette ({error}): unpack {source} into {root} yourself") from error
+    return image_folders(folder)
+
+
 # --------------------------------------------------------------------------------------------------- class names
 
 

@@ -404,11 +404,13 @@ class PaperProbe:
         curve: ``(epochs,)`` top-1 on the reported split after each epoch.
         chosen: the epoch (from 0) whose model is reported: the best on that same split, as the paper chose it.
         result: of the chosen epoch.
+        last: of the last epoch, chosen without a look at the reported split.
     """
 
     curve: NDArray[np.float64]
     chosen: int
     result: ProbeResult
+    last: ProbeResult
 
 
 def paper_probe(
@@ -447,7 +449,7 @@ def paper_probe(
         schedule.step(loss)
         course.append(_result([ranked], test_y, (optimiser.param_groups[0]["lr"],), (epochs,)))
     curve = np.array([result.top1.mean() for result in course])
-    return PaperProbe(curve, int(curve.argmax()), course[int(curve.argmax())])
+    return PaperProbe(curve, int(curve.argmax()), course[int(curve.argmax())], course[-1])
 
 
 def _mixed(device: torch.device) -> torch.autocast:
