@@ -148,6 +148,16 @@ def test_notebooks_run_in_order_with_appendices_last(tmp_path: Path) -> None:
     assert [path.stem for path in chosen] == ["00_a", "02_b", "A1_more"]
 
 
+def test_student_notebooks_lack_the_solutions_only(tmp_path: Path) -> None:
+    write_notebook(tmp_path, "00_a", "answer = 42", "assert answer == 42")
+    notebook = nbformat.read(tmp_path / "00_a.ipynb", as_version=4)
+    notebook.cells[2].metadata["tags"] = ["solution"]
+    nbformat.write(notebook, tmp_path / "00_a.ipynb")
+    folder = study.write_student_notebooks([tmp_path / "00_a.ipynb"], tmp_path / "student")
+    sources = [cell.source for cell in nbformat.read(folder / "00_a.ipynb", as_version=4).cells]
+    assert sources == ["# A question?", SETTINGS, "# Your answer\n", "assert answer == 42"]
+
+
 def test_parameters_are_those_of_the_tagged_cell(tmp_path: Path) -> None:
     write_notebook(tmp_path, "00_a", "other = 1", settings="scale: str = 'pocket'\nseed = 1")
     assert study.parameter_names(tmp_path / "00_a.ipynb") == {"scale", "seed"}
@@ -164,5 +174,5 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         study.main(["--help"])
     shown = capsys.readouterr().out
-    for name in itertools.chain(("scale", "only", "fresh", "seed"), study.PATH_OPTIONS):
+    for name in itertools.chain(("scale", "only", "fresh", "student", "seed"), study.PATH_OPTIONS):
         assert f"--{name} " in shown

@@ -5,6 +5,7 @@ Usage: ./run_all.sh [options]
   --scale NAME        pocket (default; two cores, no network), lite or paper
   --only NAME ...     these notebooks only, by number or name: --only 01 03
   --fresh             first empty this scale's caches: everything is computed again
+  --student           only write the notebooks without the exercises' solutions, into student/
   --seed N            another seed than the notebooks' own
   --data DIR          notebook 01: your own images, a sub-folder for each class
   --references FILE   notebook 03: your own reference instances, COCO JSON
@@ -75,6 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the study as the command line says; the exit code."""
     try:
         options = _options(sys.argv[1:] if arguments is None else arguments)
+        if options.student:
+            print(f"notebooks for students: {write_student_notebooks(select_notebooks(NOTEBOOKS, options.only))}")
+            return 0
         outcomes = run_study(options.scale, options.only, options.fresh, notebook_parameters(options))
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -154,6 +158,22 @@ def parameter_names(path: Path) -> set[str]:
         raise StudyError(f"{path} is damaged ({str(error).splitlines()[0]}): restore it with git checkout") from error
     targets = [s.targets[0] if isinstance(s, ast.Assign) else getattr(s, "target", None) for s in statements]
     return {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+def write_student_notebooks(paths: Sequence[Path], folder: Path = PROJECT / "student") -> Path:
+    """Write the notebooks with an empty cell in place of each that is tagged ``solution``; the folder.
+
+    Raises:
+        StudyError: the folder cannot be written.
+    """
+    for path in paths:
+        notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:
+            if "solution" in cell.metadata.get("tags", []):
+                cell.source = "# Your answer\n"
+        with atomic_path(folder / path.name) as temporary:
+            nbformat.write(notebook, temporary)
+    return folder
 
 
 # --------------------------------------------------------------------------------------------------- one notebook
@@ -366,6 +386,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--scale", default="pocket")
     parser.add_argument("--only", nargs="+", default=[])
     parser.add_argument("--fresh", action="store_true")
+    parser.add_argument("--student", action="store_true")
     parser.add_argument("--seed", type=int)
     for name in PATH_OPTIONS:
         parser.add_argument(f"--{name}", type=Path)

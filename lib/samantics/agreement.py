@@ -1,0 +1,97 @@
+"""Do two runs agree? Compares the tables of a fresh run with the committed ones: python -m samantics.agreement OLD NEW.
+
+Tolerances. Where a number has an interval, the new number must lie within the old interval widened by half its width
+on either side: machines differ in the last digits, and training carries those on, but not that far. Numbers without
+an interval belong to the same rows and may differ by a tenth of the old value or by 0.05 of the column's range,
+whichever is more. Rows and columns must be the same.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+TABLES = {  # the tables whose columns are a promise, and the columns that name a row
+    "01_probe_accuracy": ["encoder", "labels", "probe", "layer", "pooling"],
+    "02_icl_ap": ["variant", "split", "shots", "iou_type"],
+    "02_separability": ["stage", "split", "metric"],
+    "03_pipeline_ap": ["proposals", "source", "merging", "shots", "iou_type"],
+    "03_oracles": ["oracle", "iou_type"],
+}
+INTERVALS = {  # column of a number: columns of its interval
+    "top1": ("top1_low", "top1_high"),
+    "top5": ("top5_low", "top5_high"),
+    "AP": ("low", "high"),
+    "value": ("low", "high"),
+}
+WIDENED = 0.5  # of the interval's width, on either side
+RELATIVE = 0.1
+OF_RANGE = 0.05
+
+
+def differences(old: Path, new: Path) -> list[str]:
+    """One line for each real difference between the tables of two folders of figures; empty when they agree.
+
+    A table that neither folder has is none; one that only one of them has is a difference.
+    """
+    found = []
+    for name, keys in TABLES.items():
+        paths = [folder / f"{name}.csv" for folder in (old, new)]
+        if paths[0].is_file() != paths[1].is_file():
+            lacking = next(path for path in paths if not path.is_file())
+            found.append(f"{lacking} is missing")
+        elif paths[0].is_file():
+            found += [
+                f"{name}: {line}" for line in table_differences(pd.read_csv(paths[0]), pd.read_csv(paths[1]), keys)
+            ]
+    return found
+
+
+def table_differences(old: pd.DataFrame, new: pd.DataFrame, keys: list[str]) -> list[str]:
+    """One line for each number of ``new`` that is outside the tolerance around ``old``."""
+    if list(old.columns) != list(new.columns):
+        return [f"columns {', '.join(new.columns)} instead of {', '.join(old.columns)}"]
+    old, new = old.set_index(keys).sort_index(), new.set_index(keys).sort_index()
+    if not old.index.equals(new.index):
+        odd = old.index.symmetric_difference(new.index)
+        return [f"{len(odd)} rows are in one run only, such as {odd[0]}" if len(odd) else "a row occurs twice"]
+    return list(_outside(old, new))
+
+
+def _outside(old: pd.DataFrame, new: pd.DataFrame) -> Iterator[str]:
+    bounds = {bound for pair in INTERVALS.values() for bound in pair}
+    for column in old.select_dtypes("number").columns:
+        if column in bounds:
+            continue
+        before, after = old[column].to_numpy(float), new[column].to_numpy(float)
+        low, high = _allowed(old, column, before)
+        both_empty = np.isnan(before) & np.isnan(after)
+        for row in np.flatnonzero(~((low <= after) & (after <= high)) & ~both_empty):
+            yield f"{old.index[int(row)]}: {column} is {after[row]:.4g}, expected {low[row]:.4g} to {high[row]:.4g}"
+
+
+def _allowed(old: pd.DataFrame, column: str, before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    margin = np.maximum(RELATIVE * np.abs(before), OF_RANGE * (np.nanmax(before) - np.nanmin(before)))
+    if column in INTERVALS and INTERVALS[column][0] in old:
+        low, high = (old[name].to_numpy(float) for name in INTERVALS[column])
+        widened = WIDENED * (high - low)
+        return low - widened, high + widened
+    return before - margin, before + margin
+
+
+def main() -> int:
+    """Compare the two folders that the command line names; 1 when they differ."""
+    if len(sys.argv) != 3:
+        print("usage: python -m samantics.agreement figures/pocket OTHER/pocket", file=sys.stderr)
+        return 2
+    lines = differences(Path(sys.argv[1]), Path(sys.argv[2]))
+    print("\n".join(lines) if lines else "the numbers of both runs agree within their tolerances")
+    return 1 if lines else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
