@@ -425,7 +425,7 @@ def build_objective(name: str, config: zoo.ZooConfig = zoo.DEFAULT) -> Objective
         "sam": lambda: SamObjective("sam", config),
         "sam2": lambda: SamObjective("sam2", config),
         "clip": lambda: ClipObjective(config),
-        "dinov2": lambda: SelfDistillation(config, warmup=0.4),
+        "dinov2": lambda: SelfDistillation(config, warmup=0.6),
         "simclr": lambda: SelfDistillation(config, warmup=1.0),
         "supervised": lambda: SupervisedObjective(config),
     }

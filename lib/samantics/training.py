@@ -71,7 +71,7 @@ class Recipe:
 
     def probe_steps(self) -> set[int]:
         """Steps after which to measure: close together at first, where the curves bend."""
-        shares = np.linspace(0, 1, self.probe_points) ** 1.7
+        shares = np.linspace(1, 0, self.probe_points) ** 1.7
         return {round(share * self.steps) for share in shares}
 
 

@@ -1,0 +1,212 @@
+"""The rows of notebook 01: encode once, then probe every encoder, layer, label level and number of shots."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from samantics.architectures import Wanted
+from samantics.classification import ClassificationData, Part, Task
+from samantics.encoders import load_encoder
+from samantics.probe import Features, ProbeResult, few_shot_rows, knn_probe, linear_probe
+from samantics.provenance import Run
+from samantics.store import Column, FeatureStore, encode_images
+from samantics.uncertainty import bootstrap_mean
+
+KNN = 10  # neighbours of the headline; 20 to 200 change no order (notebook 01 prints them)
+FEW_SHOT_RATE, FEW_SHOT_EPOCHS = 0.3, 60  # one image per class leaves nothing to choose settings on
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Stored features of one encoder.
+
+    Attributes:
+        name: of the encoder.
+        headline: layer and pooling of its row in the paper's table.
+        layers: its layers from input to output.
+        stores: by split.
+    """
+
+    name: str
+    headline: Wanted
+    layers: tuple[str, ...]
+    stores: Mapping[str, FeatureStore]
+
+    def features(self, part: Part, wanted: Wanted | None = None) -> tuple[Features, NDArray[np.int64]]:
+        """Features and labels of the readable images of a part: streamed where it is a whole split."""
+        store = self.stores[part.split]
+        column = store.column(wanted or self.headline)
+        if part.rows is None:
+            return column, part.labels[store.kept]
+        readable = np.isin(part.rows, store.kept)
+        positions = np.searchsorted(store.kept, part.rows[readable])
+        return gathered(column, positions), part.labels[readable]
+
+
+def gathered(column: Column, positions: NDArray[np.int64]) -> NDArray[np.float32]:
+    """``(n, C)`` features at these positions of a column, read shard by shard."""
+    out = np.empty((len(positions), column.shape[1]), np.float32)
+    place = np.full(len(column), -1)
+    place[positions] = np.arange(len(positions))
+    for shard in range(column.store.shards):
+        members, vectors = column.block(shard)
+        chosen = place[members] >= 0
+        out[place[members[chosen]]] = vectors[chosen]
+    return out
+
+
+def encode_all(run: Run, data: ClassificationData, names: Sequence[str]) -> dict[str, Encoded]:
+    """Every encoder's features of every split: all layers, pooled all ways, in one pass each; from disk on a rerun."""
+    return {name: _encode(run, data, name) for name in names}
+
+
+def _encode(run: Run, data: ClassificationData, name: str) -> Encoded:
+    encoder = load_encoder(name, run.scale.weights, run.device)
+    run.record(f"weights:{name}", encoder.weights_hash)
+    wanted = [(layer, "mean") for layer in encoder.layers]
+    wanted += [(layer, "cls") for layer in encoder.layers if encoder.has_class_token(layer)]
+    if data.masks:
+        wanted.append(("final", "object"))
+    stores = {
+        split: encode_images(
+            encoder, images, wanted, data.hashes[split], data.masks.get(split), folder=run.cache / "features"
+        )
+        for split, images in data.splits.items()
+    }
+    for split, value in data.hashes.items():
+        run.record(f"data:{split}", value)
+    return Encoded(name, encoder.headline, encoder.layers, stores)
+
+
+# --------------------------------------------------------------------------------------------------------- tables
+
+
+def probe(
+    encoded: Encoded, task: Task, kind: str = "linear", wanted: Wanted | None = None, seeds: int = 1, k: int = KNN
+) -> ProbeResult:
+    """One probe of one task: ``linear`` (its settings chosen on held-out train images) or ``knn``."""
+    train_x, train_y = encoded.features(task.train, wanted)
+    test_x, test_y = encoded.features(task.test, wanted)
+    if kind == "knn":
+        return knn_probe(train_x, train_y, test_x, test_y, len(task.classes), (k,))[k]
+    return linear_probe(
+        train_x, train_y, test_x, test_y, len(task.classes), seeds=tuple(range(seeds)), groups=task.groups
+    )
+
+
+def row(encoded: Encoded, task: Task, kind: str, result: ProbeResult, wanted: Wanted | None = None) -> dict[str, Any]:
+    """A line of ``01_probe_accuracy.csv``: percent, with 95 % intervals over test images and seeds."""
+    layer, pooling = wanted or encoded.headline
+    top1, top5 = (bootstrap_mean(100.0 * hits) for hits in (result.top1, result.top5))
+    return {
+        "encoder": encoded.name,
+        "labels": task.name,
+        "probe": kind,
+        "layer": layer,
+        "pooling": pooling,
+        "top1": top1.value,
+        "top1_low": top1.low,
+        "top1_high": top1.high,
+        "top5": top5.value,
+        "top5_low": top5.low,
+        "top5_high": top5.high,
+        "dim": encoded.stores[task.train.split].dims[(layer, pooling)],
+        "n_train": len(task.train.labels),
+        "n_test": result.top1.shape[1],
+        "seeds": result.top1.shape[0],
+    }
+
+
+def headline(
+    features: Mapping[str, Encoded], tasks: Mapping[str, Task], seeds: int
+) -> tuple[pd.DataFrame, dict[tuple[str, str], ProbeResult]]:
+    """Both probes of every encoder's output at every label level, and the linear probes' answers by (encoder, level)."""
+    rows, answers = [], {}
+    for task in tasks.values():
+        for name, encoded in features.items():
+            answers[name, task.name] = probe(encoded, task, "linear", seeds=seeds)
+            rows.append(row(encoded, task, "linear", answers[name, task.name]))
+            rows.append(row(encoded, task, "knn", probe(encoded, task, "knn")))
+    return pd.DataFrame(rows), answers
+
+
+def layer_rows(features: Mapping[str, Encoded], task: Task) -> pd.DataFrame:
+    """Linear probes of the spatial mean of every layer: where in the network is the meaning?"""
+    rows = []
+    for encoded in features.values():
+        for depth, layer in enumerate(encoded.layers, start=1):
+            line = row(encoded, task, "linear", probe(encoded, task, wanted=(layer, "mean")), (layer, "mean"))
+            rows.append(line | {"depth": depth / len(encoded.layers)})
+    return pd.DataFrame(rows)
+
+
+def pooling_rows(features: Mapping[str, Encoded], task: Task, seeds: int) -> pd.DataFrame:
+    """Linear probes of the final layer under every pooling it has: is meaning absent, or only averaged away?"""
+    rows = []
+    for encoded in features.values():
+        dims = encoded.stores[task.train.split].dims
+        for wanted in [pair for pair in dims if pair[0] == "final"]:
+            rows.append(row(encoded, task, "linear", probe(encoded, task, wanted=wanted, seeds=seeds), wanted))
+    return pd.DataFrame(rows)
+
+
+def few_shot(features: Mapping[str, Encoded], task: Task, shots: Sequence[int], seeds: int) -> pd.DataFrame:
+    """Linear probes on 1, 2, 4 ... images of every class; each seed draws other images."""
+    rows = []
+    for encoded in features.values():
+        train_x, train_y = encoded.features(task.train)
+        test_x, test_y = encoded.features(task.test)
+        for count in shots:
+            hits = []
+            for seed in range(seeds):
+                chosen = few_shot_rows(train_y, count, seed)
+                few_x = gathered(train_x, chosen) if isinstance(train_x, Column) else train_x[chosen]
+                result = linear_probe(
+                    few_x, train_y[chosen], test_x, test_y, len(task.classes), (seed,), (FEW_SHOT_RATE,),
+                    max_epochs=FEW_SHOT_EPOCHS,
+                )  # fmt: skip
+                hits.append(result.top1[0])
+            top1 = bootstrap_mean(100.0 * np.stack(hits))
+            line = {"encoder": encoded.name, "labels": task.name, "shots": count, "seeds": seeds}
+            rows.append(line | {"top1": top1.value, "top1_low": top1.low, "top1_high": top1.high})
+    return pd.DataFrame(rows)
+
+
+def class_rows(answers: Mapping[tuple[str, str], ProbeResult], task: Task, test_y: NDArray[np.int64]) -> pd.DataFrame:
+    """Top-1 of every class and encoder, percent, with intervals over its test images and the seeds."""
+    rows = []
+    for (name, level), result in answers.items():
+        if level != task.name:
+            continue
+        for label, text in enumerate(task.classes):
+            hits = result.top1[:, test_y == label]
+            if not hits.size:
+                continue
+            top1 = bootstrap_mean(100.0 * hits)
+            line = {"encoder": name, "class": text, "n_test": hits.shape[1], "seeds": hits.shape[0]}
+            rows.append(line | {"top1": top1.value, "top1_low": top1.low, "top1_high": top1.high})
+    return pd.DataFrame(rows)
+
+
+def confusion(result: ProbeResult, task: Task, test_y: NDArray[np.int64]) -> pd.DataFrame:
+    """``(classes, classes)`` share (percent) of each true class (row) that is called each class (column)."""
+    counts = np.zeros((len(task.classes), len(task.classes)))
+    for predictions in result.predictions:
+        np.add.at(counts, (test_y, predictions), 1)
+    shares = 100 * counts / counts.sum(1, keepdims=True).clip(min=1)
+    return pd.DataFrame(shares, index=list(task.classes), columns=list(task.classes))
+
+
+def only_right(answers: Mapping[tuple[str, str], ProbeResult], level: str, name: str) -> NDArray[np.int64]:
+    """Test images that this encoder gets right under every seed and no other under any, in their order.
+
+    The untrained encoder is not asked: what it gets right beside the others is chance.
+    """
+    others = [r.top1.any(0) for (other, task), r in answers.items() if task == level and other not in (name, "random")]
+    return np.flatnonzero(answers[name, level].top1.all(0) & ~np.any(others, axis=0))

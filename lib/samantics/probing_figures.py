@@ -1,0 +1,176 @@
+"""The pictures of notebook 01. Each function draws one table of ``probing``; titles that state a result are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from samantics.classification import Task
+from samantics.figures import COLOURS, LABELS
+from samantics.store import Images
+
+# Accuracy (percent) on ImageNet-1k as printed by the paper (arXiv 2411.15288, table 1)
+PAPER = pd.DataFrame(
+    [("sam", 11.06, 25.37), ("sam2", 23.16, 44.44), ("clip", 73.92, 92.89), ("dinov2", 77.43, 93.78)],
+    columns=["encoder", "top1", "top5"],
+)
+LEVELS = {
+    "drawing": "which drawing? (unseen views)",
+    "category": "which category? (unseen drawings)",
+    "class": "which class?",
+}
+
+
+def accuracy_figure(table: pd.DataFrame, tasks: Mapping[str, Task], world: str) -> Figure:
+    """Top-1 of the linear probe (bar, with interval), top-5 and kNN (marks): a panel for each label level, the paper's last.
+
+    Args:
+        table: of :func:`probing.headline`.
+        world: name of the data, for the panels' titles.
+    """
+    figure, axes = plt.subplots(1, len(tasks) + 1, figsize=(4 * (len(tasks) + 1), 4.2), sharey=True)
+    for axis, task in zip(axes, tasks.values(), strict=False):
+        chosen = table[table["labels"] == task.name]
+        _bars(axis, chosen[chosen["probe"] == "linear"])
+        nearest = chosen[chosen["probe"] == "knn"]
+        axis.plot(range(len(nearest)), nearest["top1"], "D", color="black", markersize=5, zorder=4, label="kNN top-1")
+        axis.axhline(task.chance, color=COLOURS["chance"], linestyle=":", linewidth=1.5)
+        axis.text(len(nearest) - 0.45, task.chance + 1, "chance", ha="right", fontsize=9, color=COLOURS["chance"])
+        axis.set_title(f"{world}: {LEVELS[task.name]}\n{len(task.classes)} classes", fontsize=10)
+    _bars(axes[-1], PAPER)
+    axes[-1].set_title("the paper: ImageNet-1k (other data)\n1000 classes", fontsize=10)
+    axes[0].set_ylabel("accuracy (%)")
+    axes[0].set_ylim(0, 100)
+    axes[0].legend(loc="upper left", fontsize=9)
+    return figure
+
+
+def _bars(axis: Axes, rows: pd.DataFrame) -> None:
+    for place, line in enumerate(rows.to_dict("records")):
+        axis.bar(place, line["top1"], color=COLOURS[line["encoder"]], width=0.7, zorder=2)
+        axis.plot(
+            [place - 0.35, place + 0.35], [line["top5"]] * 2, color=COLOURS[line["encoder"]], linewidth=2, zorder=3,
+            label="linear top-5" if place == 0 else None,
+        )  # fmt: skip
+        if "top1_low" in line:
+            span = [[line["top1"] - line["top1_low"]], [line["top1_high"] - line["top1"]]]
+            axis.errorbar(place, line["top1"], span, color="black", linewidth=1.5, zorder=4)
+        axis.text(place, line["top1"] + 4, f"{line['top1']:.1f}", ha="center", fontsize=9, zorder=5,
+                  bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8})  # fmt: skip
+    axis.set_xticks(range(len(rows)), [LABELS[name] for name in rows["encoder"]])
+    axis.grid(axis="x", visible=False)
+
+
+def layer_figure(table: pd.DataFrame, title: str) -> Figure:
+    """Top-1 against depth, a line for each encoder, its name at its end; bands are 95 % intervals."""
+    figure, axis = plt.subplots()
+    ends = []
+    for name, rows in table.groupby("encoder", sort=False):
+        axis.plot(rows["depth"], rows["top1"], "o-", color=COLOURS[name], markersize=4)
+        axis.fill_between(rows["depth"], rows["top1_low"], rows["top1_high"], color=COLOURS[name], alpha=0.18, lw=0)
+        ends.append((float(rows["top1"].iloc[-1]), str(name)))
+    _end_labels(axis, ends, 1.01)
+    axis.set(xlabel="depth of the layer (0 = input, 1 = output)", ylabel="top-1 of a linear probe (%)", title=title)
+    axis.set_xlim(0, 1.12)
+    axis.set_ylim(bottom=0)
+    return figure
+
+
+def _end_labels(axis: Axes, ends: Sequence[tuple[float, str]], x: float) -> None:
+    """Names at the ends of lines, moved apart where they would cover each other."""
+    gap = 0.055 * max(axis.get_ylim()[1], max(value for value, _ in ends))
+    lowest = -np.inf
+    for value, name in sorted(ends):
+        lowest = max(value, lowest + gap)
+        axis.text(x, lowest, LABELS[name], color=COLOURS[name], va="center", fontweight="bold", fontsize=10)
+
+
+def few_shot_figure(table: pd.DataFrame, tasks: Mapping[str, Task], title: str) -> Figure:
+    """Top-1 against images per class (log axis), a panel for each label level."""
+    levels = list(dict.fromkeys(table["labels"]))
+    figure, axes = plt.subplots(1, len(levels), figsize=(4.6 * len(levels), 4.2), squeeze=False)
+    for axis, level in zip(axes[0], levels, strict=True):
+        for name, rows in table[table["labels"] == level].groupby("encoder", sort=False):
+            span = np.abs(rows[["top1_low", "top1_high"]].to_numpy().T - rows["top1"].to_numpy())
+            axis.errorbar(rows["shots"], rows["top1"], span, fmt="o-", color=COLOURS[name], label=LABELS[name], ms=4)
+        axis.axhline(tasks[level].chance, color=COLOURS["chance"], linestyle=":", linewidth=1.5)
+        axis.set_xscale("log", base=2)
+        shots = sorted(set(table.loc[table["labels"] == level, "shots"]))
+        axis.set_xticks(shots, [str(count) for count in shots])
+        axis.set(xlabel="train images per class", title=LEVELS[level])
+        axis.set_ylim(bottom=0)
+    axes[0][0].set_ylabel("top-1 of a linear probe (%)")
+    axes[0][0].legend(fontsize=9)
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
+    return figure
+
+
+def class_figure(table: pd.DataFrame, title: str, most: int = 24) -> Figure:
+    """Top-1 of each class, classes sorted by the best encoder's; dots with intervals, a colour for each encoder."""
+    order = table.groupby("class")["top1"].max().sort_values().index[-most:]
+    figure, axis = plt.subplots(figsize=(8, 0.28 * len(order) + 1.4))
+    names = list(dict.fromkeys(table["encoder"]))
+    for offset, name in zip(np.linspace(0.28, -0.28, len(names)), names, strict=True):
+        rows = table[table["encoder"] == name].set_index("class").loc[order]
+        span = np.abs(rows[["top1_low", "top1_high"]].to_numpy().T - rows["top1"].to_numpy())
+        axis.errorbar(
+            rows["top1"], np.arange(len(order)) + offset, xerr=span, fmt="o", color=COLOURS[name], ms=4, lw=1,
+            capsize=0, label=LABELS[name],
+        )  # fmt: skip
+    axis.set_yticks(range(len(order)), order)
+    axis.set(xlabel="top-1 of a linear probe (%)", title=title, xlim=(0, 100))
+    axis.legend(fontsize=9, loc="lower right")
+    return figure
+
+
+def confusion_figure(matrices: Mapping[str, pd.DataFrame], title: str) -> Figure:
+    """Confusion matrices side by side: rows are true classes, columns what they are called, shares in percent."""
+    figure, axes = plt.subplots(1, len(matrices), figsize=(4.6 * len(matrices), 5.0), squeeze=False)
+    image = None
+    for place, (axis, (name, matrix)) in enumerate(zip(axes[0], matrices.items(), strict=True)):
+        image = axis.imshow(matrix, vmin=0, vmax=100, cmap="viridis")
+        axis.set_title(LABELS[name], color=COLOURS[name])
+        axis.set_xticks(range(len(matrix)), matrix.columns, rotation=90, fontsize=7)
+        axis.set_yticks(range(len(matrix)), matrix.index if place == 0 else [], fontsize=7)
+        axis.grid(visible=False)
+        axis.set_xlabel("called")
+    axes[0][0].set_ylabel("true category")
+    figure.colorbar(image, ax=axes[0].tolist(), label="share of the row (%)", shrink=0.7)
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
+    return figure
+
+
+def pictures_figure(rows: Mapping[str, tuple[Sequence[int], Sequence[str]]], images: Images, title: str) -> Figure:
+    """Rows of images with a line of text under each.
+
+    Args:
+        rows: by row name: positions in ``images``, and the texts.
+    """
+    columns = max(len(chosen) for chosen, _ in rows.values())
+    figure, axes = plt.subplots(len(rows), columns, figsize=(1.45 * columns, 1.75 * len(rows)), squeeze=False)
+    for line, (name, (chosen, texts)) in zip(axes, rows.items(), strict=True):
+        for axis in line:
+            axis.set_axis_off()
+        for axis, index, text in zip(line, chosen, texts, strict=False):
+            axis.imshow(np.asarray(images[int(index)]))
+            axis.set_title(text, fontsize=8, fontweight="normal", loc="center")
+        line[0].text(-0.12, 0.5, LABELS.get(name, name), transform=line[0].transAxes, rotation=90, va="center",
+                     ha="right", color=COLOURS.get(name, "black"), fontweight="bold")  # fmt: skip
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
+    return figure
+
+
+def top_confusions(matrix: pd.DataFrame, count: int = 5) -> pd.DataFrame:
+    """The pairs of classes that are mixed up most: true class, what it is called, share in percent."""
+    off: NDArray[Any] = matrix.to_numpy().copy()
+    np.fill_diagonal(off, 0)
+    order = np.argsort(off, axis=None)[::-1][:count]
+    true, called = np.unravel_index(order, off.shape)
+    return pd.DataFrame({"true": matrix.index[true], "called": matrix.columns[called], "share": off[true, called]})
