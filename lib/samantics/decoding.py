@@ -25,12 +25,14 @@ from sam2.modeling.sam2_base import SAM2Base
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
+from segment_anything.modeling.image_encoder import get_rel_pos, window_partition, window_unpartition
 from torch import Tensor
 from torch.nn import functional as F
 
 from samantics.errors import StudyError
 
 MASK_THRESHOLD = 0.0  # of logits, in both packages
+LOGITS_AT_ONCE = 2**21  # of attention: 8 MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +78,7 @@ def _resized(matrix: Tensor, length: int) -> Tensor:
 
 @torch.inference_mode()
 def encode_image(model: Any, image: Image.Image) -> EncodedImage:
-    """Encode an RGB image by the package's own predictor.
+    """Encode an RGB image as the package's own predictor does.
 
     Raises:
         StudyError: the model is neither a ``Sam`` nor a ``SAM2Base``, or the image is too narrow for it.
@@ -88,9 +90,9 @@ def encode_image(model: Any, image: Image.Image) -> EncodedImage:
             raise StudyError(
                 f"an image of {image.width}x{image.height} pixels is too narrow for SAM: remove or crop it"
             )
-        predictor = SamPredictor(model)
-        predictor.set_image(np.asarray(image))
-        return EncodedImage(model, predictor.features[0], (), size, predictor.input_size)
+        resized = SamPredictor(model).transform.apply_image(np.asarray(image))
+        pixels = torch.as_tensor(resized, device=model.device).permute(2, 0, 1)[None]
+        return EncodedImage(model, _embedding(model, pixels)[0], (), size, (resized.shape[0], resized.shape[1]))
     if isinstance(model, SAM2Base):
         predictor = sam2_predictor(model)
         predictor.set_image(np.asarray(image))
@@ -98,6 +100,46 @@ def encode_image(model: Any, image: Image.Image) -> EncodedImage:
         high_res = tuple(level[0] for level in maps["high_res_feats"])
         return EncodedImage(model, maps["image_embed"][0], high_res, size, (model.image_size, model.image_size))
     raise StudyError(f"{type(model).__name__} has no mask decoder: propose masks with sam or sam2")
+
+
+def _embedding(model: Sam, pixels: Tensor) -> Tensor:
+    """``(1, C, h, w)``: SAM's image encoder with its attention computed in parts that fit a processor's cache."""
+    encoder = model.image_encoder
+    x = encoder.patch_embed(model.preprocess(pixels))
+    x = x if encoder.pos_embed is None else x + encoder.pos_embed
+    for block in encoder.blocks:
+        windows, padded = block.norm1(x), x.shape[1:3]
+        if block.window_size:
+            windows, padded = window_partition(windows, block.window_size)
+        windows = _attended(block.attn, windows)
+        if block.window_size:
+            windows = window_unpartition(windows, block.window_size, padded, x.shape[1:3])
+        x = x + windows
+        x = x + block.mlp(block.norm2(x))
+    return encoder.neck(x.permute(0, 3, 1, 2))
+
+
+def _attended(attention: Any, x: Tensor) -> Tensor:
+    """``(B, h, w, C)`` after SAM's attention with decomposed relative positions: the package's sums, in small parts."""
+    batch, height, width, _ = x.shape
+    tokens, heads = height * width, attention.num_heads
+    query, key, value = attention.qkv(x).view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).flatten(1, 2)
+    seen = torch.empty_like(query)
+    if attention.use_rel_pos:
+        grid = query.unflatten(1, (height, width))
+        by_row = torch.einsum("bhwc,hkc->bhwk", grid, get_rel_pos(height, height, attention.rel_pos_h)).flatten(1, 2)
+        by_column = torch.einsum("bhwc,wkc->bhwk", grid, get_rel_pos(width, width, attention.rel_pos_w)).flatten(1, 2)
+    some, few = max(1, LOGITS_AT_ONCE // tokens**2), max(1, LOGITS_AT_ONCE // tokens)
+    for i in range(0, len(query), some):
+        for j in range(0, tokens, few):
+            part = (slice(i, i + some), slice(j, j + few))
+            logits = (query[part] * attention.scale) @ key[part[0]].transpose(1, 2)
+            if attention.use_rel_pos:
+                logits = logits.unflatten(2, (height, width)).add_(by_row[part][..., None])
+                logits = logits.add_(by_column[part][..., None, :]).flatten(2)
+            seen[part] = logits.softmax(-1) @ value[part[0]]
+    seen = seen.view(batch, heads, height, width, -1).permute(0, 2, 3, 1, 4).flatten(3)
+    return attention.proj(seen)
 
 
 def sam2_predictor(model: SAM2Base) -> SAM2ImagePredictor:

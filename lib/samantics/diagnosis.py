@@ -10,10 +10,11 @@ import pandas as pd
 from numpy.typing import NDArray
 from pycocotools import mask as mask_tools
 
-from samantics.coco import CocoDataset, Instance, Rle
+from samantics.coco import CocoDataset, Instance, Rle, box_iou
 from samantics.evaluation import Result, evaluate
 from samantics.matching import MatchSettings, ranked, result_of
 from samantics.proposals import Proposals
+from samantics.uncertainty import bootstrap_statistic
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 FOREGROUND, BACKGROUND = 0.5, 0.1  # IoU, as TIDE sets them (arXiv 2008.08115)
@@ -82,11 +83,13 @@ def best_masks(dataset: CocoDataset, proposals: Mapping[int, Proposals]) -> list
     return results
 
 
-def covered(dataset: CocoDataset, proposals: Mapping[int, Proposals]) -> pd.DataFrame:
+def covered(dataset: CocoDataset, proposals: Mapping[int, Proposals], iou_type: str = "segm") -> pd.DataFrame:
     """One row per object: ``image_id, id, category_id, area, share`` (of the image), ``iou`` of its best proposal."""
     rows = []
     for image_id, found in proposals.items():
-        best = overlaps(dataset, image_id, found.rles).max(0, initial=0)
+        boxes = [instance.box for instance in objects_of(dataset, image_id)]
+        iou = overlaps(dataset, image_id, found.rles) if iou_type == "segm" else box_iou(found.boxes, boxes)
+        best = iou.max(0, initial=0)
         record = dataset.images[image_id]
         for instance, iou in zip(objects_of(dataset, image_id), best, strict=True):
             share = instance.area / (record.width * record.height)
@@ -97,6 +100,21 @@ def covered(dataset: CocoDataset, proposals: Mapping[int, Proposals]) -> pd.Data
 def recall(iou: NDArray[np.float64]) -> float:
     """Percent of objects that a proposal covers, averaged over COCO's thresholds: the ceiling of AR."""
     return 100 * float((np.asarray(iou)[:, None] >= THRESHOLDS).mean())
+
+
+def recall_interval(objects: pd.DataFrame) -> tuple[float, float]:
+    """95 % interval of :func:`recall`, in percent, over the images of :func:`covered`'s table."""
+    hits = (objects["iou"].to_numpy()[:, None] >= THRESHOLDS).mean(1)
+    per_image = (
+        pd.DataFrame({"image": objects["image_id"], "hits": hits}).groupby("image")["hits"].agg(["sum", "count"])
+    )
+    sums, counts = per_image["sum"].to_numpy(), per_image["count"].to_numpy()
+
+    def statistic(rows: NDArray[np.int64]) -> float:
+        return float(sums[rows].sum() / counts[rows].sum())
+
+    interval = bootstrap_statistic(statistic, len(per_image)).times(100)
+    return interval.low, interval.high
 
 
 # ----------------------------------------------------------------------------------------------------------- TIDE

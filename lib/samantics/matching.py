@@ -28,6 +28,7 @@ from samantics.proposals import Proposals
 
 Features = NDArray[np.float32]  # (N, C)
 SCORINGS = ("prototype", "nearest", "softmax")
+PIXELS_AT_ONCE = 2**20  # of model input: 28 pocket images, one of SAM's
 MERGINGS = ("none", "hard", "soft", "semantic_soft")
 
 
@@ -72,7 +73,7 @@ def token_weights(masks: NDArray[np.bool_], geometry: Geometry, grid: tuple[int,
     rows = _interpolation(geometry.height, geometry.scale_y, geometry.top, geometry.size, grid[0])
     columns = _interpolation(geometry.width, geometry.scale_x, geometry.left, geometry.size, grid[1])
     weights = rows.T @ (masks.astype(np.float32) @ columns)
-    return (weights / masks.sum((1, 2), dtype=np.float32)[:, None, None]).reshape(len(masks), -1)
+    return (weights / masks.sum((1, 2), dtype=np.float32)[:, None, None]).reshape(len(masks), grid[0] * grid[1])
 
 
 def _interpolation(pixels: int, scale: float, offset: float, size: int, tokens: int) -> NDArray[np.float32]:
@@ -93,9 +94,9 @@ def uncropped(encoder: Encoder) -> Encoder:
     return dataclasses.replace(encoder, preprocess=dataclasses.replace(encoder.preprocess, fit="squash", short=0))
 
 
-def dense_map(encoder: Encoder, image: Image.Image) -> NDArray[np.float32]:
-    """``(C, h, w)`` final features of one image (see :func:`uncropped`)."""
-    return encoder.encode(uncropped(encoder).inputs([image]))["final"].dense[0].cpu().numpy()
+def dense_maps(encoder: Encoder, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+    """``(B, C, h, w)`` final features of images (see :func:`uncropped`)."""
+    return encoder.encode(uncropped(encoder).inputs(images))["final"].dense.cpu().numpy()
 
 
 def pooled_features(
@@ -109,16 +110,21 @@ def pooled_features(
         StudyError: an image cannot be read, or a mask is empty.
     """
     found: dict[str, dict[int, Features]] = {name: {} for name in encoders}
-    for image_id, rles in tqdm(masks.items(), desc="features of masks", mininterval=1, leave=False):
-        image = read_image(dataset, image_id)
-        stack = np.array([mask_of(rle) for rle in rles], bool).reshape(len(rles), image.height, image.width)
-        weights: dict[tuple[Geometry, tuple[int, int]], NDArray[np.float32]] = {}
-        for name, encoder in encoders.items():
-            tokens = dense_map(encoder, image)
-            key = (uncropped(encoder).preprocess.geometry(*image.size), (tokens.shape[1], tokens.shape[2]))
-            if key not in weights:
-                weights[key] = token_weights(stack, *key)
-            found[name][image_id] = unit(weights[key] @ tokens.reshape(len(tokens), -1).T)
+    ids = list(masks)
+    batch = max(1, PIXELS_AT_ONCE // max(encoder.image_size for encoder in encoders.values()) ** 2)
+    for start in tqdm(range(0, len(ids), batch), desc="features of masks", mininterval=1, leave=False):
+        chosen = ids[start : start + batch]
+        images = [read_image(dataset, image_id) for image_id in chosen]
+        maps = {name: dense_maps(encoder, images) for name, encoder in encoders.items()}
+        for row, (image_id, image) in enumerate(zip(chosen, images, strict=True)):
+            stack = np.array([mask_of(rle) for rle in masks[image_id]], bool).reshape(-1, image.height, image.width)
+            weights: dict[tuple[Geometry, tuple[int, int]], NDArray[np.float32]] = {}
+            for name, encoder in encoders.items():
+                tokens = maps[name][row]
+                key = (uncropped(encoder).preprocess.geometry(*image.size), (tokens.shape[1], tokens.shape[2]))
+                if key not in weights:
+                    weights[key] = token_weights(stack, *key)
+                found[name][image_id] = unit(weights[key] @ tokens.reshape(len(tokens), -1).T)
     return found
 
 
@@ -219,7 +225,7 @@ def ranked(
     quality = torch.as_tensor(proposals.predicted_iou)
     kept = batched_nms(torch.as_tensor(proposals.boxes), quality, torch.as_tensor(categories), settings.nms).numpy()
     kept = kept[np.argsort(-scores[kept], kind="stable")]
-    rles = [proposals.rles[row] for row in kept]
+    rles = [proposals.rles[row] for row in kept.tolist()]
     final = merged_scores(rles, features[kept], categories[kept], scores[kept], settings.merging)
     order = [row for row in np.argsort(-final, kind="stable").tolist() if final[row] > 0][: settings.max_detections]
     return [
@@ -250,7 +256,7 @@ def merged_scores(
         return final
     for category in np.unique(categories):
         rows = np.flatnonzero(categories == category)
-        chosen = [rles[row] for row in rows]
+        chosen = [rles[row] for row in rows.tolist()]
         inside = np.tril(np.asarray(mask_tools.iou(chosen, chosen, [1] * len(chosen))), -1)  # "crowd": divides by |M_i|
         if merging == "semantic_soft":
             inside = inside * (features[rows] @ features[rows].T).clip(0, 1)

@@ -1,0 +1,328 @@
+"""Notebook 03's way from data to AP: proposals, a memory bank of references, matching, tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from samantics import diagnosis, mojiworld
+from samantics.coco import (
+    CocoDataset,
+    Instance,
+    ReferenceRule,
+    choose_references,
+    load_coco,
+    matched_categories,
+    read_image,
+    write_mojiworld,
+)
+from samantics.encoders import Encoder, load_encoder
+from samantics.errors import StudyError
+from samantics.evaluation import IOU_TYPES, METRICS, Result, ap_interval, evaluate, perfect_results
+from samantics.files import hash_value, write_json
+from samantics.matching import (
+    Features,
+    MatchSettings,
+    MemoryBank,
+    match,
+    pooled_features,
+    reference_features,
+    remember,
+)
+from samantics.proposals import Proposals, ProposalSettings, get_proposals, propose
+from samantics.provenance import Run
+
+FORMAT = 1  # of cached tables; raised when the same settings would give other numbers
+SOURCES = ("dinov2", "clip", "sam2", "sam", "random")
+
+
+# ----------------------------------------------------------------------------------------------------------- data
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Reference and target images.
+
+    Attributes:
+        rule: which instances may be references.
+        names: category names by id.
+        notes: one line for each thing the reader should know of the files.
+    """
+
+    references: CocoDataset
+    targets: CocoDataset
+    rule: ReferenceRule
+    names: dict[int, str]
+    notes: tuple[str, ...]
+
+
+def load_data(run: Run, references: str = "", targets: str = "", images: str = "") -> Data:
+    """The user's own COCO files where given, else MojiWorld scenes at pocket scale.
+
+    Raises:
+        StudyError: only some of the three are given; none are, at a scale that has no data of its own; bad files.
+    """
+    settings = run.scale.pipeline
+    rule = ReferenceRule(min_area=settings.min_reference_area, inset=settings.reference_inset)
+    given = {"references": references, "targets": targets, "images": images}
+    if any(given.values()):
+        lacking = [name for name, value in given.items() if not value]
+        if lacking:
+            raise StudyError(f"own data needs --references, --targets and --images: --{lacking[0]} is missing")
+        datasets = load_coco(references, images), load_coco(targets, images)
+        rule = ReferenceRule()  # a photograph's pixels, at every scale
+    elif settings.target_scenes:
+        world, folder = mojiworld.World(seed=run.seed), run.cache / "scenes"
+        datasets = (
+            write_mojiworld(world, "references", settings.reference_scenes, folder, held_out_share=0.0),
+            write_mojiworld(world, "targets", settings.target_scenes, folder, held_out_share=0.5),
+        )
+    else:
+        raise StudyError(f"scale {run.scale.name} needs COCO files: give --references, --targets and --images")
+    names, notes = matched_categories(*datasets)
+    run.record("reference_data", datasets[0].hash)
+    run.record("target_data", datasets[1].hash)
+    return Data(*datasets, rule, names, (*datasets[0].notes, *datasets[1].notes, *notes))
+
+
+def load_models(run: Run, weights: str = "") -> dict[str, Encoder]:
+    """The five sources of meaning; ``sam`` and ``sam2`` also propose. ``weights``: others than the scale's."""
+    chosen = weights or run.scale.weights
+    size = run.scale.pipeline.semantic_size if chosen != "zoo" else 0
+    models = {
+        name: load_encoder(name, chosen, run.device, run.seed, image_size=size or None if name == "dinov2" else None)
+        for name in SOURCES
+    }
+    for name, model in models.items():
+        run.record(f"weights_{name}", model.weights_hash)
+    return models
+
+
+# ---------------------------------------------------------------------------------------------------- the pipeline
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pipeline:
+    """Everything of a run that is computed once and used by many tables.
+
+    Attributes:
+        models: by name.
+        proposal_settings: of the headline rows.
+    """
+
+    run: Run
+    data: Data
+    models: dict[str, Encoder]
+    proposal_settings: ProposalSettings
+
+    @functools.cached_property
+    def references(self) -> dict[int, dict[int, tuple[Instance, ...]]]:
+        """By seed, then category: the headline's references, of which fewer shots take the first."""
+        settings = self.run.scale.pipeline
+        most = max(settings.shots, *settings.shot_curve)
+        seeds = range(settings.reference_seeds)
+        return {seed: choose_references(self.data.references, most, seed, self.data.rule) for seed in seeds}
+
+    @functools.cached_property
+    def reference_features(self) -> dict[str, dict[int, Features]]:
+        """``(C,)`` features by source and instance id, of the references of all seeds."""
+        groups = [group for chosen in self.references.values() for group in chosen.values()]
+        instances = {i.id: i for group in groups for i in group}
+        return reference_features(self.models, self.data.references, list(instances.values()))
+
+    @functools.cache  # noqa: B019 - one pipeline lives as long as its notebook
+    def proposals(self, proposer: str) -> dict[int, Proposals]:
+        """Proposals of every target by ``sam`` or ``sam2``; ``truth`` gives the annotated masks."""
+        if proposer == "truth":
+            return diagnosis.true_masks(self.data.targets)
+        return get_proposals(self.models[proposer], self.data.targets, self.proposal_settings)
+
+    @functools.cache  # noqa: B019
+    def features(self, proposer: str) -> dict[str, dict[int, Features]]:
+        """``(N, C)`` features of those proposals, by source and image."""
+        found = self.proposals(proposer)
+        return pooled_features(self.models, self.data.targets, {n: p.rles for n, p in found.items()})
+
+    def bank(self, source: str, shots: int, seed: int = 0) -> MemoryBank:
+        """The memory bank of one source, seed and number of shots."""
+        chosen = {category: group[:shots] for category, group in self.references[seed].items()}
+        return remember(chosen, self.reference_features[source])
+
+    def predict(self, variant: Variant, seed: int = 0) -> list[Result]:
+        """Classified instances of all targets, as COCO results."""
+        bank = self.bank(variant.source, variant.shots, seed)
+        found, features = self.proposals(variant.proposals), self.features(variant.proposals)[variant.source]
+        return [r for n, p in found.items() for r in match(n, p, features[n], bank, variant.settings)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One row of the table: where masks and meaning come from.
+
+    Attributes:
+        proposals: ``sam``, ``sam2`` or ``truth`` (the annotated masks).
+        source: of meaning, a model's name.
+        scoring, merging: see :class:`MatchSettings`.
+        shots: references per class.
+    """
+
+    proposals: str = "sam"
+    source: str = "dinov2"
+    merging: str = "none"
+    shots: int = 10
+    scoring: str = "prototype"
+
+    @property
+    def settings(self) -> MatchSettings:
+        """The settings of its matching; annotated masks are all kept."""
+        whole = 1.0 if self.proposals == "truth" else 0.5
+        return MatchSettings(scoring=self.scoring, merging=self.merging, nms=whole)
+
+
+def start(run: Run, references: str = "", targets: str = "", images: str = "", weights: str = "") -> Pipeline:
+    """A pipeline on the user's data or, without any, the scale's own.
+
+    Raises:
+        StudyError: see :func:`load_data`; or a model's weights are missing.
+    """
+    data = load_data(run, references, targets, images)
+    settings = run.scale.pipeline
+    proposal_settings = ProposalSettings(
+        settings.points_per_side, settings.predicted_iou, settings.stability, box_nms=settings.box_nms
+    )
+    return Pipeline(run, data, load_models(run, weights), proposal_settings)
+
+
+# --------------------------------------------------------------------------------------------------------- tables
+
+
+def ap_table(pipeline: Pipeline, variants: Iterable[Variant], iou_types: Sequence[str] = IOU_TYPES) -> pd.DataFrame:
+    """One row per variant and IoU type: means over seeds of references, and the 95 % interval of AP.
+
+    Columns: ``proposals, source, merging, shots, iou_type``, COCO's nine figures, ``low, high, seeds`` and
+    ``scoring``. Rows are kept in the run's cache, by everything they depend on.
+    """
+    rows = [row for variant in variants for row in _cached(pipeline, variant, iou_types)]
+    return pd.DataFrame(rows)
+
+
+def _cached(pipeline: Pipeline, variant: Variant, iou_types: Sequence[str]) -> list[dict[str, Any]]:
+    path = pipeline.run.cache / "pipeline" / f"{_key(pipeline, variant, iou_types)}.json"
+    if path.is_file():
+        rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        return rows
+    runs = [pipeline.predict(variant, seed) for seed in pipeline.references]
+    labels = {name: getattr(variant, name) for name in ("proposals", "source", "merging", "shots")}
+    rows = [
+        labels | ap_row(pipeline.data.targets, runs, iou_type) | {"scoring": variant.scoring} for iou_type in iou_types
+    ]
+    write_json(path, rows)
+    return rows
+
+
+def _key(pipeline: Pipeline, variant: Variant, iou_types: Sequence[str]) -> str:
+    data, proposer = pipeline.data, pipeline.models.get(variant.proposals)
+    return hash_value(
+        [
+            FORMAT,
+            [data.references.hash, data.targets.hash, dataclasses.asdict(data.rule)],
+            [proposer and proposer.key, dataclasses.asdict(pipeline.proposal_settings)],
+            [pipeline.models[variant.source].key, dataclasses.asdict(variant), list(iou_types)],
+            pipeline.run.scale.pipeline.reference_seeds,
+        ]
+    )
+
+
+def ap_row(targets: CocoDataset, runs: Sequence[Sequence[Result]], iou_type: str) -> dict[str, Any]:
+    """COCO's nine figures, averaged over runs (None where no object has that size), and AP's interval."""
+    evaluations = [evaluate(targets, results, iou_type) for results in runs]
+    interval = ap_interval(evaluations)
+    columns = {name: [evaluation.metrics[name] for evaluation in evaluations] for name in METRICS}
+    means = {name: _mean(values) for name, values in columns.items()}
+    return {"iou_type": iou_type, **means, "low": interval.low, "high": interval.high, "seeds": len(runs)}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def truth_rows(pipeline: Pipeline) -> pd.DataFrame:
+    """The annotations given as predictions: the evaluation is sound where they score AP 100."""
+    targets = pipeline.data.targets
+    labels = {"proposals": "truth", "source": "truth", "merging": "none", "shots": 0}
+    rows = [labels | ap_row(targets, [perfect_results(targets)], t) | {"scoring": "none"} for t in IOU_TYPES]
+    return pd.DataFrame(rows)
+
+
+def oracle_table(pipeline: Pipeline, variant: Variant) -> pd.DataFrame:
+    """``oracle, iou_type, AP, AR100, low, high``: what remains when one difficulty after the other is taken away.
+
+    ``low`` and ``high`` bound AP. ``recall_ceiling`` has no AP (proposals have no classes): its AR100 is the recall of
+    all proposals, not only the best hundred, and the interval bounds that.
+    """
+    targets, seeds = pipeline.data.targets, pipeline.references
+    found = pipeline.proposals(variant.proposals)
+    true_masks = dataclasses.replace(variant, proposals="truth")
+    outcomes = {
+        "none": [pipeline.predict(variant, seed) for seed in seeds],
+        "true_masks": [pipeline.predict(true_masks, seed) for seed in seeds],
+        "true_classes": [diagnosis.with_true_classes(targets, found, variant.settings)],
+        "best_mask": [diagnosis.best_masks(targets, found)],
+        "truth": [perfect_results(targets)],
+    }
+    columns = ["oracle", "iou_type", "AP", "AR100", "low", "high"]
+    rows = [{"oracle": name} | ap_row(targets, runs, t) for name, runs in outcomes.items() for t in IOU_TYPES]
+    return pd.concat([pd.DataFrame(rows)[columns], pd.DataFrame(_ceiling(targets, found), columns=columns)])
+
+
+def _ceiling(targets: CocoDataset, found: Mapping[int, Proposals]) -> list[tuple[Any, ...]]:
+    rows: list[tuple[Any, ...]] = []
+    for iou_type in IOU_TYPES:
+        best = diagnosis.covered(targets, found, iou_type)
+        low, high = diagnosis.recall_interval(best)
+        rows.append(("recall_ceiling", iou_type, None, diagnosis.recall(best["iou"].to_numpy()), low, high))
+    return rows
+
+
+def grid_table(pipeline: Pipeline, source: str = "dinov2") -> pd.DataFrame:
+    """``points_per_side, seconds, proposals, recall, AP, low, high`` (masks) on the first targets, by grid density.
+
+    Seconds are those of proposing, encoding included, per image, over five images.
+    """
+    settings, whole = pipeline.run.scale.pipeline, pipeline.data.targets
+    ids = list(whole.images)[: settings.grid_images]
+    images = {image_id: whole.images[image_id] for image_id in ids}
+    instances = tuple(i for i in whole.instances if i.image_id in images)
+    targets = dataclasses.replace(whole, images=images, instances=instances)
+    data, rows = dataclasses.replace(pipeline.data, targets=targets), []
+    for per_side in settings.grids:
+        sparse = dataclasses.replace(pipeline.proposal_settings, points_per_side=per_side)
+        part = Pipeline(pipeline.run, data, pipeline.models, sparse)
+        row = ap_table(part, [Variant(source=source, shots=settings.shots)], ["segm"]).iloc[0]
+        found = part.proposals("sam")
+        rows.append(
+            {
+                "points_per_side": per_side,
+                "seconds": _seconds(pipeline, sparse, ids[:5]),
+                "proposals": np.mean([len(p) for p in found.values()]),
+                "recall": diagnosis.recall(diagnosis.covered(targets, found)["iou"].to_numpy()),
+                **{name: row[name] for name in ("AP", "low", "high")},
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _seconds(pipeline: Pipeline, settings: ProposalSettings, image_ids: Sequence[int]) -> float:
+    images = [read_image(pipeline.data.targets, image_id) for image_id in image_ids]
+    started = time.perf_counter()
+    for image in images:
+        propose(pipeline.models["sam"].model, image, settings)
+    return (time.perf_counter() - started) / len(images)

@@ -1,0 +1,124 @@
+"""How much faster proposals are than SAM's own automatic mask generator: same weights, settings, photograph and cores.
+
+    python tests/bench/bench_proposals.py PHOTOGRAPH [--points 32] [--threads 2]
+
+The official ViT-B architecture at random weights. Its masks are noise, which is dear to encode: so the thresholds are set,
+from a coarse grid, to let half of the masks pass by predicted IoU and one in a hundred by stability as well. That leaves the
+package little of the encoding on which it loses most; with real weights more masks pass and the ratio grows.
+Each side runs in its own process, so that peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from segment_anything import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
+from segment_anything.modeling import Sam
+
+from samantics.decoding import encode_image
+from samantics.proposals import ProposalSettings, propose_encoded
+
+OFFSET = 0.02  # logits of random weights are of the order of 0.1
+
+
+def random_vit_b() -> Sam:
+    torch.manual_seed(0)
+    return sam_model_registry["vit_b"]().eval()
+
+
+def thresholds(photo: Image.Image) -> tuple[float, float]:
+    """Predicted IoU that half of the masks exceed, and stability that one in fifty of those reaches."""
+    everything = ProposalSettings(points_per_side=6, predicted_iou=-9.0, stability=0.0, stability_offset=OFFSET, box_nms=1.0)
+    found = propose_encoded(encode_image(random_vit_b(), photo), everything)
+    predicted_iou = float(np.median(found.predicted_iou))
+    return predicted_iou, float(np.quantile(found.stability[found.predicted_iou > predicted_iou], 0.98))
+
+
+def measured(side: str, photo: Image.Image, settings: ProposalSettings) -> dict[str, Any]:
+    """Seconds (wall and processor) to encode and to do all, peak memory (GiB) over the model's own, masks found."""
+    model = random_vit_b()
+    before = peak_gib()
+    clocks = [(time.perf_counter(), time.process_time())]
+    if side == "ours":
+        encoded = encode_image(model, photo)
+        clocks.append((time.perf_counter(), time.process_time()))
+        count = len(propose_encoded(encoded, settings))
+    else:
+        SamPredictor(model).set_image(np.asarray(photo))
+        clocks.append((time.perf_counter(), time.process_time()))
+        count = len(generator(model, settings).generate(np.asarray(photo)))  # encodes again, which is taken off below
+    clocks.append((time.perf_counter(), time.process_time()))
+    encode, rest = (np.subtract(b, a) for a, b in zip(clocks[:-1], clocks[1:], strict=True))
+    whole = encode + rest if side == "ours" else rest
+    memory = peak_gib() - before
+    return {"side": side, "encode": encode.tolist(), "whole": whole.tolist(), "peak_gib": memory, "masks": count}
+
+
+def peak_gib() -> float:
+    """Highest memory of this process so far (getrusage would start from its parent's)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
+
+
+def generator(model: Sam, settings: ProposalSettings) -> SamAutomaticMaskGenerator:
+    return SamAutomaticMaskGenerator(
+        model,
+        points_per_side=settings.points_per_side,
+        pred_iou_thresh=settings.predicted_iou,
+        stability_score_thresh=settings.stability,
+        stability_score_offset=settings.stability_offset,
+        box_nms_thresh=settings.box_nms,
+        output_mode="coco_rle",
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photograph")
+    parser.add_argument("--points", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--side", choices=("ours", "package"), help="internal: measure one side in this process")
+    parser.add_argument("--thresholds", type=float, nargs=2, help="internal")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    photo = Image.open(options.photograph).convert("RGB")
+    predicted_iou, stability = options.thresholds or thresholds(photo)
+    if options.side:
+        settings = ProposalSettings(options.points, predicted_iou, stability, OFFSET, box_nms=1.0)
+        print(json.dumps(measured(options.side, photo, settings)))
+        return 0
+    rows = [one_side(side, predicted_iou, stability) for side in ("ours", "package")]
+    report(*rows)
+    return 0
+
+
+def one_side(side: str, predicted_iou: float, stability: float) -> dict[str, Any]:
+    command = [sys.executable, *sys.argv, "--side", side, "--thresholds", str(predicted_iou), str(stability)]
+    row: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    return row
+
+
+def report(ours: dict[str, Any], package: dict[str, Any]) -> None:
+    print(f"{'':8} {'encode s':>9} {'all s':>8} {'encode cpu s':>13} {'all cpu s':>10} {'peak GiB':>9} {'masks':>6}")
+    for row in (ours, package):
+        print(
+            f"{row['side']:8} {row['encode'][0]:9.1f} {row['whole'][0]:8.1f} {row['encode'][1]:13.1f} {row['whole'][1]:10.1f}"
+            f" {row['peak_gib']:9.2f} {row['masks']:6d}"
+        )
+    for name, clock in (("wall", 0), ("processor", 1)):
+        whole = package["whole"][clock] / ours["whole"][clock]
+        decode = (package["whole"][clock] - package["encode"][clock]) / (ours["whole"][clock] - ours["encode"][clock])
+        print(f"{name} time: {whole:.1f} times faster with encoding, {decode:.1f} without")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
