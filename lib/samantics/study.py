@@ -45,7 +45,7 @@ from papermill.engines import NBClientEngine, NotebookExecutionManager, papermil
 from samantics.errors import StudyError
 from samantics.files import PROJECT, atomic_path, cache_dir
 from samantics.provenance import available_cores, figures_dir
-from samantics.report import notebook_page
+from samantics.report import notebook_page, write_report
 from samantics.scales import get_scale
 
 NOTEBOOKS = PROJECT / "notebooks"
@@ -90,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\nstopped; finished notebooks and caches are kept", file=sys.stderr)
         return 130
     print(summary(outcomes))
+    print(f"report: {figures_dir() / options.scale / 'index.html'}")
     return 1 if any(outcome.error for outcome in outcomes) else 0
 
 
@@ -125,6 +126,7 @@ def run_study(
         for path in paths:
             outcomes.append(execute(path, figures, values))
             save_outcomes(figures, outcomes)
+            write_report(figures)
     return outcomes
 
 
