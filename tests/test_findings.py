@@ -3,11 +3,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
 from samantics.errors import StudyError
 from samantics.findings import CLAIMS, Comparison, evidence, findings, verdict
+from samantics.summary import summary_figure
 from samantics.uncertainty import Interval
 
 
@@ -157,3 +159,16 @@ def test_a_comparison_needs_its_whole_intervals_apart() -> None:
 
 def test_claims_name_their_tables() -> None:
     assert [claim.table[:2] for claim in CLAIMS] == ["01", "02", "02", "02", "03"]
+
+
+def test_summary_figure_shows_the_judged_numbers(tmp_path: Path) -> None:
+    write_probes(tmp_path, PAPER_LIKE, ALIKE)
+    write_pipeline(tmp_path, {"dinov2": 11.3, "sam": 5.0, "random": 2.0, "clip": 9.0})
+    values = {("before", "base"): 0.15, ("before", "novel"): 0.15, ("after", "base"): 0.6, ("after", "novel"): 0.3}
+    write_separability(tmp_path, values, shuffled=0.1)
+    fig, table = summary_figure(tmp_path)
+    plt.close(fig)
+    shown = {claims: rows["value"].round(6).tolist() for claims, rows in table.groupby("claims")}
+    assert shown == {"C1": list(PAPER_LIKE.values()), "C3, C4": [5.0, 50.0, 5.0, 20.0], "C5": [5.0, 9.0, 11.3, 2.0]}
+    titles = [text.get_text() for axes in fig.axes for text in axes.texts]
+    assert "C1: partly" in titles and "C2: not measured" in titles and "not measured" in titles

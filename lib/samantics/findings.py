@@ -145,7 +145,7 @@ def compare_probes(table: pd.DataFrame) -> list[Comparison]:
     """C1, from ``01_probe_accuracy.csv``: linear probes on what each encoder gives out, as the paper pools it."""
 
     def top1(encoder: str, labels: str) -> Interval:
-        row = _row(table, encoder=encoder, labels=labels, probe="linear", layer="final")
+        row = row_with(table, encoder=encoder, labels=labels, probe="linear", layer="final")
         return Interval(row["top1"], row["top1_low"], row["top1_high"])
 
     source = _source("01_probe_accuracy.csv", table)
@@ -164,7 +164,7 @@ def compare_incontext(table: pd.DataFrame) -> list[Comparison]:
     shots = int(table["shots"].max())
 
     def ap(variant: str, split: str) -> Interval:
-        row = _row(table, variant=variant, split=split, shots=shots, iou_type="bbox")
+        row = row_with(table, variant=variant, split=split, shots=shots, iou_type="bbox")
         return Interval(row["AP"], row["low"], row["high"])
 
     source = _source("02_icl_ap.csv", table)
@@ -184,8 +184,8 @@ def compare_stages(table: pd.DataFrame) -> list[Comparison]:
     return [
         Comparison(
             f"{METRICS.get(metric, metric)} over shuffled labels, base: after above before the MLP",
-            _lift(table, "after", "base", metric),
-            _lift(table, "before", "base", metric),
+            lift(table, "after", "base", metric),
+            lift(table, "before", "base", metric),
             MISSING,
             source,
         )
@@ -199,8 +199,8 @@ def compare_splits(table: pd.DataFrame) -> list[Comparison]:
     return [
         Comparison(
             f"{METRICS.get(metric, metric)} over shuffled labels, after the MLP: base above novel",
-            _lift(table, "after", "base", metric),
-            _lift(table, "after", "novel", metric),
+            lift(table, "after", "base", metric),
+            lift(table, "after", "novel", metric),
             MISSING,
             source,
         )
@@ -210,20 +210,10 @@ def compare_splits(table: pd.DataFrame) -> list[Comparison]:
 
 def compare_sources(table: pd.DataFrame) -> list[Comparison]:
     """C5, from ``03_pipeline_ap.csv``: mask AP with DINOv2 as the source of meaning above SAM and above random."""
-    masks = table[table["iou_type"] == "segm"]
-    settings: dict[tuple[str, str, int], set[str]] = {}
-    for row in masks.itertuples():
-        settings.setdefault((str(row.proposals), str(row.merging), int(str(row.shots))), set()).add(str(row.source))
-    complete = [setting for setting, sources in settings.items() if {"dinov2", "sam", "random"} <= sources]
-    if not complete:
-        raise StudyError("03_pipeline_ap.csv has no setting with dinov2, sam and random: run notebook 03 again")
-    # the paper's own setting, if it is there: SAM's proposals, no merging, most references
-    proposals, merging, shots = max(
-        complete, key=lambda setting: (setting[0] == "sam", setting[1] == "none", setting[2])
-    )
+    masks, shots = pipeline_setting(table)
 
     def ap(name: str) -> Interval:
-        row = _row(masks, source=name, proposals=proposals, merging=merging, shots=shots)
+        row = row_with(masks, source=name)
         return Interval(row["AP"], row["low"], row["high"])
 
     source = _source("03_pipeline_ap.csv", table)
@@ -231,6 +221,27 @@ def compare_sources(table: pd.DataFrame) -> list[Comparison]:
         Comparison(f"mask AP at {shots} shots: DINOv2 above {words}", ap("dinov2"), ap(name), BETTER, source)
         for name, words in (("random", "an untrained encoder"), ("sam", "SAM's own features"))
     ]
+
+
+def pipeline_setting(table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+    """The mask rows of ``03_pipeline_ap.csv`` in the one setting that is judged, a row per source, and its shots.
+
+    The paper's own, if it is there: SAM's proposals, no merging, most references.
+
+    Raises:
+        StudyError: no setting has dinov2, sam and random.
+    """
+    masks = table[table["iou_type"] == "segm"]
+    settings = masks[["proposals", "merging", "shots"]].drop_duplicates().itertuples(index=False)
+    complete = []
+    for proposals, merging, shots in settings:
+        rows = masks[(masks["proposals"] == proposals) & (masks["merging"] == merging) & (masks["shots"] == shots)]
+        if {"dinov2", "sam", "random"} <= set(rows["source"]):
+            complete.append(((proposals == "sam", merging == "none", int(shots)), rows))
+    if not complete:
+        raise StudyError("03_pipeline_ap.csv has no setting with dinov2, sam and random: run notebook 03 again")
+    (_, _, most_shots), chosen = max(complete, key=lambda pair: pair[0])
+    return chosen, most_shots
 
 
 CLAIMS = (
@@ -277,7 +288,7 @@ CLAIMS = (
 )
 
 
-def _row(table: pd.DataFrame, **values: object) -> pd.Series:
+def row_with(table: pd.DataFrame, **values: object) -> pd.Series:
     """The first row with these values.
 
     Raises:
@@ -296,9 +307,9 @@ def _metrics(table: pd.DataFrame) -> list[str]:
     return sorted(table["metric"].unique(), key=lambda metric: (not metric.startswith("knn"), metric))
 
 
-def _lift(table: pd.DataFrame, stage: str, split: str, metric: str) -> Interval:
+def lift(table: pd.DataFrame, stage: str, split: str, metric: str) -> Interval:
     """A metric above what shuffled labels give."""
-    row = _row(table, stage=stage, split=split, metric=metric)
+    row = row_with(table, stage=stage, split=split, metric=metric)
     return Interval(*(row[column] - row["shuffled"] for column in ("value", "low", "high")))
 
 

@@ -46,7 +46,8 @@ nav ul { display: flex; flex-wrap: wrap; gap: .3rem 1rem; padding: 0; list-style
 .skip { position: absolute; left: -999rem; } .skip:focus { position: static; }
 @media (max-width: 40rem) { /* a claim is a card */
   .cards thead { display: none; } .cards tr { display: block; border-bottom: 1px solid var(--line); padding: .4rem 0; }
-  .cards td { display: block; border: 0; padding: .1rem 0; } .cards td::before { content: attr(data-label); opacity: .7; }
+  .cards td { display: block; border: 0; padding: .1rem 0; }
+  .cards td::before { content: attr(data-label); opacity: .7; }
 }
 .verdict { font-weight: 600; white-space: nowrap; }
 .prompt { font: .75rem monospace; opacity: .7; } .anchor-link { display: none; }
