@@ -45,7 +45,7 @@ class ProposalSettings:
 
     Attributes:
         points_per_side: the grid has this many points along each side of the image, three masks at each.
-        predicted_iou: keep masks whose predicted IoU is above.
+        predicted_iou: keep masks whose predicted IoU is above; 0 keeps all (SAM's head may predict less than 0).
         stability: keep masks whose stability (IoU of the mask cut at higher and at lower logits) is at least this.
         stability_offset: how much higher and lower, in logits.
         box_nms: of two masks whose boxes have a higher IoU, the one with the better predicted IoU stays; 1 keeps all.
@@ -138,7 +138,7 @@ def propose_encoded(image: EncodedImage, settings: ProposalSettings) -> Proposal
 def _kept(decoder: PointDecoder, points: NDArray[np.float64], settings: ProposalSettings) -> Proposals:
     """The masks at ``(P, 2)`` points that pass both thresholds."""
     decoded = decoder.decode(points)
-    promising = decoded.predicted_iou > settings.predicted_iou
+    promising = (decoded.predicted_iou > settings.predicted_iou) | (settings.predicted_iou <= 0)
     low = decoder.low_logits(decoded, promising)
     height, width = decoder.image.size
     share = max(1, PIXELS_AT_ONCE // (height * width))
@@ -198,7 +198,8 @@ def compute_proposals(
     """
     folder = proposals_folder(encoder, dataset, settings, root)
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    missing = [image_id for image_id in dataset.images if not _file(folder, image_id).is_file()][rank::world]
+    share = list(dataset.images)[rank::world]
+    missing = [image_id for image_id in share if not _file(folder, image_id).is_file()]
     for image_id in tqdm(missing, desc=f"proposals of {encoder.name}", disable=not missing, mininterval=1):
         _write(propose(encoder.model, read_image(dataset, image_id), settings), _file(folder, image_id))
     return folder

@@ -16,9 +16,14 @@ class ProbingSettings:
 
     Attributes:
         probe_seeds: probes trained for each row, with seeds 0, 1, ...
+        views, test_views: MojiWorld images of each drawing, and how many of them are test images at drawing level.
+        shots: train images per class of the few-shot curve, as far as there are as many.
     """
 
     probe_seeds: int = 3
+    views: int = 6
+    test_views: int = 2
+    shots: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
 
 
 VOC = (  # the 20 COCO categories that PASCAL VOC has too: novel in the usual 60/20 split
@@ -141,12 +146,12 @@ class PipelineSettings:
     reference_seeds: int = 3
 
 
-# 192 pixels instead of some 640: lengths are 0.3 of a photograph's, areas a tenth
+# 128 pixels instead of some 640, and tokens of 16: objects below 12 pixels are smaller than a token
 POCKET_PIPELINE = PipelineSettings(
     reference_scenes=400,
     target_scenes=100,
-    min_reference_area=16.0**2,
-    reference_inset=3.0,
+    min_reference_area=12.0**2,
+    reference_inset=2.0,
     points_per_side=12,
     semantic_size=0,
     grids=(3, 6, 12, 16),

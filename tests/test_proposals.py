@@ -1,0 +1,197 @@
+"""Proposals against the packages' own automatic mask generators: the same masks, also for odd images; the store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as mask_tools
+from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
+from segment_anything import SamAutomaticMaskGenerator, SamPredictor
+from segment_anything.modeling import Sam
+
+from samantics import coco, mojiworld, zoo
+from samantics.decoding import PointDecoder, encode_image, sam2_predictor
+from samantics.encoders import load_encoder
+from samantics.errors import StudyError
+from samantics.proposals import (
+    Proposals,
+    ProposalSettings,
+    compute_proposals,
+    get_proposals,
+    main,
+    point_grid,
+    proposals_folder,
+    propose,
+)
+
+SMALL = mojiworld.World(image_size=96, seed=1)
+
+
+def decisive(name: str) -> Any:
+    """An untrained pocket model whose masks differ between points, so that few suppress each other.
+
+    Untrained, all masks of an image are much the same. Larger kernels and prompts make the point matter.
+    """
+    model = zoo.build(name, seed=1)
+    decoder = model.mask_decoder if name == "sam" else model.sam_mask_decoder
+    prompts = model.prompt_encoder if name == "sam" else model.sam_prompt_encoder
+    with torch.no_grad():
+        for head in decoder.output_hypernetworks_mlps:
+            head.layers[-1].weight *= 60
+        decoder.iou_prediction_head.layers[-1].bias += 0.5  # the packages take a threshold below 0 for none
+        for embedding in prompts.point_embeddings:
+            embedding.weight *= 10
+        for layer in decoder.transformer.layers:
+            layer.cross_attn_token_to_image.q_proj.weight *= 6
+            layer.cross_attn_image_to_token.q_proj.weight *= 6
+    return model
+
+
+def package_masks(model: Any, image: Image.Image, settings: ProposalSettings) -> list[dict[str, Any]]:
+    options = {
+        "points_per_side": settings.points_per_side,
+        "pred_iou_thresh": settings.predicted_iou,
+        "stability_score_thresh": settings.stability,
+        "stability_score_offset": settings.stability_offset,
+        "box_nms_thresh": settings.box_nms,
+        "output_mode": "coco_rle",
+    }
+    if isinstance(model, Sam):
+        return SamAutomaticMaskGenerator(model, **options).generate(np.asarray(image))
+    generator = SAM2AutomaticMaskGenerator(model, **options)
+    generator.predictor = sam2_predictor(model)
+    return generator.generate(np.asarray(image))
+
+
+@pytest.mark.parametrize("name", ["sam", "sam2"])
+@pytest.mark.parametrize("size", [(192, 192), (150, 100)])
+@pytest.mark.parametrize("box_nms", [0.7, 1.0])
+def test_same_masks_as_the_package(name: str, size: tuple[int, int], box_nms: float) -> None:
+    model = decisive(name)
+    image = Image.fromarray(mojiworld.scene(mojiworld.World(seed=2), "test", 0).image).resize(size)
+    everything = propose(model, image, ProposalSettings(8, 0.0, 0.0, stability_offset=0.5, box_nms=1.0))
+    middle = float(np.median(everything.predicted_iou))
+    stable = float(np.quantile(everything.stability[everything.predicted_iou > middle], 0.6))
+    settings = ProposalSettings(8, middle, stable, stability_offset=0.5, box_nms=box_nms)
+    ours, theirs = propose(model, image, settings), package_masks(model, image, settings)
+    assert len(theirs) >= (10 if box_nms == 1 else 1)
+    assert abs(len(ours) - len(theirs)) <= 0.01 * len(theirs)
+    iou = mask_tools.iou([t["segmentation"] for t in theirs], list(ours.rles), [0] * len(ours))
+    assert iou.max(0).min() >= 0.99 and iou.max(1).min() >= 0.99
+    matched = iou.argmax(1)
+    assert np.allclose(ours.predicted_iou[matched], [t["predicted_iou"] for t in theirs], atol=1e-5)
+    assert np.allclose(ours.stability[matched], [t["stability_score"] for t in theirs], atol=1e-3)
+    boxes = np.array([t["bbox"] for t in theirs])  # theirs end at the last pixel, ours after it
+    assert np.allclose(ours.boxes[matched, 2:] - ours.boxes[matched, :2] - 1, boxes[:, 2:])
+    assert np.allclose(ours.masks.sum((1, 2))[matched], [t["area"] for t in theirs], rtol=0.01)
+
+
+def test_decoder_and_encoder_give_the_package_logits() -> None:
+    model = decisive("sam")
+    side = zoo.DEFAULT.grid
+    for number, block in enumerate(model.image_encoder.blocks):  # official SAM has these, the pocket one does not
+        block.window_size = 0 if number else 5
+        block.attn.use_rel_pos = True
+        for name in ("rel_pos_h", "rel_pos_w"):
+            reach = 2 * (block.window_size or side) - 1
+            setattr(block.attn, name, torch.nn.Parameter(torch.randn(reach, zoo.DEFAULT.width // zoo.DEFAULT.heads)))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 110, 3), dtype=np.uint8))
+    predictor = SamPredictor(model)
+    predictor.set_image(np.asarray(image))
+    encoded = encode_image(model, image)
+    assert torch.allclose(encoded.embedding, predictor.features[0], atol=1e-5)
+    points = np.array([[3.0, 4.0], [60.0, 50.0], [109.0, 0.0]])
+    decoder = PointDecoder(encoded)
+    decoded = decoder.decode(points)
+    low = decoder.low_logits(decoded, torch.ones(3, 3, dtype=torch.bool)).view(3, 3, 4 * side, 4 * side)
+    at = torch.as_tensor(predictor.transform.apply_coords(points, (70, 110)))[:, None]
+    with torch.no_grad():
+        full, iou, theirs = predictor.predict_torch(at, torch.ones(3, 1, dtype=torch.int), return_logits=True)
+    assert torch.allclose(decoded.predicted_iou, iou, atol=1e-5)
+    assert torch.allclose(low, theirs, atol=1e-3)
+    assert torch.allclose(encoded.full_logits(low.flatten(0, 1)).transpose(1, 2), full.flatten(0, 1), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["sam", "sam2"])
+@pytest.mark.parametrize("size", [(1, 1), (10_000, 50), (50, 10_000)])
+def test_odd_images(name: str, size: tuple[int, int]) -> None:
+    image = Image.new("RGB", size, (200, 30, 30))
+    found = propose(decisive(name), image, ProposalSettings(2, predicted_iou=0.0, stability=0.0))
+    assert found.size == size[::-1] and found.masks.shape == (len(found), size[1], size[0])
+    assert np.isfinite(found.boxes).all() and np.isfinite(found.stability).all()
+    assert (found.boxes[:, 2:] > found.boxes[:, :2]).all()
+
+
+def test_no_proposal_and_no_decoder() -> None:
+    image = Image.new("RGB", (40, 30))
+    found = propose(zoo.build("sam"), image, ProposalSettings(2, predicted_iou=99))
+    assert len(found) == 0 and found.masks.shape == (0, 30, 40) and found.boxes.shape == (0, 4)
+    with pytest.raises(StudyError, match="Dinov2Model has no mask decoder"):
+        propose(zoo.build("dinov2"), image)
+    with pytest.raises(StudyError, match="too narrow for SAM"):
+        propose(zoo.build("sam"), Image.new("RGB", (10_000, 2)))
+    with pytest.raises(StudyError, match="points_per_side is 0"):
+        ProposalSettings(0)
+
+
+def test_grid_is_the_package_grid() -> None:
+    from segment_anything.utils.amg import build_point_grid
+
+    assert np.allclose(point_grid(7, (30, 50)), build_point_grid(7) * (50, 30))
+
+
+def equal(first: Proposals, second: Proposals) -> bool:
+    names = ("boxes", "predicted_iou", "stability", "points")
+    return first.rles == second.rles and all(np.array_equal(getattr(first, n), getattr(second, n)) for n in names)
+
+
+def test_store_resumes_and_names_damage(tmp_path: Path) -> None:
+    dataset = coco.write_mojiworld(SMALL, "test", 3, tmp_path / "scenes")
+    encoder = load_encoder("sam", "zoo_random")
+    settings = ProposalSettings(2, predicted_iou=0.0, stability=0.0)
+    found = get_proposals(encoder, dataset, settings, tmp_path)
+    folder = proposals_folder(encoder, dataset, settings, tmp_path)
+    files = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert len(files) == 3
+    (folder / "2.json").unlink()
+    again = get_proposals(encoder, dataset, settings, tmp_path)
+    assert all(equal(found[n], again[n]) for n in found)
+    assert [path.name for path, time in files.items() if path.stat().st_mtime_ns != time] == ["2.json"]
+    assert proposals_folder(encoder, dataset, ProposalSettings(3), tmp_path) != folder
+    (folder / "1.json").write_text('{"size": [96')
+    with pytest.raises(StudyError, match=r"1\.json is damaged: delete it"):
+        get_proposals(encoder, dataset, settings, tmp_path)
+
+
+def test_finished_images_survive_a_broken_one(tmp_path: Path) -> None:
+    dataset = coco.write_mojiworld(SMALL, "test", 3, tmp_path / "scenes")
+    (dataset.folder / "00001.png").write_bytes(b"no picture")
+    encoder, settings = load_encoder("sam", "zoo_random"), ProposalSettings(2)
+    with pytest.raises(StudyError, match=r"00001\.png cannot be read"):
+        compute_proposals(encoder, dataset, settings, tmp_path)
+    assert [p.name for p in proposals_folder(encoder, dataset, settings, tmp_path).iterdir()] == ["1.json"]
+
+
+def test_processes_share_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = coco.write_mojiworld(SMALL, "test", 3, tmp_path / "scenes")
+    encoder, settings = load_encoder("sam", "zoo_random"), ProposalSettings(2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, names in (("0", ["1.json", "3.json"]), ("1", ["1.json", "2.json", "3.json"])):
+        monkeypatch.setenv("RANK", rank)
+        folder = compute_proposals(encoder, dataset, settings, tmp_path)
+        assert sorted(path.name for path in folder.iterdir()) == names
+
+
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("SAMANTICS_CACHE", str(tmp_path / "cache"))
+    dataset = coco.write_mojiworld(SMALL, "test", 2, tmp_path / "scenes")
+    base = ["--weights", "zoo_random", "--points-per-side", "1", "--images", str(dataset.folder)]
+    assert main([*base, "--annotations", str(dataset.path)]) == 0
+    assert len(list(Path(capsys.readouterr().out.strip()).iterdir())) == 2
+    assert main([*base, "--annotations", "no.json"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: no.json cannot be read")
