@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +131,11 @@ def weight_file(name: str, path: Path | str | None = None) -> tuple[Path, str]:
         return Path(path), hash_file(path)
     known = FILES[name]
     place = cache_dir() / "weights" / known.file
-    with _locked(place):
-        expected = known.sha256 if place.exists() else download(known, place)
-        found = hash_file(place)
+    if not place.exists():
+        with _locked(place):
+            if not place.exists():  # another process may have fetched it meanwhile
+                return place, download(known, place)
+    found, expected = hash_file(place), known.sha256
     if expected and found != expected:
         raise StudyError(
             f"{place} is damaged (SHA-256 {found[:12]}, expected {expected[:12]}): delete it to download it again"
@@ -142,7 +144,7 @@ def weight_file(name: str, path: Path | str | None = None) -> tuple[Path, str]:
 
 
 @contextlib.contextmanager
-def _locked(place: Path) -> Any:
+def _locked(place: Path) -> Iterator[None]:
     """One process downloads, the others wait."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
