@@ -161,6 +161,13 @@ class Pipeline:
         found, features = self.proposals(variant.proposals), self.features(variant.proposals)[variant.source]
         return [r for n, p in found.items() for r in match(n, p, features[n], bank, variant.settings)]
 
+    @staticmethod
+    def as_result(instance: Instance) -> Result:
+        """An annotated object in the form of a result."""
+        x0, y0, x1, y1 = instance.box
+        head = {"image_id": instance.image_id, "category_id": instance.category_id, "score": 1.0}
+        return {**head, "bbox": [x0, y0, x1 - x0, y1 - y0], "segmentation": instance.rle}
+
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
@@ -193,6 +200,8 @@ def start(run: Run, references: str = "", targets: str = "", images: str = "", w
         StudyError: see :func:`load_data`; or a model's weights are missing.
     """
     data = load_data(run, references, targets, images)
+    if references:  # the scale's own figures stay as they are
+        run = dataclasses.replace(run, figures=run.figures / "own_data")
     settings = run.scale.pipeline
     proposal_settings = ProposalSettings(
         settings.points_per_side, settings.predicted_iou, settings.stability, box_nms=settings.box_nms
@@ -290,6 +299,48 @@ def _ceiling(targets: CocoDataset, found: Mapping[int, Proposals]) -> list[tuple
         low, high = diagnosis.recall_interval(best)
         rows.append(("recall_ceiling", iou_type, None, diagnosis.recall(best["iou"].to_numpy()), low, high))
     return rows
+
+
+SIZES = ((0, 0.01), (0.01, 0.03), (0.03, 0.06), (0.06, 0.12), (0.12, 1.0))  # share of the image
+
+
+def size_table(pipeline: Pipeline, proposer: str = "sam") -> pd.DataFrame:
+    """``size, objects, recall, low, high``: recall of the proposals by an object's share of the image."""
+    best = diagnosis.covered(pipeline.data.targets, pipeline.proposals(proposer))
+    rows = []
+    for least, most in SIZES:
+        chosen = best[(best["share"] >= least) & (best["share"] < most)]
+        if len(chosen):
+            low, high = diagnosis.recall_interval(chosen)
+            name = f"{100 * least:.0f}–{100 * most:.0f} %"
+            rows.append((name, len(chosen), diagnosis.recall(chosen["iou"].to_numpy()), low, high))
+    return pd.DataFrame(rows, columns=["size", "objects", "recall", "low", "high"])
+
+
+def top_results(pipeline: Pipeline, results: Sequence[Result], judged: Sequence[diagnosis.Verdict]) -> pd.DataFrame:
+    """``image_id, kind, result`` of each image's best-scored results, as many as it has objects."""
+    rows = []
+    for image_id in pipeline.data.targets.images:
+        count = len(diagnosis.objects_of(pipeline.data.targets, image_id))
+        mine = [(r, v) for r, v in zip(results, judged, strict=True) if r["image_id"] == image_id]
+        mine.sort(key=lambda pair: -pair[0]["score"])
+        rows += [{"image_id": image_id, "kind": v.kind, "result": r} for r, v in mine[:count]]
+    return pd.DataFrame(rows, columns=["image_id", "kind", "result"])
+
+
+def ranked_images(pipeline: Pipeline, found: pd.DataFrame, least: int = 3) -> pd.DataFrame:
+    """``image_id, objects, right, share``, best first: images of at least ``least`` objects by the share found right.
+
+    An image with G objects is judged by its G best-scored results, so neither many nor few predictions help. Ties go
+    to the lower id.
+    """
+    rows = []
+    for image_id in pipeline.data.targets.images:
+        count = len(diagnosis.objects_of(pipeline.data.targets, image_id))
+        right = int((found.loc[found["image_id"] == image_id, "kind"] == "correct").sum())
+        rows.append((image_id, count, right, right / max(1, count)))
+    table = pd.DataFrame(rows, columns=["image_id", "objects", "right", "share"])
+    return table[table["objects"] >= least].sort_values(["share", "image_id"], ascending=[False, True])
 
 
 def grid_table(pipeline: Pipeline, source: str = "dinov2") -> pd.DataFrame:

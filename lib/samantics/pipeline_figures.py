@@ -1,0 +1,328 @@
+"""The pictures of notebook 03. Each function draws one table or one image of ``pipeline``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+from samantics.coco import Box, CocoDataset, Instance, Mask, mask_of, read_image
+from samantics.evaluation import Result
+from samantics.figures import COLOURS, LABELS
+from samantics.pipeline import Pipeline
+from samantics.proposals import Proposals
+
+PAPER = {"bbox": 13.3, "segm": 11.3}  # AP on COCO val2017, 80 classes (arXiv 2411.15288)
+HIT, NEAR, MISS = "#009E73", "#E69F00", "#D55E00"
+OUTLINE = "#00E5FF"
+STEPS = {
+    "none": "the pipeline",
+    "true_masks": "true masks,\nits classes",
+    "true_classes": "its masks,\ntrue classes",
+    "best_mask": "its best mask\nper object",
+    "recall_ceiling": "recall of all\nproposals",
+    "truth": "the annotation",
+}
+
+
+# ----------------------------------------------------------------------------------------------------- one image
+
+
+def show_image(axis: Axes, image: Image.Image, title: str = "") -> None:
+    """An image without axes."""
+    axis.imshow(image, interpolation="bilinear")
+    axis.set_title(title, fontsize=9)
+    axis.axis("off")
+
+
+def outline(axis: Axes, mask: Mask, colour: str, width: float = 1.5) -> None:
+    """The edge of a mask, drawn between pixels, in black and ``colour`` so that it shows on any image."""
+    padded = np.pad(mask, 1).astype(float)
+    y, x = (np.arange(side) - 1.0 for side in padded.shape)
+    axis.contour(x, y, padded, levels=[0.5], colors="black", linewidths=width + 1)
+    axis.contour(x, y, padded, levels=[0.5], colors=colour, linewidths=width)
+
+
+def label(axis: Axes, box: Box | NDArray[np.float64], text: str, colour: str) -> None:
+    """A name at a box's upper left corner."""
+    style = {"facecolor": colour, "edgecolor": "none", "pad": 1.0, "alpha": 0.85}
+    axis.text(box[0], max(box[1], 4), text, fontsize=7, color="white", bbox=style, va="bottom", clip_on=True)
+
+
+def show_instances(
+    axis: Axes, pipeline: Pipeline, image_id: int, results: Sequence[Result], colours: Sequence[str], title: str
+) -> None:
+    """An image with the outlines and names of some instances."""
+    show_image(axis, read_image(pipeline.data.targets, image_id), title)
+    for result, colour in zip(results, colours, strict=True):
+        x, y, width, height = result["bbox"]
+        outline(axis, mask_of(result["segmentation"]), colour)
+        label(axis, (x, y, x + width, y + height), pipeline.data.names[result["category_id"]], colour)
+
+
+def coloured_masks(proposals: Proposals, seed: int = 0) -> NDArray[np.float64]:
+    """``(height, width, 4)`` picture of all masks, large ones below, each in a colour of its own."""
+    canvas = np.zeros((*proposals.size, 4))
+    masks = proposals.masks
+    rng = np.random.default_rng(seed)
+    for row in np.argsort(-masks.sum((1, 2)), kind="stable"):
+        canvas[masks[row]] = (*rng.uniform(0.1, 1, 3), 0.6)
+    return canvas
+
+
+def references_figure(pipeline: Pipeline, seed: int = 0) -> Figure:
+    """The first reference of every category, cut out of its image with a margin, its mask outlined."""
+    chosen = pipeline.references[seed]
+    columns = 8
+    lines = -(-len(chosen) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(10, 1.45 * lines), squeeze=False)
+    for axis in axes.ravel():
+        axis.axis("off")
+    for axis, (category, group) in zip(axes.ravel(), chosen.items(), strict=False):
+        show_reference(axis, pipeline.data.references, group[0], f"{pipeline.data.names[category]} ({len(group)})")
+    return figure
+
+
+def show_reference(axis: Axes, dataset: CocoDataset, instance: Instance, title: str) -> None:
+    """One reference, cut out with a margin."""
+    x0, y0, x1, y1 = instance.box
+    margin = 0.4 * max(x1 - x0, y1 - y0)
+    show_image(axis, read_image(dataset, instance.image_id), title)
+    outline(axis, mask_of(instance.rle), OUTLINE)
+    axis.set_xlim(x0 - margin, x1 + margin)
+    axis.set_ylim(y1 + margin, y0 - margin)
+    axis.title.set_fontsize(7)
+
+
+def step_figure(pipeline: Pipeline, image_id: int, scores: NDArray[np.float32], results: Sequence[Result]) -> Figure:
+    """One image's way: the image, all proposals, each proposal's best score, the instances that remain."""
+    image, proposals = read_image(pipeline.data.targets, image_id), pipeline.proposals("sam")[image_id]
+    figure, axes = plt.subplots(1, 4, figsize=(11, 3.1))
+    show_image(axes[0], image, "1 the image")
+    show_image(axes[1], image, f"2 {len(proposals)} proposals, no names")
+    axes[1].imshow(coloured_masks(proposals))
+    best = np.zeros(proposals.size)
+    for mask, score in zip(proposals.masks, scores.max(1, initial=0), strict=True):
+        best[mask] = np.maximum(best[mask], score)
+    show_image(axes[2], image, "3 likeness to the nearest class")
+    drawn = axes[2].imshow(best, cmap="viridis", vmin=0, vmax=1)
+    figure.colorbar(drawn, ax=axes[2], shrink=0.7)
+    show_instances(axes[3], pipeline, image_id, results, [HIT] * len(results), f"4 the best {len(results)} instances")
+    return figure
+
+
+def gallery_figure(pipeline: Pipeline, image_ids: Sequence[int], found: pd.DataFrame) -> Figure:
+    """Annotated objects above, best predictions below (green right, orange half right, red wrong), an image a column.
+
+    Args:
+        found: of :func:`pipeline.top_results`.
+    """
+    figure, axes = plt.subplots(2, len(image_ids), figsize=(2.3 * len(image_ids), 4.9), squeeze=False)
+    colour_of = {"correct": HIT, "class": NEAR, "location": NEAR}
+    for column, image_id in enumerate(image_ids):
+        truth = [pipeline.as_result(instance) for instance in pipeline.data.targets.by_image[image_id]]
+        show_instances(axes[0, column], pipeline, image_id, truth, ["#444444"] * len(truth), f"image {image_id}: truth")
+        rows = found[found["image_id"] == image_id]
+        colours = [colour_of.get(kind, MISS) for kind in rows["kind"]]
+        right = int((rows["kind"] == "correct").sum())
+        title = f"predicted: {right} of {len(truth)} right"
+        show_instances(axes[1, column], pipeline, image_id, list(rows["result"]), colours, title)
+    return figure
+
+
+def predictions_figure(
+    pipeline: Pipeline, image_ids: Sequence[int], results: Sequence[Result], best: int = 8
+) -> Figure:
+    """The best-scored instances of some images."""
+    figure, axes = plt.subplots(1, len(image_ids), figsize=(3.2 * len(image_ids), 3.2), squeeze=False)
+    for axis, image_id in zip(axes[0], image_ids, strict=True):
+        chosen = [result for result in results if result["image_id"] == image_id][:best]
+        show_instances(axis, pipeline, image_id, chosen, [OUTLINE] * len(chosen), f"image {image_id}")
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------------- tables
+
+
+def _bars(axis: Axes, rows: pd.DataFrame, names: Sequence[str], colours: Sequence[str]) -> None:
+    """Horizontal bars of AP with intervals and figures; the first row on top."""
+    places = np.arange(len(rows))[::-1]
+    value, low, high = (rows[name].to_numpy(float) for name in ("AP", "low", "high"))
+    axis.barh(places, value, color=list(colours), height=0.7)
+    errors = np.clip([value - low, high - value], 0, None)
+    axis.errorbar(value, places, xerr=errors, fmt="none", ecolor="black", elinewidth=1, capsize=2)
+    for place, number, end in zip(places, value, high, strict=True):
+        axis.text(max(end, number) + 0.5, place, f"{number:.1f}", va="center", fontsize=9)
+    axis.set_yticks(places, names)
+    axis.grid(axis="y", visible=False)
+    axis.set_xlim(0, max(float(np.nanmax(high)), 5) * 1.2)
+
+
+def sources_figure(table: pd.DataFrame, with_paper: bool) -> Figure:
+    """Box and mask AP by source of meaning; the paper's figures (other data) in a panel of their own.
+
+    Args:
+        with_paper: whether the paper's figures are worth a place beside these.
+    """
+    figure, axes = plt.subplots(1, 3 if with_paper else 2, figsize=(10, 3.4), sharex=False)
+    for axis, iou_type, name in zip(axes, ("segm", "bbox"), ("mask", "box"), strict=False):
+        rows = table[table["iou_type"] == iou_type].sort_values("AP", ascending=False, kind="stable")
+        _bars(axis, rows, [LABELS[s] for s in rows["source"]], [COLOURS[s] for s in rows["source"]])
+        axis.set_title(f"{name} AP by source of meaning")
+        axis.set_xlabel("AP (%)")
+    if with_paper:
+        rows = pd.DataFrame({"AP": PAPER.values(), "low": PAPER.values(), "high": PAPER.values()})
+        _bars(axes[2], rows, ["box AP", "mask AP"], [COLOURS["dinov2"]] * 2)
+        axes[2].set_title("the paper: COCO, 80 classes")
+        axes[2].set_xlabel("AP (%), other data: not comparable")
+    return figure
+
+
+def merging_figure(table: pd.DataFrame) -> Figure:
+    """Mask AP by merging."""
+    figure, axis = plt.subplots(figsize=(8, 2.8))
+    rows = table[table["iou_type"] == "segm"]
+    _bars(axis, rows, [str(name).replace("_", " ") for name in rows["merging"]], [COLOURS["dinov2"]] * len(rows))
+    axis.set_title("Mask AP by what becomes of masks inside better ones")
+    axis.set_xlabel("AP (%)")
+    return figure
+
+
+def oracle_figure(table: pd.DataFrame) -> Figure:
+    """Mask AP (bars) as difficulties are taken away; the recall ceiling as what it is, a recall."""
+    rows = table[table["iou_type"] == "segm"].set_index("oracle").loc[list(STEPS)].reset_index()
+    figure, axis = plt.subplots(figsize=(9, 3.9))
+    value = rows["AP"].fillna(rows["AR100"]).to_numpy(float)
+    colours = ["#B3B3B3" if name in ("recall_ceiling", "truth") else COLOURS["dinov2"] for name in rows["oracle"]]
+    axis.bar(range(len(rows)), value, color=colours, width=0.7)
+    errors = np.clip([value - rows["low"], rows["high"] - value], 0, None)
+    axis.errorbar(range(len(rows)), value, yerr=errors, fmt="none", ecolor="black", elinewidth=1)
+    for place, (number, high) in enumerate(zip(value, rows["high"], strict=True)):
+        axis.text(place, max(number, high) + 1.5, f"{number:.1f}", ha="center", fontsize=9)
+    axis.set_xticks(range(len(rows)), [STEPS[name] for name in rows["oracle"]], fontsize=9)
+    axis.set_ylim(0, 112)
+    axis.grid(axis="x", visible=False)
+    axis.set_ylabel("mask AP (%); recall for the fifth")
+    axis.set_title("What each difficulty costs")
+    return figure
+
+
+def error_figure(table: pd.DataFrame) -> Figure:
+    """Share of each kind of error, and the AP50 that mending it would win."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
+    places = np.arange(len(table))[::-1]
+    panels = (
+        ("share", "share of all errors (%)", "#B3B3B3"),
+        ("gain", "mask AP50 won by mending it", COLOURS["dinov2"]),
+    )
+    for axis, (column, words, colour) in zip(axes, panels, strict=True):
+        axis.barh(places, table[column], color=colour, height=0.7)
+        for place, value in zip(places, table[column], strict=True):
+            axis.text(max(value, 0), place, f" {value:.1f}", va="center", fontsize=9)
+        axis.set_yticks(places, table["kind"])
+        axis.set_xlabel(words)
+        axis.grid(axis="y", visible=False)
+        axis.margins(x=0.15)
+    axes[0].set_title("Which errors there are")
+    axes[1].set_title("Which errors cost points")
+    return figure
+
+
+def shots_figure(table: pd.DataFrame) -> Figure:
+    """Mask AP against references per class, one line per source, with intervals."""
+    figure, axis = plt.subplots(figsize=(7, 4))
+    for source, rows in table[table["iou_type"] == "segm"].groupby("source", sort=False):
+        rows = rows.sort_values("shots")
+        axis.plot(rows["shots"], rows["AP"], "o-", color=COLOURS[str(source)])
+        axis.fill_between(rows["shots"], rows["low"], rows["high"], color=COLOURS[str(source)], alpha=0.12, linewidth=0)
+        last = rows.iloc[-1]
+        axis.annotate(
+            LABELS[str(source)], (last["shots"], last["AP"]), (6, 0), textcoords="offset points", va="center",
+            color=COLOURS[str(source)],
+        )  # fmt: skip
+    shots = sorted(table["shots"].unique())
+    axis.set_xscale("log")
+    axis.set_xticks(shots, [str(number) for number in shots])
+    axis.minorticks_off()
+    axis.set_xlim(shots[0] * 0.9, shots[-1] * 1.4)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("references per class")
+    axis.set_ylabel("mask AP (%)")
+    axis.set_title("More references, until the likeness itself is the limit")
+    return figure
+
+
+def grid_figure(table: pd.DataFrame) -> Figure:
+    """Mask AP and recall of the proposals against the seconds they take."""
+    figure, axis = plt.subplots(figsize=(7, 4))
+    errors = np.clip([table["AP"] - table["low"], table["high"] - table["AP"]], 0, None)
+    axis.errorbar(table["seconds"], table["AP"], yerr=errors, fmt="o-", color=COLOURS["dinov2"])
+    axis.plot(table["seconds"], table["recall"], "s--", color="#5A5A5A")
+    for row in table.itertuples():
+        axis.annotate(
+            f"{row.points_per_side}²", (row.seconds, row.recall), (0, 7), textcoords="offset points", ha="center"
+        )
+    last = table.iloc[-1]
+    for value, words, colour in ((last["AP"], "mask AP", COLOURS["dinov2"]), (last["recall"], "recall", "#5A5A5A")):
+        axis.annotate(words, (last["seconds"], value), (8, 0), textcoords="offset points", va="center", color=colour)
+    axis.set_xlabel("seconds per image for the proposals")
+    axis.set_ylabel("percent")
+    axis.set_ylim(0, 100)
+    axis.margins(x=0.15)
+    axis.set_title("A denser grid of points: what it finds and what it costs")
+    return figure
+
+
+def size_figure(table: pd.DataFrame) -> Figure:
+    """Recall of the proposals by size of object."""
+    figure, axis = plt.subplots(figsize=(7, 3.4))
+    axis.bar(range(len(table)), table["recall"], color="#3B4A63", width=0.7)
+    errors = np.clip([table["recall"] - table["low"], table["high"] - table["recall"]], 0, None)
+    axis.errorbar(range(len(table)), table["recall"], yerr=errors, fmt="none", ecolor="black", elinewidth=1)
+    for place, (recall, high, count) in enumerate(zip(table["recall"], table["high"], table["objects"], strict=True)):
+        axis.text(place, max(recall, high) + 2, f"{recall:.0f}\n(n = {count})", ha="center", fontsize=8)
+    axis.set_xticks(range(len(table)), table["size"])
+    axis.set_ylim(0, 125)
+    axis.set_yticks(range(0, 101, 20))
+    axis.set_xlabel("object's share of the image")
+    axis.set_ylabel("recall (%), IoU 0.5 to 0.95")
+    axis.set_title("Which objects have a proposal at all")
+    return figure
+
+
+def likeness_figure(image: Image.Image, point: tuple[float, float], maps: Mapping[str, NDArray[np.float32]]) -> Figure:
+    """Cosine likeness of every place to one clicked point, by model.
+
+    Args:
+        point: x, y in pixels.
+        maps: by model, ``(height, width)``.
+    """
+    figure, axes = plt.subplots(1, len(maps) + 1, figsize=(2.4 * (len(maps) + 1), 2.8))
+    show_image(axes[0], image, "the clicked patch")
+    for axis, (name, values) in zip(axes[1:], maps.items(), strict=True):
+        axis.imshow(values, cmap="magma", vmin=0, vmax=1)
+        axis.set_title(LABELS[name], fontsize=9, color=COLOURS[name])
+        axis.axis("off")
+    for axis in axes:
+        axis.plot(*point, "+", color="black", markersize=13, markeredgewidth=4)
+        axis.plot(*point, "+", color=OUTLINE, markersize=12, markeredgewidth=2)
+    return figure
+
+
+def click_figure(
+    image: Image.Image, point: tuple[float, float], masks: NDArray[np.bool_], titles: Sequence[str]
+) -> Figure:
+    """SAM's three masks at a point, each with a line of text."""
+    figure, axes = plt.subplots(1, len(masks), figsize=(3.2 * len(masks), 3.4), squeeze=False)
+    for axis, mask, title in zip(axes[0], masks, titles, strict=True):
+        show_image(axis, image, title)
+        if mask.any():
+            outline(axis, mask, OUTLINE)
+        axis.plot(*point, "*", color="white", markeredgecolor="black", markersize=13)
+    return figure
