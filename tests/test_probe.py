@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
-from stub_encoder import LookUp
 
 from samantics import probe
 from samantics.errors import StudyError
 from samantics.store import FeatureStore, encode_images
+from stub_encoder import LookUp
 
 CLASSES = 12
 Data = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]
@@ -193,11 +193,15 @@ def test_bad_input(data: Data) -> None:
         probe.knn_probe(x, y, test_x[:0], test_y[:0], CLASSES)
 
 
-def test_streamed_features_give_what_arrays_give(data: Data, tmp_path: Path) -> None:
+def test_streamed_features_give_what_arrays_give(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y, test_x, test_y = data
     x, test_x = x / np.abs(x).max(0), test_x / np.abs(x).max(0)
     columns = [stored(tmp_path / name, part).column(("final", "mean")) for name, part in (("a", x), ("b", test_x))]
     halves = [part.astype(np.float16).astype(np.float32) for part in (x, test_x)]
+    small = probe.linear_probe(columns[0], y, columns[1], test_y, CLASSES, seeds=(0,))  # read once, then as arrays
+    in_memory = probe.linear_probe(halves[0], y, halves[1], test_y, CLASSES, seeds=(0,))
+    assert np.array_equal(small.predictions, in_memory.predictions)
+    monkeypatch.setattr(probe, "CHUNK_BYTES", 4 * 24 * 150)
     streamed = probe.knn_probe(columns[0], y, columns[1], test_y, CLASSES, ks=(10,))[10]
     in_memory = probe.knn_probe(halves[0], y, halves[1], test_y, CLASSES, ks=(10,))[10]
     assert np.array_equal(streamed.predictions, in_memory.predictions)

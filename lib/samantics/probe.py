@@ -90,6 +90,7 @@ def linear_probe(
     """
     _check(train_x, train_y, classes, "train")
     _check(test_x, test_y, classes, "test")
+    train_x, test_x = _in_memory_if_small(train_x), _in_memory_if_small(test_x)
     settings = _Settings(classes, standardise, batch_size, torch.device(device))
     runs = []
     for seed in seeds:
@@ -248,6 +249,12 @@ def _result(ranked: Sequence[NDArray[np.int64]], labels: Labels, *choices: tuple
 # ---------------------------------------------------------------------------------------------- reading features
 
 
+def _in_memory_if_small(x: Features) -> Features:
+    """What fits into one chunk is read once; larger columns are streamed in every epoch."""
+    small = isinstance(x, Column) and 4 * x.shape[0] * x.shape[1] <= CHUNK_BYTES
+    return x.store.read(x.wanted) if isinstance(x, Column) and small else x
+
+
 def _chunks(
     x: Features, use: NDArray[np.bool_], rng: np.random.Generator | None, device: torch.device
 ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
@@ -359,6 +366,7 @@ def knn_probe(
     _check(test_x, test_y, classes, "test")
     if max(ks) > len(train_y):
         raise StudyError(f"k is {max(ks)}, but there are {len(train_y)} train images: choose a smaller k")
+    train_x, test_x = _in_memory_if_small(train_x), _in_memory_if_small(test_x)
     everywhere, target = np.ones(len(test_y), bool), torch.device(device)
     ranked = {k: np.empty((len(test_y), min(5, classes)), np.int64) for k in ks}
     for rows, vectors in _chunks(test_x, everywhere, None, target):
@@ -435,6 +443,7 @@ def paper_probe(
     """
     _check(train_x, train_y, classes, "train")
     _check(test_x, test_y, classes, "test")
+    train_x, test_x = _in_memory_if_small(train_x), _in_memory_if_small(test_x)
     target = torch.device(device)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
