@@ -343,32 +343,53 @@ def ranked_images(pipeline: Pipeline, found: pd.DataFrame, least: int = 3) -> pd
     return table[table["objects"] >= least].sort_values(["share", "image_id"], ascending=[False, True])
 
 
+def confusions(pipeline: Pipeline, variant: Variant) -> pd.DataFrame:
+    """``true, predicted, count`` of confident wrong names, most frequent first: class errors of each image's best."""
+    results = pipeline.predict(variant)
+    found = top_results(pipeline, results, diagnosis.verdicts(pipeline.data.targets, results))
+    rows = []
+    for result in found.loc[found["kind"] == "class", "result"]:
+        iou = diagnosis.overlaps(pipeline.data.targets, result["image_id"], [result["segmentation"]])[0]
+        truth = diagnosis.objects_of(pipeline.data.targets, result["image_id"])[int(iou.argmax())]
+        rows.append((pipeline.data.names[truth.category_id], pipeline.data.names[result["category_id"]]))
+    pairs = pd.DataFrame(rows, columns=["true", "predicted"])
+    return pairs.value_counts().reset_index(name="count")
+
+
 def grid_table(pipeline: Pipeline, source: str = "dinov2") -> pd.DataFrame:
     """``points_per_side, seconds, proposals, recall, AP, low, high`` (masks) on the first targets, by grid density.
 
     Seconds are those of proposing, encoding included, per image, over five images.
     """
-    settings, whole = pipeline.run.scale.pipeline, pipeline.data.targets
-    ids = list(whole.images)[: settings.grid_images]
-    images = {image_id: whole.images[image_id] for image_id in ids}
-    instances = tuple(i for i in whole.instances if i.image_id in images)
-    targets = dataclasses.replace(whole, images=images, instances=instances)
-    data, rows = dataclasses.replace(pipeline.data, targets=targets), []
+    settings, targets = pipeline.run.scale.pipeline, _first_images(pipeline)
+    banks = [pipeline.bank(source, settings.shots, seed) for seed in pipeline.references]
+    rows = []
     for per_side in settings.grids:
         sparse = dataclasses.replace(pipeline.proposal_settings, points_per_side=per_side)
-        part = Pipeline(pipeline.run, data, pipeline.models, sparse)
-        row = ap_table(part, [Variant(source=source, shots=settings.shots)], ["segm"]).iloc[0]
-        found = part.proposals("sam")
+        found = get_proposals(pipeline.models["sam"], targets, sparse)
+        rles = {image_id: p.rles for image_id, p in found.items()}
+        features = pooled_features({source: pipeline.models[source]}, targets, rles)[source]
+        runs = [[r for n, p in found.items() for r in match(n, p, features[n], bank)] for bank in banks]
+        row = ap_row(targets, runs, "segm")
         rows.append(
             {
                 "points_per_side": per_side,
-                "seconds": _seconds(pipeline, sparse, ids[:5]),
+                "seconds": _seconds(pipeline, sparse, list(targets.images)[:5]),
                 "proposals": np.mean([len(p) for p in found.values()]),
                 "recall": diagnosis.recall(diagnosis.covered(targets, found)["iou"].to_numpy()),
                 **{name: row[name] for name in ("AP", "low", "high")},
             }
         )
     return pd.DataFrame(rows)
+
+
+def _first_images(pipeline: Pipeline) -> CocoDataset:
+    """The targets on which grid densities are compared."""
+    whole = pipeline.data.targets
+    images = dict(list(whole.images.items())[: pipeline.run.scale.pipeline.grid_images])
+    return dataclasses.replace(
+        whole, images=images, instances=tuple(i for i in whole.instances if i.image_id in images)
+    )
 
 
 def _seconds(pipeline: Pipeline, settings: ProposalSettings, image_ids: Sequence[int]) -> float:

@@ -1,0 +1,124 @@
+"""Oracles and errors by kind on a scene small enough to judge by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from samantics import coco, diagnosis
+from samantics.evaluation import Result, evaluate
+from samantics.proposals import Proposals
+
+BOXES = [(0, 0, 20, 20), (30, 0, 50, 20), (0, 30, 20, 50), (40, 40, 58, 58)]
+
+
+def rle(box: tuple[int, int, int, int]) -> coco.Rle:
+    mask = np.zeros((60, 60), bool)
+    mask[box[1] : box[3], box[0] : box[2]] = True
+    return coco.rles_of(mask[None])[0]
+
+
+def instance(number: int, box: tuple[int, int, int, int], category: int, **more: Any) -> coco.Instance:
+    return coco.Instance(number, 1, category, box, float((box[2] - box[0]) * (box[3] - box[1])), rle(box), **more)
+
+
+def scene() -> coco.CocoDataset:
+    """Four objects of classes 1, 1, 2, 2 and an image without any."""
+    objects = tuple(instance(n + 1, box, 1 + n // 2) for n, box in enumerate(BOXES))
+    images = {n: coco.ImageRecord(n, f"{n}.png", 60, 60) for n in (1, 2)}
+    return coco.CocoDataset(Path("x.json"), Path(), images, {1: "cat", 2: "dog"}, objects, annotated=True)
+
+
+def result(box: tuple[int, int, int, int], category: int, score: float, image_id: int = 1) -> Result:
+    xywh = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+    return {"image_id": image_id, "category_id": category, "bbox": xywh, "segmentation": rle(box), "score": score}
+
+
+RESULTS = [
+    result(BOXES[0], 1, 0.9),
+    result((1, 0, 21, 20), 1, 0.8),  # the same object again
+    result(BOXES[1], 2, 0.7),  # wrong class
+    result((0, 40, 20, 60), 2, 0.6),  # a third of the object
+    result((0, 42, 20, 60), 1, 0.5),  # as badly placed, and wrong
+    result((22, 22, 28, 28), 1, 0.4),
+    result((0, 0, 9, 9), 1, 0.3, image_id=2),
+]
+
+
+def test_verdicts() -> None:
+    found = diagnosis.verdicts(scene(), RESULTS)
+    kinds = ["correct", "duplicate", "class", "location", "both", "background", "background"]
+    assert [verdict.kind for verdict in found] == kinds
+    assert [None if v.object is None else v.object.id for v in found] == [1, None, 2, 3, None, None, None]
+    assert {i.id for i in diagnosis.missed_objects(scene(), found)} == {4}
+
+
+def test_better_scored_results_take_the_object() -> None:
+    found = diagnosis.verdicts(scene(), [result(BOXES[0], 1, 0.1), result((1, 0, 21, 20), 1, 0.8)])
+    assert [verdict.kind for verdict in found] == ["duplicate", "correct"]
+
+
+def test_error_table() -> None:
+    dataset = scene()
+    table = diagnosis.error_table(dataset, RESULTS, diagnosis.verdicts(dataset, RESULTS)).set_index("kind")
+    assert table["count"].to_dict() == dict(zip(diagnosis.KINDS, (1, 1, 1, 1, 2, 1), strict=True))
+    assert table["share"].sum() == pytest.approx(100)
+    base = evaluate(dataset, RESULTS, "segm").metrics["AP50"] or 0.0
+    mended = [*RESULTS[:2], {**RESULTS[2], "category_id": 1}, *RESULTS[3:]]
+    assert table.loc["class", "gain"] == pytest.approx((evaluate(dataset, mended, "segm").metrics["AP50"] or 0) - base)
+    assert (table["gain"] >= -1e-9).all() and table.loc["missed", "gain"] > 0
+
+
+def test_no_errors_in_the_truth() -> None:
+    dataset = scene()
+    truth = [result(box, 1 + n // 2, 1.0) for n, box in enumerate(BOXES)]
+    table = diagnosis.error_table(dataset, truth, diagnosis.verdicts(dataset, truth))
+    assert table["count"].sum() == 0 and np.allclose(table["gain"], 0)
+    everything = diagnosis.error_table(dataset, [], [])
+    assert everything.set_index("kind")["count"].to_dict()["missed"] == 4
+
+
+def proposals(boxes: list[tuple[int, int, int, int]]) -> Proposals:
+    count = len(boxes)
+    quality = np.linspace(0.9, -0.1, count)
+    rles = tuple(rle(box) for box in boxes)
+    return Proposals(
+        (60, 60), rles, np.array(boxes, float).reshape(-1, 4), quality, np.ones(count), np.zeros((count, 2))
+    )
+
+
+def test_oracles() -> None:
+    dataset = scene()
+    found = {1: proposals([*BOXES[:3], (40, 40, 58, 52), (5, 5, 15, 15)]), 2: proposals([])}
+    named = diagnosis.with_true_classes(dataset, found)
+    assert [r["category_id"] for r in named] == [1, 1, 2, 2]  # the part of an object below IoU 0.5 is dropped
+    assert all(r["score"] > 0 for r in named)
+    best = diagnosis.best_masks(dataset, found)
+    assert evaluate(dataset, best, "segm").metrics["AP50"] == pytest.approx(100)
+    true = diagnosis.true_masks(dataset)
+    assert len(true[1]) == 4 and len(true[2]) == 0
+    assert evaluate(dataset, diagnosis.best_masks(dataset, true), "segm").ap == pytest.approx(100)
+
+
+def test_recall_ceiling() -> None:
+    dataset = scene()
+    covered = diagnosis.covered(dataset, {1: proposals([*BOXES[:2], (40, 40, 58, 52)]), 2: proposals([])})
+    assert covered["iou"].tolist() == pytest.approx([1, 1, 0, 12 / 18])
+    assert diagnosis.recall(covered["iou"].to_numpy()) == pytest.approx(100 * (1 + 1 + 0 + 0.4) / 4)
+    low, high = diagnosis.recall_interval(covered)
+    assert low <= 60 <= high
+    boxes = diagnosis.covered(dataset, {1: proposals(BOXES)}, "bbox")
+    assert boxes["iou"].tolist() == pytest.approx([1] * 4)
+
+
+def test_crowds_do_not_count() -> None:
+    dataset = scene()
+    crowd = instance(9, (0, 0, 60, 60), 1, crowd=True)
+    with_crowd = coco.CocoDataset(
+        dataset.path, dataset.folder, dataset.images, dataset.categories, (*dataset.instances, crowd), annotated=True
+    )
+    assert len(diagnosis.objects_of(with_crowd, 1)) == 4
+    assert crowd not in diagnosis.missed_objects(with_crowd, diagnosis.verdicts(with_crowd, []))

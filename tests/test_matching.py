@@ -1,0 +1,154 @@
+"""Pooling against an explicit loop, the memory bank's corner cases, matching and merging against closed forms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from samantics import coco, matching
+from samantics.errors import StudyError
+from samantics.matching import MatchSettings, MemoryBank
+from samantics.preprocessing import Geometry, Preprocessing
+from samantics.proposals import Proposals
+
+
+def box_masks(boxes: list[tuple[int, int, int, int]], size: tuple[int, int]) -> NDArray[np.bool_]:
+    masks = np.zeros((len(boxes), *size), bool)
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True):
+        mask[y0:y1, x0:x1] = True
+    return masks
+
+
+def proposals_of(boxes: list[tuple[int, int, int, int]], size: tuple[int, int] = (60, 60), **more: Any) -> Proposals:
+    masks, count = box_masks(boxes, size), len(boxes)
+    quality = np.array(more.get("quality", np.linspace(0.9, 0.8, count)))
+    rles = tuple(coco.rles_of(masks)) if count else ()
+    return Proposals(size, rles, np.array(boxes, float).reshape(-1, 4), quality, np.ones(count), np.zeros((count, 2)))
+
+
+def test_pooling_is_the_mean_of_the_bilinearly_resized_map() -> None:
+    rng = np.random.default_rng(0)
+    tokens = rng.normal(size=(5, 4, 4)).astype(np.float32)
+    masks = rng.random((6, 48, 64)) < 0.3
+    geometry = Preprocessing(32, "squash").geometry(64, 48)
+    weights = matching.token_weights(masks, geometry, (4, 4))
+    assert np.allclose(weights.sum(1), 1, atol=1e-5)
+    full = F.interpolate(torch.from_numpy(tokens)[None], (48, 64), mode="bilinear", align_corners=False)[0].numpy()
+    expected = np.array([full[:, mask].mean(1) for mask in masks])
+    assert np.allclose(weights @ tokens.reshape(5, -1).T, expected, atol=1e-5)
+
+
+def test_pooling_respects_padding() -> None:
+    geometry = Preprocessing(64, "pad").geometry(64, 32)  # the lower half of the input is padding
+    masks = box_masks([(0, 0, 64, 32)], (32, 64))
+    weights = matching.token_weights(masks, geometry, (4, 4)).reshape(4, 4)
+    assert weights[:2].sum() > 0.9 and weights[3].sum() == 0
+
+
+@pytest.mark.parametrize("size", [(1, 1), (50, 10_000)])
+def test_pooling_odd_sizes(size: tuple[int, int]) -> None:
+    geometry = Preprocessing(32, "squash").geometry(size[1], size[0])
+    weights = matching.token_weights(np.ones((1, *size), bool), geometry, (2, 2))
+    assert np.allclose(weights, 0.25, atol=1e-3)
+
+
+def test_a_mask_smaller_than_a_token_keeps_its_place() -> None:
+    masks = box_masks([(50, 40, 51, 41)], (518, 518))
+    geometry = Preprocessing(518, "squash").geometry(518, 518)
+    weights = matching.token_weights(masks, geometry, (37, 37)).reshape(37, 37)
+    assert np.isfinite(weights).all() and weights.sum() == pytest.approx(1)
+    assert np.unravel_index(weights.argmax(), weights.shape) == (40 * 37 // 518, 50 * 37 // 518)
+    with pytest.raises(StudyError, match="a mask to pool over is empty"):
+        matching.token_weights(np.zeros((1, 518, 518), bool), geometry, (37, 37))
+
+
+def reference(number: int, category: int) -> coco.Instance:
+    return coco.Instance(number, 1, category, (0, 0, 1, 1), 1.0, {"size": [1, 1], "counts": ""})
+
+
+def test_unequal_shots_and_empty_classes() -> None:
+    references = {3: [reference(1, 3), reference(2, 3)], 5: [reference(3, 5)], 9: []}
+    features = {1: np.array([1.0, 0.0]), 2: np.array([0.0, 1.0]), 3: np.array([-1.0, 0.0])}
+    bank = matching.remember(references, {n: f.astype(np.float32) for n, f in features.items()})
+    assert bank.category_ids == (3, 5)
+    assert np.allclose(bank.prototypes, [[0.5**0.5, 0.5**0.5], [-1, 0]])
+    assert np.isfinite(bank.prototypes).all()
+    with pytest.raises(StudyError, match="no category has a reference"):
+        matching.remember({9: []}, {})
+
+
+def test_opposite_references_give_no_nan() -> None:
+    bank = matching.remember({1: [reference(1, 1), reference(2, 1)]}, {1: np.array([1.0, 0]), 2: np.array([-1.0, 0])})
+    assert np.array_equal(bank.prototypes, [[0, 0]])
+
+
+def small_bank() -> MemoryBank:
+    features = np.array([[1, 0, 0], [0, 1, 0], [0, 0.6, 0.8]], np.float32)
+    return MemoryBank((10, 20), features, np.array([0, 1, 1]), matching.unit(np.array([[1, 0, 0], [0, 0.8, 0.4]])))
+
+
+@pytest.mark.parametrize("scoring", matching.SCORINGS)
+def test_scores(scoring: str) -> None:
+    bank = small_bank()
+    features = matching.unit(np.array([[1.0, 0.2, 0], [0, 0.6, 0.8], [-1, 0, 0]]))
+    scores = matching.class_scores(bank, features, MatchSettings(scoring=scoring))
+    assert scores.shape == (3, 2) and (scores >= 0).all() and (scores <= 1 + 1e-6).all()
+    assert scores[:2].argmax(1).tolist() == [0, 1]
+    if scoring == "nearest":
+        assert scores[1, 1] == pytest.approx(1)
+    if scoring == "prototype":
+        assert np.allclose(scores, (features @ bank.prototypes.T).clip(0))
+    if scoring == "softmax":
+        expected = torch.softmax(torch.from_numpy(features @ bank.prototypes.T) / 0.05, 1)
+        assert np.allclose(scores, expected, atol=1e-6)
+
+
+def test_match_takes_the_best_class_and_thins_out_per_class() -> None:
+    boxes = [(0, 0, 20, 20), (1, 1, 21, 21), (0, 0, 20, 21), (30, 30, 50, 50)]
+    features = np.array([[1, 0, 0], [1, 0, 0], [0, 1, 0], [1, 0, 0]], np.float32)
+    found = matching.match(7, proposals_of(boxes, quality=[0.7, 0.9, 0.8, 0.6]), features, small_bank())
+    assert [(r["category_id"], r["bbox"]) for r in found if r["category_id"] == 10] == [
+        (10, [1, 1, 20, 20]),  # better predicted IoU than its neighbour
+        (10, [30, 30, 20, 20]),
+    ]
+    assert sum(r["category_id"] == 20 for r in found) == 1  # another class does not suppress it
+    assert [r["score"] for r in found] == sorted((r["score"] for r in found), reverse=True)
+    assert all(r["image_id"] == 7 for r in found)
+    few = matching.match(7, proposals_of(boxes), features, small_bank(), MatchSettings(max_detections=1))
+    assert len(few) == 1
+
+
+def test_no_proposals_no_results() -> None:
+    assert matching.match(1, proposals_of([]), np.zeros((0, 3), np.float32), small_bank()) == []
+
+
+def test_merging_by_hand() -> None:
+    """A part wholly inside a better mask, one half inside, and the same of another class."""
+    rles = coco.rles_of(box_masks([(0, 0, 40, 40), (10, 10, 20, 20), (30, 0, 50, 40), (10, 10, 20, 20)], (60, 60)))
+    features = matching.unit(np.array([[1.0, 0], [0.6, 0.8], [1, 0], [1, 0]]))
+    categories, scores = np.array([1, 1, 1, 2]), np.array([0.9, 0.8, 0.7, 0.6])
+
+    def merged(name: str) -> list[float]:
+        return matching.merged_scores(rles, features, categories, scores, name).tolist()
+
+    assert merged("none") == scores.tolist()
+    assert merged("hard") == pytest.approx([0.9, 0, 0.7, 0.6])  # half inside is not more than half
+    assert merged("soft") == pytest.approx([0.9, 0, 0.7 * 0.5**0.5, 0.6])
+    assert merged("semantic_soft") == pytest.approx([0.9, 0.8 * 0.4**0.5, 0.7 * 0.5**0.5, 0.6])
+
+
+def test_unknown_settings() -> None:
+    with pytest.raises(StudyError, match="merging is 'firm': choose from none, hard"):
+        MatchSettings(merging="firm")
+    with pytest.raises(StudyError, match="scoring is 'best': choose from prototype"):
+        MatchSettings(scoring="best")
+
+
+def test_geometry_is_hashable() -> None:
+    """Weights are shared between encoders by their geometry."""
+    assert len({Geometry(1, 2, 3, 1.0, 1.0), Geometry(1, 2, 3, 1.0, 1.0)}) == 1
