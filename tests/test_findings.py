@@ -8,7 +8,9 @@ import pandas as pd
 import pytest
 
 from samantics.errors import StudyError
-from samantics.findings import CLAIMS, Comparison, evidence, findings, verdict
+from samantics.figures import save_table
+from samantics.findings import CLAIMS, Comparison, by_factor, evidence, findings, origins, verdict
+from samantics.provenance import Run
 from samantics.summary import summary_figure
 from samantics.uncertainty import Interval
 
@@ -134,6 +136,26 @@ def test_c5_follows_its_rule(sam: float, expected: str, tmp_path: Path) -> None:
     write_pipeline(tmp_path, {"dinov2": 11.3, "sam": sam, "random": 2.0})
     row = row_of(tmp_path, "C5")
     assert (row["verdict"], row["measured"]) == (expected, 11.3)
+
+
+def test_other_data_has_one_level_of_label(tmp_path: Path) -> None:
+    write_probes(tmp_path, PAPER_LIKE, PAPER_LIKE)
+    table = pd.read_csv(tmp_path / "01_probe_accuracy.csv")
+    table[table["labels"] == "drawing"].assign(labels="class").to_csv(tmp_path / "01_probe_accuracy.csv", index=False)
+    assert row_of(tmp_path, "C1")["verdict"] == "supported" and len(evidence(tmp_path)) == 2
+
+
+def test_verdicts_by_factor_fall(tmp_path: Path) -> None:
+    write_pipeline(tmp_path, {"dinov2": 11.3, "sam": 5.0, "random": 2.0})
+    verdicts = by_factor(tmp_path, (1, 2, 6)).to_dict("index")["C5"]
+    assert verdicts == {"1x": "supported", "2x": "partly", "6x": "not supported"}
+    assert set(by_factor(tmp_path).loc["C1"]) == {"not measured"}
+
+
+def test_origins_name_the_run_of_each_table(pocket_run: Run) -> None:
+    save_table(pocket_run, pd.DataFrame({"a": [1]}), "01_probe_accuracy")
+    rows = origins(pocket_run.figures).set_index("table")
+    assert rows.loc["01_probe_accuracy.csv", "seed"] == 3 and rows.loc["02_icl_ap.csv", "seed"] == ""
 
 
 def test_missing_row_is_named(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ without its table.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -133,6 +134,27 @@ def findings(figures: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def by_factor(figures: Path, factors: Sequence[float] = (1.0, 1.5, 2.0, 3.0)) -> pd.DataFrame:
+    """The verdicts if every comparison had to hold by this factor: rows are claims, columns factors."""
+    rows = {}
+    for claim in CLAIMS:
+        comparisons = claim.comparisons(figures)
+        rows[claim.name] = [verdict([dataclasses.replace(c, factor=factor) for c in comparisons]) for factor in factors]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=[f"{factor:g}x" for factor in factors])
+
+
+def origins(figures: Path) -> pd.DataFrame:
+    """Where the judged tables come from: ``table,notebook,seed,revision,written``; empty where there is no table."""
+    rows = []
+    for name in sorted({claim.table for claim in CLAIMS}):
+        note = (figures / name).with_suffix(".json")
+        facts = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+        revision = str(facts.get("git_revision", ""))[:8]
+        row = {"table": name} | {key: facts.get(key, "") for key in ("notebook", "seed", "written")}
+        rows.append(row | {"revision": revision})
+    return pd.DataFrame(rows)
+
+
 def headline(claim: Claim, comparisons: list[Comparison]) -> Interval:
     """The one number of a claim: the gap of its first comparison, for C5 the AP itself."""
     return comparisons[0].more if claim.name == "C5" else comparisons[0].gap
@@ -150,13 +172,16 @@ def compare_probes(table: pd.DataFrame) -> list[Comparison]:
 
     source = _source("01_probe_accuracy.csv", table)
     comparisons = []
-    for labels, factor in (("drawing", MISSING), ("category", BETTER)):
+    for labels in sorted(table["labels"].unique(), key=lambda name: name == "category"):
         semantic = min(top1("clip", labels), top1("dinov2", labels))
         masks = max(top1("sam", labels), top1("sam2", labels))
         statement = f"{labels}: the weaker of CLIP and DINOv2 above the better of SAM and SAM 2, top-1"
-        comparisons.append(Comparison(statement, semantic, masks, factor, source))
-    statement = "drawing: SAM 2 above SAM, top-1"
-    return [*comparisons, Comparison(statement, top1("sam2", "drawing"), top1("sam", "drawing"), BETTER, source)]
+        comparisons.append(Comparison(statement, semantic, masks, MISSING if labels != "category" else BETTER, source))
+    first = comparisons[0].statement.split(":")[0]
+    return [
+        *comparisons,
+        Comparison(f"{first}: SAM 2 above SAM, top-1", top1("sam2", first), top1("sam", first), BETTER, source),
+    ]
 
 
 def compare_incontext(table: pd.DataFrame) -> list[Comparison]:
