@@ -14,7 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samantics import mojiworld
-from samantics.images import class_names, image_folders
+from samantics.errors import StudyError
+from samantics.files import cache_dir
+from samantics.images import ImageFolder, class_names, image_folders, imagenette
+from samantics.provenance import Run
 from samantics.store import Images
 
 
@@ -61,16 +64,34 @@ class ClassificationData:
     """Images and their tasks.
 
     Attributes:
+        name: of the data, for titles.
         splits: images by split name.
         hashes: identifies each split.
         tasks: by name.
         masks: ``(N, H, W)`` bool-like object masks of each split, for object pooling; empty where there are none.
     """
 
+    name: str
     splits: Mapping[str, Images]
     hashes: Mapping[str, str]
     tasks: Mapping[str, Task]
     masks: Mapping[str, Images]
+
+
+def scale_data(run: Run, folder: Path | str = "") -> ClassificationData:
+    """The images of a run's scale: MojiWorld at ``pocket``, else the image folder named (or downloaded, at ``lite``).
+
+    Raises:
+        StudyError: ``paper`` without a folder; a folder that cannot be used.
+    """
+    settings = run.scale.probing
+    if folder:
+        return folder_data(Path(folder).name, image_folders(folder, run.seed))
+    if run.scale.name == "pocket":
+        return mojiworld_data(mojiworld.World(), settings.views, settings.test_views)
+    if run.scale.name == "lite":
+        return folder_data("Imagenette", imagenette(cache_dir() / "datasets"))
+    raise StudyError("the scale paper needs ImageNet-1k: name its folder (train/ and val/ inside) with --data DIR")
 
 
 def mojiworld_data(world: mojiworld.World, views: int, test_views: int) -> ClassificationData:
@@ -96,21 +117,16 @@ def mojiworld_data(world: mojiworld.World, views: int, test_views: int) -> Class
         ),
     }
     data_hash = f"{world.hash}:{views}"
-    return ClassificationData({"all": pictures.images}, {"all": data_hash}, tasks, {"all": pictures.instances})
+    return ClassificationData("MojiWorld", {"all": pictures.images}, {"all": data_hash}, tasks, {"all": pictures.instances})
 
 
 def _part(labels: NDArray[np.int64], chosen: NDArray[np.bool_]) -> Part:
     return Part("all", labels[chosen], np.flatnonzero(chosen))
 
 
-def folder_data(root: Path | str, seed: int = 0) -> ClassificationData:
-    """An image folder: a sub-folder for each class, with ``train/`` and ``val/`` above them or a seeded split.
-
-    Raises:
-        StudyError: as :func:`samantics.images.image_folders`.
-    """
-    train, val = image_folders(root, seed)
+def folder_data(name: str, folders: tuple[ImageFolder, ImageFolder]) -> ClassificationData:
+    """Train and validation images of an image folder."""
+    train, val = folders
     task = Task("class", class_names(train.classes), Part("train", train.labels), Part("val", val.labels))
-    return ClassificationData(
-        {"train": train, "val": val}, {"train": train.hash, "val": val.hash}, {"class": task}, masks={}
-    )
+    splits, hashes = {"train": train, "val": val}, {"train": train.hash, "val": val.hash}
+    return ClassificationData(name, splits, hashes, {"class": task}, masks={})

@@ -10,12 +10,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from samantics import ablation
 from samantics.architectures import Wanted
 from samantics.classification import ClassificationData, Part, Task
 from samantics.encoders import load_encoder
+from samantics.figures import LABELS
 from samantics.probe import Features, ProbeResult, few_shot_rows, knn_probe, linear_probe
 from samantics.provenance import Run
-from samantics.store import Column, FeatureStore, encode_images
+from samantics.store import Column, FeatureStore, Images, encode_images
 from samantics.uncertainty import bootstrap_mean
 
 KNN = 10  # neighbours of the headline; 20 to 200 change no order (notebook 01 prints them)
@@ -82,6 +84,26 @@ def _encode(run: Run, data: ClassificationData, name: str) -> Encoded:
     for split, value in data.hashes.items():
         run.record(f"data:{split}", value)
     return Encoded(name, encoder.headline, encoder.layers, stores)
+
+
+def images_and_labels(data: ClassificationData, part: Part) -> tuple[Images, NDArray[np.int64]]:
+    """The images of a part, by position, and their labels: to show some of them."""
+    images = data.splits[part.split]
+    return (images if part.rows is None else _Chosen(images, part.rows)), part.labels
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chosen:
+    """Some images of a split."""
+
+    images: Images
+    rows: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.images[int(self.rows[index])]
 
 
 # --------------------------------------------------------------------------------------------------------- tables
@@ -156,6 +178,12 @@ def pooling_rows(features: Mapping[str, Encoded], task: Task, seeds: int) -> pd.
     return pd.DataFrame(rows)
 
 
+def possible_shots(task: Task, shots: Sequence[int]) -> tuple[int, ...]:
+    """Those of the wanted numbers of images per class that every class has."""
+    fewest = int(np.bincount(task.train.labels, minlength=len(task.classes)).min())
+    return tuple(count for count in shots if count <= fewest)
+
+
 def few_shot(features: Mapping[str, Encoded], task: Task, shots: Sequence[int], seeds: int) -> pd.DataFrame:
     """Linear probes on 1, 2, 4 ... images of every class; each seed draws other images."""
     rows = []
@@ -192,6 +220,65 @@ def class_rows(answers: Mapping[tuple[str, str], ProbeResult], task: Task, test_
             line = {"encoder": name, "class": text, "n_test": hits.shape[1], "seeds": hits.shape[0]}
             rows.append(line | {"top1": top1.value, "top1_low": top1.low, "top1_high": top1.high})
     return pd.DataFrame(rows)
+
+
+def test_labels(encoded: Encoded, task: Task) -> NDArray[np.int64]:
+    """``(n,)`` true labels of the test images that a probe's answers belong to."""
+    return encoded.features(task.test)[1]
+
+
+def protocol_rows(features: Mapping[str, Encoded], task: Task, seeds: int) -> pd.DataFrame:
+    """The paper's probing protocol and one change of it at a time, for every encoder (see ``ablation``).
+
+    Few encoders have the same width: each is also projected to the narrowest one's.
+    """
+    narrowest = min(e.stores[task.train.split].dims[e.headline] for e in features.values())
+    rows = []
+    for encoded in features.values():
+        train_y, test_y = (encoded.features(part)[1] for part in (task.train, task.test))
+        wanted = [encoded.headline, *_other_outputs(encoded, task)]
+        arrays = {pair: (_array(encoded, task.train, pair), _array(encoded, task.test, pair)) for pair in wanted}
+        shared = (encoded.headline, train_y, test_y, len(task.classes))
+        lines = ablation.protocol_lines(arrays, *shared, seeds=tuple(range(seeds)))
+        lines += ablation.feature_lines(arrays, *shared, width=narrowest, seeds=tuple(range(seeds)))
+        for line in lines:
+            entry = row(encoded, task, "linear", line.result, (line.layer, line.pooling))
+            rows.append({"question": line.question, "setting": line.setting} | entry | {"dim": line.dim})
+    return pd.DataFrame(rows)
+
+
+def _other_outputs(encoded: Encoded, task: Task) -> list[Wanted]:
+    """What the headline is compared with: other poolings of its layer, CLIP before its projection, the last block."""
+    dims = encoded.stores[task.train.split].dims
+    last = [layer for layer in encoded.layers if layer.startswith("block")][-1]
+    return [
+        pair
+        for pair in dims
+        if pair != encoded.headline and (pair[0] in ("final", "before_projection") or pair == (last, "mean"))
+    ]
+
+
+def _array(encoded: Encoded, part: Part, wanted: Wanted) -> NDArray[np.float32]:
+    found = encoded.features(part, wanted)[0]
+    return gathered(found, np.arange(len(found))) if isinstance(found, Column) else found
+
+
+def order_sentences(table: pd.DataFrame) -> list[str]:
+    """What the headline table says, for each label level: the order of the encoders, and SAM beside its floor."""
+    sentences = []
+    for level, rows in table[table["probe"] == "linear"].groupby("labels", sort=False):
+        ranked = rows.sort_values("top1", ascending=False)
+        order = " > ".join(f"{LABELS[r.encoder]} {r.top1:.1f} [{r.top1_low:.1f}, {r.top1_high:.1f}]" for r in ranked.itertuples())
+        sentences.append(f"{level}: {order} (top-1 %)")
+        by_name = rows.set_index("encoder")
+        if {"sam", "clip", "dinov2"} <= set(by_name.index):
+            weaker = by_name.loc[["clip", "dinov2"], "top1"].idxmin()
+            apart = by_name.loc["sam", "top1_high"] < by_name.loc[weaker, "top1_low"]
+            sentences.append(
+                f"{level}: SAM is {'below' if apart else 'not clearly below'} both CLIP and DINOv2; "
+                f"{LABELS[weaker]}, the weaker of them, has {by_name.loc[weaker, 'top1'] / by_name.loc['sam', 'top1']:.1f} times its top-1"
+            )
+    return sentences
 
 
 def confusion(result: ProbeResult, task: Task, test_y: NDArray[np.int64]) -> pd.DataFrame:

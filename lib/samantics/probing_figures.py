@@ -147,21 +147,21 @@ def confusion_figure(matrices: Mapping[str, pd.DataFrame], title: str) -> Figure
     return figure
 
 
-def pictures_figure(rows: Mapping[str, tuple[Sequence[int], Sequence[str]]], images: Images, title: str) -> Figure:
-    """Rows of images with a line of text under each.
+def samples_figure(rows: Mapping[str, tuple[Sequence[int], Sequence[str], Images]], title: str) -> Figure:
+    """Rows of images with a word over each.
 
     Args:
-        rows: by row name: positions in ``images``, and the texts.
+        rows: by row name (an encoder's, or a word): positions, a text for each, and the images they are positions in.
     """
-    columns = max(len(chosen) for chosen, _ in rows.values())
-    figure, axes = plt.subplots(len(rows), columns, figsize=(1.45 * columns, 1.75 * len(rows)), squeeze=False)
-    for line, (name, (chosen, texts)) in zip(axes, rows.items(), strict=True):
+    columns = max(1, *(len(chosen) for chosen, _, _ in rows.values()))
+    figure, axes = plt.subplots(len(rows), columns, figsize=(1.25 * columns + 0.5, 1.6 * len(rows) + 0.3), squeeze=False)
+    for line, (name, (chosen, texts, images)) in zip(axes, rows.items(), strict=True):
         for axis in line:
             axis.set_axis_off()
         for axis, index, text in zip(line, chosen, texts, strict=False):
             axis.imshow(np.asarray(images[int(index)]))
             axis.set_title(text, fontsize=8, fontweight="normal", loc="center")
-        line[0].text(-0.12, 0.5, LABELS.get(name, name), transform=line[0].transAxes, rotation=90, va="center",
+        line[0].text(-0.08, 0.5, LABELS.get(name, name), transform=line[0].transAxes, rotation=90, va="center",
                      ha="right", color=COLOURS.get(name, "black"), fontweight="bold")  # fmt: skip
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
     return figure

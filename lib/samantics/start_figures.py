@@ -1,0 +1,154 @@
+"""The pictures of notebook 00: the world, and the four models at work on one scene."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from samantics import mojiworld, quality, zoo
+from samantics.encoders import Encoder
+from samantics.figures import COLOURS, LABELS
+
+
+def world_figure(pictures: Mapping[str, Sequence[mojiworld.Picture]], title: str) -> Figure:
+    """Rows of pictures; outlines show the exact visible masks."""
+    columns = max(len(row) for row in pictures.values())
+    figure, axes = plt.subplots(len(pictures), columns, figsize=(1.6 * columns, 1.75 * len(pictures) + 0.3), squeeze=False)
+    for line, (name, row) in zip(axes, pictures.items(), strict=True):
+        for axis, picture in zip(line, row, strict=False):
+            axis.imshow(picture.image)
+            for number in range(1, len(picture.drawings) + 1):
+                axis.contour(picture.instances == number, [0.5], colors="white", linewidths=0.8)
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(name)
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
+    return figure
+
+
+def object_words(picture: mojiworld.Picture) -> list[str]:
+    """Drawing and category of each object."""
+    table = mojiworld.catalogue()
+    return [f"{table['drawing'][d]} ({table['category'][d]})" for d in picture.drawings]
+
+
+# ------------------------------------------------------------------------------------------------------ SAM, SAM 2
+
+
+def clicked_masks(name: str, model: Any, picture: mojiworld.Picture) -> pd.DataFrame:
+    """One click at the centre of every object: the mask that the model prefers, its predicted and its true IoU.
+
+    Columns: ``encoder, object, x, y`` (pixels), ``predicted_iou, iou`` (percent) and ``mask`` (H, W) bool.
+    """
+    masks = np.stack([picture.instances == number for number in range(1, len(picture.drawings) + 1)])
+    points = np.stack([quality.centre_of(mask) for mask in masks])
+    sam = quality.segmenter(name, model)
+    with torch.no_grad():
+        embedded = tuple(level.expand(len(masks), -1, -1, -1) for level in sam.embed(quality.pixels_of(picture.image[None])))
+        logits, predicted = quality.click_masks(sam, embedded, points)
+    chosen = predicted.argmax(1)
+    ious = quality.iou_with(logits, masks)
+    large = functional.interpolate(logits, masks.shape[1:], mode="bilinear", align_corners=False).numpy() > 0
+    rows = [
+        {"encoder": name, "object": word, "x": int(x), "y": int(y), "predicted_iou": 100 * float(predicted[i, best]),
+         "iou": 100 * float(ious[i, best]), "mask": large[i, best]}
+        for i, (word, (x, y), best) in enumerate(zip(object_words(picture), points, chosen, strict=True))
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def clicks_figure(picture: mojiworld.Picture, found: pd.DataFrame, title: str) -> Figure:
+    """A row for each model: its mask (coloured) for a click (star) on each object."""
+    names = list(dict.fromkeys(found["encoder"]))
+    count = len(picture.drawings)
+    figure, axes = plt.subplots(len(names), count, figsize=(1.9 * count, 2.3 * len(names) + 0.3), squeeze=False)
+    for line, name in zip(axes, names, strict=True):
+        for axis, row in zip(line, found[found["encoder"] == name].to_dict("records"), strict=True):
+            axis.imshow(picture.image)
+            axis.imshow(np.where(row["mask"][..., None], [*_rgb(COLOURS[name]), 0.65], 0.0))
+            axis.plot(row["x"], row["y"], "*", color="white", markeredgecolor="black", markersize=11)
+            axis.set_title(f"IoU {row['iou']:.0f} %", fontsize=9, loc="center")
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(LABELS[name], color=COLOURS[name], fontweight="bold")
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
+    return figure
+
+
+def _rgb(colour: str) -> tuple[float, ...]:
+    return tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+
+
+# ----------------------------------------------------------------------------------------------------------- CLIP
+
+
+def ranked_captions(model: Any, picture: mojiworld.Picture, captions: Sequence[str]) -> pd.DataFrame:
+    """``caption, similarity`` (cosine) of a picture and each caption, best first."""
+    with torch.no_grad():
+        image = model.encode_image(quality.pixels_of(picture.image[None]), normalize=True)
+        words = model.encode_text(zoo.WordTokenizer()(captions), normalize=True)
+    scores = pd.DataFrame({"caption": list(captions), "similarity": (image @ words.T)[0].numpy()})
+    return scores.sort_values("similarity", ascending=False, ignore_index=True)
+
+
+def captions_figure(picture: mojiworld.Picture, ranked: pd.DataFrame, title: str, most: int = 8) -> Figure:
+    """The picture, and its best captions as bars; bold where the category is in the picture."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.4), width_ratios=[1, 1.6])
+    left.imshow(picture.image)
+    left.set_axis_off()
+    shown = {mojiworld.categories()[c] for c in mojiworld.category_of_drawing()[list(picture.drawings)]}
+    rows = ranked.head(most)[::-1]
+    right.barh(rows["caption"], rows["similarity"], color=COLOURS["clip"])
+    for label in right.get_yticklabels():
+        label.set_fontweight("bold" if label.get_text().removeprefix("a picture of ") in shown else "normal")
+    right.set_xlabel("cosine of picture and caption (bold: in the picture)")
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------------- DINOv2
+
+
+def similarity_maps(encoders: Mapping[str, Encoder], picture: mojiworld.Picture, x: int, y: int) -> dict[str, NDArray[Any]]:
+    """``(h, w)`` cosine of every token with the token under the pixel ``(x, y)``, for each encoder's last layer."""
+    maps = {}
+    for name, encoder in encoders.items():
+        dense = encoder.encode(quality.pixels_of(picture.image[None]))["final"].dense[0]
+        unit = functional.normalize(dense - dense.mean((1, 2), keepdim=True), dim=0)
+        side = picture.image.shape[0]
+        row, column = y * unit.shape[1] // side, x * unit.shape[2] // side
+        maps[name] = torch.einsum("chw,c->hw", unit, unit[:, row, column]).numpy()
+    return maps
+
+
+def similarity_figure(picture: mojiworld.Picture, maps: Mapping[str, NDArray[Any]], x: int, y: int, title: str) -> Figure:
+    """The clicked picture, and each encoder's map: bright tokens resemble the clicked one."""
+    figure, axes = plt.subplots(1, len(maps) + 1, figsize=(2.2 * (len(maps) + 1), 2.7))
+    axes[0].imshow(picture.image)
+    axes[0].plot(x, y, "*", color="white", markeredgecolor="black", markersize=12)
+    axes[0].set_title("clicked", loc="center", fontsize=10)
+    image = None
+    for axis, (name, values) in zip(axes[1:], maps.items(), strict=True):
+        image = axis.imshow(values, vmin=-0.2, vmax=1, cmap="cividis")
+        axis.set_title(LABELS[name], loc="center", color=COLOURS[name])
+    for axis in axes:
+        axis.set(xticks=[], yticks=[])
+        axis.grid(visible=False)
+    figure.colorbar(image, ax=axes.tolist(), label="cosine", shrink=0.75)
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
+    return figure
+
+
+def map_table(maps: Mapping[str, NDArray[Any]]) -> pd.DataFrame:
+    """``encoder, row, column, cosine``: the numbers of a similarity figure."""
+    parts = []
+    for name, values in maps.items():
+        row, column = np.indices(values.shape).reshape(2, -1)
+        parts.append(pd.DataFrame({"encoder": name, "row": row, "column": column, "cosine": values.ravel()}))
+    return pd.concat(parts, ignore_index=True)

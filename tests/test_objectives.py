@@ -1,0 +1,169 @@
+"""The zoo's objectives: their parts against the packages' own forward passes, closed forms and plain loops."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from samantics import mojiworld, objectives, zoo
+
+
+@pytest.fixture(scope="module")
+def batch() -> objectives.Batch:
+    pictures = mojiworld.render(lambda i: mojiworld.scene(mojiworld.World(), "objective", i), range(3))
+    return objectives.Batch(
+        torch.from_numpy(pictures.images).permute(0, 3, 1, 2),
+        torch.from_numpy(pictures.instances),
+        torch.from_numpy(pictures.drawings).long(),
+    )
+
+
+def test_batched_sam_decoding_equals_the_packages_decoder_image_by_image(batch) -> None:
+    torch.manual_seed(0)
+    sam = objectives.SamObjective("sam", zoo.DEFAULT).eval()
+    points, labels = torch.rand(3, 2, 2) * 100, torch.tensor([[1.0, 0], [1, 1], [0, 1]])
+    with torch.no_grad():
+        image = sam.embed(objectives.normalised(batch.images))
+        logits, iou = sam.decode(image, points, labels)
+        for i in range(3):
+            sparse, dense = sam.model.prompt_encoder((points[i : i + 1], labels[i : i + 1]), None, None)
+            position = sam.model.prompt_encoder.get_dense_pe()
+            masks, quality = sam.model.mask_decoder(image[0][i : i + 1], position, sparse, dense, multimask_output=True)
+            torch.testing.assert_close(logits[i : i + 1, 1:], masks, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(iou[i : i + 1, 1:], quality, atol=1e-5, rtol=1e-4)
+
+
+def test_batched_sam2_decoding_equals_the_packages_heads(batch) -> None:
+    torch.manual_seed(0)
+    sam = objectives.SamObjective("sam2", zoo.DEFAULT).eval()
+    points, labels = torch.rand(3, 1, 2) * 100, torch.ones(3, 1)
+    with torch.no_grad():
+        embedding, *fine = sam.embed(objectives.normalised(batch.images))
+        logits, iou = sam.decode((embedding, *fine), points, labels)
+        prompt = {"point_coords": points, "point_labels": labels.int()}
+        low, _, quality, *_ = sam.model._forward_sam_heads(
+            embedding, prompt, high_res_features=fine, multimask_output=True
+        )
+    torch.testing.assert_close(logits[:, 1:], low, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(iou[:, 1:], quality, atol=1e-5, rtol=1e-4)
+
+
+def test_chosen_masks_are_objects_of_their_image(batch) -> None:
+    torch.manual_seed(0)
+    masks = objectives.chosen_masks(batch)
+    for picture, pair, drawings in zip(batch.instances, masks, batch.drawings, strict=True):
+        objects = [picture == number + 1 for number in range(int((drawings >= 0).sum()))]
+        assert all(any(torch.equal(mask, known) for known in objects) for mask in pair)
+        assert len(objects) == 1 or not torch.equal(pair[0], pair[1])
+
+
+def test_boxes_are_the_outermost_pixels(batch) -> None:
+    masks = batch.instances == 1
+    for mask, box in zip(masks, objectives.boxes_of(masks), strict=True):
+        ys, xs = np.nonzero(mask.numpy())
+        assert box.tolist() == [xs.min(), ys.min(), xs.max(), ys.max()]
+
+
+def test_clicks_lie_in_their_region_and_know_their_label() -> None:
+    torch.manual_seed(0)
+    labels = torch.zeros(2, 8, 8)
+    labels[:, 2:6, 2:6] = 1
+    regions = torch.zeros(2, 8, 8, dtype=torch.bool)
+    regions[0, 0, :] = True  # background; the second region is empty: falls back to the object
+    for _ in range(20):
+        points, found = objectives.sampled_clicks(regions, labels, image_side=16)
+        (x0, y0), (x1, y1) = points[:, 0].tolist()
+        assert 0 <= y0 < 2 and found[0, 0] == 0
+        assert 4 <= x1 < 12 and 4 <= y1 < 12 and found[1, 0] == 1
+
+
+def test_mask_loss_equals_a_plain_loop() -> None:
+    torch.manual_seed(0)
+    logits, predicted = torch.randn(2, 3, 4, 4), torch.rand(2, 3)
+    targets = (torch.rand(2, 8, 8) > 0.6).float()
+    loss, best = objectives.best_of_masks_loss(logits, predicted, targets)
+    total, errors, ious = 0.0, [], []
+    for i in range(2):
+        costs, found = [], []
+        for m in range(3):
+            large = functional.interpolate(logits[i : i + 1, m : m + 1], (8, 8), mode="bilinear")[0, 0].double()
+            p, t = large.sigmoid(), targets[i].double()
+            ce = -(t * p.log() + (1 - t) * (1 - p).log())
+            focal = ((0.25 * t + 0.75 * (1 - t)) * (1 - (p * t + (1 - p) * (1 - t))) ** 2 * ce).mean()
+            dice = 1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1)
+            costs.append(float(20 * focal + dice))
+            hard = large > 0
+            found.append(float((hard & (t > 0)).sum() / (hard | (t > 0)).sum()))
+            errors.append((float(predicted[i, m]) - found[-1]) ** 2)
+        total += min(costs) / 2
+        ious.append(max(found))
+    assert float(loss) == pytest.approx(total + np.mean(errors), rel=1e-5)
+    assert float(best) == pytest.approx(np.mean(ious), rel=1e-5)
+
+
+def test_a_caption_names_every_object_by_its_words() -> None:
+    table = mojiworld.catalogue()
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        text = objectives.caption(rng, [5, 300, -1])
+        for drawing in (5, 300):
+            assert table["drawing"][drawing] in text or table["category"][drawing] in text
+        zoo.WordTokenizer()([text])
+
+
+def test_block_masks_cover_a_share_of_half_of_the_images() -> None:
+    torch.manual_seed(0)
+    masks = objectives.block_masks(400, 12, torch.device("cpu"))
+    share = masks.float().mean((1, 2))
+    assert 0.4 < (share > 0).float().mean() < 0.6
+    assert share[share > 0].min() >= 0.04 and share.max() <= 0.65
+
+
+def test_a_whole_crop_without_recolouring_is_the_image(monkeypatch) -> None:
+    monkeypatch.setattr(objectives, "recoloured", lambda views: views)
+    torch.manual_seed(0)
+    images = torch.randint(0, 255, (6, 3, 16, 16), dtype=torch.uint8)
+    views = objectives.augmented(images, 16, (1.0, 1.0))
+    whole = objectives.normalised(images)
+    for view, image in zip(views, whole, strict=True):
+        # the aspect is drawn at random, so only the crops that stay near square are nearly the image
+        assert view.shape == image.shape and torch.isfinite(view).all()
+        assert abs(float(view.mean() - image.mean())) < 0.3
+
+
+def test_recolouring_by_nothing_changes_nothing(monkeypatch) -> None:
+    def middle(self, low: float, high: float) -> torch.Tensor:
+        return self.fill_((low + high) / 2)
+
+    monkeypatch.setattr(torch.Tensor, "uniform_", middle)
+    monkeypatch.setattr(torch, "rand", lambda *shape, **kwargs: torch.ones(*shape))
+    views = torch.linspace(0, 1, 2 * 3 * 4 * 4).view(2, 3, 4, 4)
+    torch.testing.assert_close(objectives.recoloured(views), views, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["sam", "sam2", "clip", "simclr", "supervised"])
+def test_every_objective_learns_something_from_one_step(name: str, batch) -> None:
+    torch.manual_seed(0)
+    objective = objectives.build_objective(name).train()
+    loss, figures = objective(batch, 0.1)
+    loss.backward()
+    objective.after_step(0.1)
+    assert torch.isfinite(loss) and all(torch.isfinite(value) for value in figures.values())
+    touched = [p for p in objective.parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+    assert sum(p.numel() for p in touched) > 1.5e6
+
+
+def test_self_distillation_moves_the_teacher_towards_the_student(batch) -> None:
+    torch.manual_seed(0)
+    objective = objectives.build_objective("dinov2").train()
+    loss, figures = objective(batch, 0.9)
+    assert torch.isfinite(loss) and {"dino", "ibot", "koleo"} <= figures.keys()
+    student, teacher = objective.student.embeddings.cls_token, objective.model.embeddings.cls_token
+    with torch.no_grad():
+        student += 1
+    gap = float((student - teacher).abs().mean())
+    objective.after_step(0.9)
+    assert float((student - teacher).abs().mean()) < gap
+    assert not any(p.requires_grad for p in objective.model.parameters())

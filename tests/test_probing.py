@@ -1,0 +1,139 @@
+"""Notebook 01's tables: no held-out drawing in train, streamed equal to whole, sentences that follow the numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from samantics import classification, mojiworld, probing
+from samantics.errors import StudyError
+from samantics.probe import ProbeResult
+from samantics.store import encode_images
+from stub_encoder import MEAN, LookUp
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> classification.ClassificationData:
+    patch = pytest.MonkeyPatch()
+    patch.setattr(
+        mojiworld, "classification_pictures",
+        lambda world, views, workers=0: mojiworld.Pictures(
+            np.zeros((views * 626, 1, 1, 3), np.uint8), np.zeros((views * 626, 1, 1), np.uint8), np.zeros((views * 626, 6))
+        ),
+    )  # fmt: skip
+    found = classification.mojiworld_data(mojiworld.World(), 6, 2)
+    patch.undo()
+    return found
+
+
+def test_no_held_out_drawing_is_in_a_train_image_of_the_category_probe(data) -> None:
+    task = data.tasks["category"]
+    drawing = np.repeat(np.arange(626), 6)
+    assert not mojiworld.held_out()[drawing[task.train.rows]].any()
+    assert mojiworld.held_out()[drawing[task.test.rows]].all()
+    assert (task.groups == drawing[task.train.rows]).all()
+    assert (task.train.labels == mojiworld.category_of_drawing()[task.groups]).all()
+
+
+def test_train_and_test_of_the_drawing_probe_are_other_views_of_all_drawings(data) -> None:
+    task = data.tasks["drawing"]
+    assert not set(task.train.rows) & set(task.test.rows)
+    assert (np.bincount(task.train.labels) == 4).all() and (np.bincount(task.test.labels) == 2).all()
+
+
+def _encoded(table, tmp_path, shard_rows=4):
+    stub = LookUp(table.astype(np.float32))
+    store = encode_images(stub.encoder, stub.images, [MEAN], "data", folder=tmp_path, shard_rows=shard_rows)
+    return probing.Encoded("sam", MEAN, ("early", "final"), {"all": store})
+
+
+def test_features_of_some_rows_are_those_of_the_whole(tmp_path) -> None:
+    table = np.random.default_rng(0).normal(size=(13, 3)).round(2)
+    encoded = _encoded(table, tmp_path)
+    rows = np.array([11, 2, 7])
+    part = classification.Part("all", np.array([0, 1, 2]), np.sort(rows))
+    features, labels = encoded.features(part)
+    np.testing.assert_allclose(features, table[np.sort(rows)], atol=2e-3)
+    assert labels.tolist() == [0, 1, 2]
+    whole, _ = encoded.features(classification.Part("all", np.zeros(13, int)))
+    np.testing.assert_allclose(probing.gathered(whole, rows), table[rows], atol=2e-3)
+
+
+def test_a_separable_task_is_probed_perfectly_and_shuffled_labels_are_not(tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(80) % 4
+    table = rng.normal(size=(80, 6)) + 6 * np.eye(6)[labels]
+    encoded = _encoded(table, tmp_path, shard_rows=32)
+    rows = np.arange(80)
+    task = classification.Task(
+        "category", tuple("abcd"), classification.Part("all", labels[:48], rows[:48]),
+        classification.Part("all", labels[48:], rows[48:]),
+    )  # fmt: skip
+    for kind in ("linear", "knn"):
+        line = probing.row(encoded, task, kind, probing.probe(encoded, task, kind))
+        assert line["top1"] == 100 and line["n_test"] == 32 and line["dim"] == 6
+    shots = probing.few_shot({"sam": encoded}, task, probing.possible_shots(task, (1, 4, 64)), seeds=2)
+    assert shots["shots"].tolist() == [1, 4] and shots["top1"].iloc[-1] > 90
+    mixed = dataclasses.replace(task, train=dataclasses.replace(task.train, labels=rng.permutation(labels[:48])))
+    assert probing.row(encoded, mixed, "knn", probing.probe(encoded, mixed, "knn"))["top1"] < 60
+
+
+def _result(hits, predictions=None):
+    top1 = np.atleast_2d(np.array(hits, bool))
+    return ProbeResult(np.zeros(top1.shape, int) if predictions is None else np.atleast_2d(predictions), top1, top1)
+
+
+def test_only_right_follows_its_rule() -> None:
+    answers = {
+        ("sam", "category"): _result([[1, 1, 0, 1], [1, 1, 0, 0]]),
+        ("clip", "category"): _result([[0, 1, 1, 0], [0, 0, 1, 0]]),
+        ("random", "category"): _result([[1, 1, 1, 1]]),
+        ("clip", "drawing"): _result([[1, 1, 1, 1]]),
+    }
+    assert probing.only_right(answers, "category", "sam").tolist() == [0]
+    assert probing.only_right(answers, "category", "clip").tolist() == [2]
+
+
+def test_confusion_rows_are_shares() -> None:
+    task = classification.Task("category", ("a", "b"), *[classification.Part("all", np.zeros(1, int))] * 2)
+    result = _result([[1, 0, 1, 1]], [0, 1, 1, 1])
+    matrix = probing.confusion(result, task, np.array([0, 0, 1, 1]))
+    assert matrix.to_numpy().tolist() == [[50, 50], [0, 100]]
+
+
+def _table(sam, clip, dinov2):
+    rows = [
+        {"encoder": name, "labels": "category", "probe": "linear", "top1": value, "top1_low": value - 2, "top1_high": value + 2}
+        for name, value in (("sam", sam), ("clip", clip), ("dinov2", dinov2))
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_sentences_follow_the_numbers() -> None:
+    clear = probing.order_sentences(_table(10, 60, 40))
+    assert clear[0].startswith("category: CLIP 60.0 [58.0, 62.0] > DINOv2") and "SAM is below both" in clear[1]
+    assert "DINOv2, the weaker of them, has 4.0 times" in clear[1]
+    assert "not clearly below" in probing.order_sentences(_table(40, 60, 41))[1]
+
+
+def test_the_paper_scale_asks_for_its_folder(pocket_run) -> None:
+    from samantics.scales import get_scale
+
+    run = dataclasses.replace(pocket_run, scale=get_scale("paper"))
+    with pytest.raises(StudyError, match="--data DIR"):
+        classification.scale_data(run)
+
+
+def test_a_folder_of_ones_own_is_one_task(tmp_path, pocket_run) -> None:
+    for label in ("cat", "dog"):
+        (tmp_path / "own" / label).mkdir(parents=True)
+        for number in range(5):
+            Image.new("RGB", (8, 8), (number * 40, 0, 0)).save(tmp_path / "own" / label / f"{number}.png")
+    found = classification.scale_data(pocket_run, tmp_path / "own")
+    task = found.tasks["class"]
+    assert found.name == "own" and task.classes == ("cat", "dog")
+    assert len(task.train.labels) + len(task.test.labels) == 10 and task.chance == 50

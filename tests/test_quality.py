@@ -1,0 +1,47 @@
+"""The measures of the model cards, against closed forms and plain loops."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from samantics import quality, zoo
+
+
+def test_the_centre_is_the_pixel_farthest_from_the_border() -> None:
+    mask = np.zeros((20, 30), bool)
+    mask[2:13, 5:26] = True
+    x, y = quality.centre_of(mask)
+    assert y == 7 and 10 <= x <= 20
+    mask[:] = False
+    mask[0, 29] = True  # one pixel in a corner
+    assert quality.centre_of(mask).tolist() == [29, 0]
+
+
+def test_iou_equals_a_plain_count() -> None:
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.normal(size=(2, 3, 10, 10)))
+    masks = rng.random((2, 10, 10)) > 0.5
+    found = quality.iou_with(logits, masks)
+    for i in range(2):
+        for m in range(3):
+            hard = logits[i, m].numpy() > 0
+            assert found[i, m] == pytest.approx((hard & masks[i]).sum() / (hard | masks[i]).sum())
+
+
+def test_effective_rank_counts_directions() -> None:
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(400, 400))[0][:, :8]
+    spread = basis @ torch.eye(8) @ torch.randn(8, 8)
+    assert quality.effective_rank(torch.outer(torch.randn(50), torch.randn(8))) == pytest.approx(1, abs=0.01)
+    assert 1 < quality.effective_rank(spread) <= 8
+    assert quality.effective_rank(torch.randn(5000, 8)) == pytest.approx(8, rel=0.01)
+
+
+def test_an_untrained_zoo_is_measured_as_bad() -> None:
+    table = quality.quality_table({"clip": zoo.build("clip"), "sam": zoo.build("sam")}, scenes=2, views=1)
+    assert {"encoder", "measure", "value", "low", "high", "n"} == set(table.columns)
+    zero_shot = table[table["measure"].str.contains("zero-shot")]
+    assert (zero_shot["value"] < 25).all()
+    assert (table.loc[table["encoder"] == "sam", "value"] < 60).all()
