@@ -26,6 +26,7 @@ from transformers import (
     ViTMAEConfig,
     ViTMAEModel,
 )
+from transformers.utils import logging
 
 from samantics import architectures
 from samantics.architectures import Architecture
@@ -143,9 +144,7 @@ def fill(model: Any, weights: dict[str, Tensor], prefix: str, name: str, path: P
     if prefix and any(key.startswith(prefix) for key in weights):
         weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
     if hasattr(model, "from_pretrained"):  # transformers renames what older checkpoints call differently
-        model, report = type(model).from_pretrained(
-            None, config=model.config, state_dict=weights, output_loading_info=True, **_extra(model)
-        )
+        model, report = _from_pretrained(model, weights)
         wrong = [*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])]
     else:
         own = model.state_dict()
@@ -160,5 +159,19 @@ def fill(model: Any, weights: dict[str, Tensor], prefix: str, name: str, path: P
     return model
 
 
-def _extra(model: Any) -> dict[str, Any]:
-    return {"add_pooling_layer": False} if isinstance(model, HieraModel) else {}
+def _from_pretrained(model: Any, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Any]]:
+    """The model filled by transformers, and its report; what it would print of the decoders left out is kept back."""
+    options = {"add_pooling_layer": False} if isinstance(model, HieraModel) else {}
+    loud = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return type(model).from_pretrained(
+            None,
+            config=model.config,
+            state_dict=weights,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported, and refused by the caller in a line of our own
+            **options,
+        )
+    finally:
+        logging.set_verbosity(loud)

@@ -126,11 +126,11 @@ class Noise:
         return self.count
 
     def __getitem__(self, index: int) -> NDArray[np.uint8]:
-        return np.random.default_rng(index).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+        return np.random.default_rng(index).integers(0, 256, (128, 128, 3), dtype=np.uint8)
 
 
 def extraction(images: int) -> None:
-    encoder = load_encoder("dinov2", "zoo_random", image_size=64)  # a small input: many images in little time
+    encoder = load_encoder("dinov2", "zoo_random", image_size=32)  # a small input: many images in little time
     with tempfile.TemporaryDirectory() as folder:
         took, _ = timed(encode_images, encoder, Noise(images), [("final", "cls")], "noise", None, Path(folder))
     say("memory", images=images, seconds=took, peak_gb=peak_gigabytes())
