@@ -28,6 +28,7 @@ from samantics.proposals import Proposals
 
 Features = NDArray[np.float32]  # (N, C)
 SCORINGS = ("prototype", "nearest", "softmax")
+MASK_PIXELS_AT_ONCE = 2**24
 PIXELS_AT_ONCE = 2**20  # of model input: 28 pocket images, one of SAM's
 MERGINGS = ("none", "hard", "soft", "semantic_soft")
 
@@ -94,6 +95,14 @@ def uncropped(encoder: Encoder) -> Encoder:
     return dataclasses.replace(encoder, preprocess=dataclasses.replace(encoder.preprocess, fit="squash", short=0))
 
 
+def _weights(rles: Sequence[Rle], geometry: Geometry, grid: tuple[int, int]) -> NDArray[np.float32]:
+    """:func:`token_weights` of run lengths, a few masks at a time: all at once, a photograph's may not fit memory."""
+    some = max(1, MASK_PIXELS_AT_ONCE // (geometry.width * geometry.height))
+    chunks = (np.array([mask_of(rle) for rle in rles[i : i + some]]) for i in range(0, len(rles), some))
+    found = [token_weights(chunk, geometry, grid) for chunk in chunks]
+    return np.concatenate(found) if found else np.empty((0, grid[0] * grid[1]), np.float32)
+
+
 def dense_maps(encoder: Encoder, images: Sequence[Image.Image]) -> NDArray[np.float32]:
     """``(B, C, h, w)`` final features of images (see :func:`uncropped`)."""
     return encoder.encode(uncropped(encoder).inputs(images))["final"].dense.cpu().numpy()
@@ -117,13 +126,12 @@ def pooled_features(
         images = [read_image(dataset, image_id) for image_id in chosen]
         maps = {name: dense_maps(encoder, images) for name, encoder in encoders.items()}
         for row, (image_id, image) in enumerate(zip(chosen, images, strict=True)):
-            stack = np.array([mask_of(rle) for rle in masks[image_id]], bool).reshape(-1, image.height, image.width)
             weights: dict[tuple[Geometry, tuple[int, int]], NDArray[np.float32]] = {}
             for name, encoder in encoders.items():
                 tokens = maps[name][row]
                 key = (uncropped(encoder).preprocess.geometry(*image.size), (tokens.shape[1], tokens.shape[2]))
                 if key not in weights:
-                    weights[key] = token_weights(stack, *key)
+                    weights[key] = _weights(masks[image_id], *key)
                 found[name][image_id] = unit(weights[key] @ tokens.reshape(len(tokens), -1).T)
     return found
 

@@ -46,6 +46,9 @@ class InContextSettings:
         epochs, batch, learning_rate, weight_decay, clip: of AdamW; the rate falls to a tenth after four fifths.
         classes_per_image: at most so many of an image's base categories are asked for in a step.
         absent_classes: base categories that the image does not show and that are asked for beside them.
+        references_per_question: in tuning, the tokens of one to so many references are averaged.
+        hints: further queries for each labelled object of an image, started near it, in tuning only (0: none). They
+            teach the class long before boxes are found, which short tuning needs.
         min_reference_area: pixels of a mask; smaller objects are no references.
         top: detections kept per image and class.
         min_score: detections below are left out.
@@ -73,6 +76,8 @@ class InContextSettings:
     clip: float = 0.1
     classes_per_image: int = 4
     absent_classes: int = 0
+    references_per_question: int = 1
+    hints: int = 0
     min_reference_area: float = 32.0**2
     top: int = 100
     min_score: float = 0.0
@@ -108,6 +113,8 @@ POCKET_INCONTEXT = InContextSettings(
     learning_rate=5e-4,
     clip=1.0,
     absent_classes=1,
+    references_per_question=10,
+    hints=1,
     min_reference_area=10.0**2,
     top=10,
     min_score=0.05,
@@ -137,7 +144,7 @@ class PipelineSettings:
     points_per_side: int = 32
     predicted_iou: float = 0.4
     stability: float = 0.0
-    box_nms: float = 1.0
+    box_nms: float = 0.95  # the paper keeps all; of nearly equal boxes only one can survive the NMS of its class
     semantic_size: int = 518
     shots: int = 10
     shot_curve: tuple[int, ...] = (1, 2, 5, 10)
