@@ -15,7 +15,7 @@ import torch.distributed as dist
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 from torch.multiprocessing.spawn import spawn
-from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
 
 from samantics import mojiworld, zoo
 from samantics.coco import CocoDataset, load_coco, read_image, write_coco, write_mojiworld
@@ -33,11 +33,13 @@ from samantics.incontext import (
     build_model,
     draw_references,
     encode_images,
+    hint_loss,
     loss_of,
     mask_tokens,
     objects_of,
     reference_tokens,
     refined,
+    shaken,
     split_categories,
     spread_points,
     stored_features,
@@ -80,7 +82,7 @@ def lesson(sam: Sam, scenes: CocoDataset, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("maps")
     objects = objects_of(scenes, SIZE)
     source = stored_features(sam, scenes, TINY.trunk_maps, "random", folder)
-    tokens = reference_tokens(sam, source, objects, folder / "tokens.npy")
+    tokens = reference_tokens(sam, source, objects, folder / "tokens")
     # with so few scenes only the common categories have references in several of them
     common = [c for c in scenes.categories if len(np.unique(objects.image[objects.categories == c])) > 2]
     return Lesson(source, objects, tokens, tuple(common[:-1]), SIZE, TINY)
@@ -166,6 +168,16 @@ def test_reference_tokens_are_of_each_objects_own_image_and_box(sam: Sam, lesson
         np.testing.assert_allclose(lesson.tokens[row], alone[0].numpy(), atol=5e-3)
 
 
+def test_reference_tokens_in_shards_are_the_same(
+    sam: Sam, lesson: Lesson, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("samantics.incontext.SHARD", 7)
+    tokens = reference_tokens(sam, lesson.source, lesson.objects, tmp_path)
+    np.testing.assert_allclose(tokens, lesson.tokens, atol=5e-3)
+    (tmp_path / "0000007.npy").unlink()
+    np.testing.assert_array_equal(reference_tokens(sam, lesson.source, lesson.objects, tmp_path), tokens)
+
+
 # ------------------------------------------------------------------------------------------------------ the model
 
 
@@ -182,8 +194,8 @@ def test_spread_points_cover_the_image_evenly() -> None:
 def test_refinement_moves_a_box_in_logit_space() -> None:
     start = torch.tensor([[0.3, 0.6, 0.2, 0.5]])
     assert torch.allclose(refined(torch.zeros(1, 4), start), start, atol=1e-5)
-    point = refined(torch.tensor([[0.0, 0.0, -2.0, 0.0]]), start[:, :2])
-    assert torch.allclose(point, torch.tensor([[0.3, 0.6, 0.1192, 0.5]]), atol=1e-4)
+    moved = refined(torch.tensor([[0.0, 0.0, -2.0, 0.0]]), torch.full((1, 4), 0.5))
+    assert torch.allclose(moved, torch.tensor([[0.5, 0.5, 0.1192, 0.5]]), atol=1e-4)
 
 
 def test_padding_does_not_reach_the_answer(sam: Sam) -> None:
@@ -255,14 +267,48 @@ def test_split_by_names(scenes: CocoDataset) -> None:
 
 
 def test_training_never_labels_a_novel_object(lesson: Lesson) -> None:
+    boxes = torch.from_numpy(lesson.objects.boxes / SIZE)
     for step in range(5):
         asked = lesson.questions(lesson.rows_of(step), step)
-        categories = lesson.objects.categories[asked.references]
-        assert np.isin(categories, lesson.base).all()
-        for owner, category, answers in zip(asked.owner, categories, asked.answers, strict=True):
-            here = (lesson.objects.image == asked.rows[owner]) & (lesson.objects.categories == category)
-            assert len(answers) == here.sum()
-        assert (lesson.objects.image[asked.references] != asked.rows[asked.owner]).all()
+        for position, rows in enumerate(asked.references):
+            category = lesson.objects.categories[rows[0]]
+            assert category in lesson.base
+            assert (lesson.objects.categories[rows] == category).all()
+            image = asked.rows[asked.owner[position]]
+            assert (lesson.objects.image[rows] != image).all()
+            here = (lesson.objects.image == image) & (lesson.objects.categories == category)
+            assert len(asked.answers[position]) == here.sum()
+            labelled = (lesson.objects.image == image) & np.isin(lesson.objects.categories, lesson.base)
+            truths = box_convert(asked.truths[position], "cxcywh", "xyxy")
+            assert torch.isclose(truths[:, None], boxes[labelled][None], atol=1e-5).all(-1).any(1).all()
+            assert asked.same[position].sum() == here.sum() * TINY.hints
+
+
+def test_hints_do_not_change_the_other_answers(sam: Sam, lesson: Lesson) -> None:
+    model = build_model(TINY, sam, 0).eval()
+    maps, owner = lesson.source.read(np.array([2, 5])), torch.tensor([1, 0])
+    embeddings, hints = torch.randn(2, TINY.dim), torch.rand(2, 5, 4) * 0.5 + 0.2
+    with torch.no_grad():
+        without, beside = model.detect(maps, embeddings, owner), model.detect(maps, embeddings, owner, hints)
+        fewer = model.detect(maps, embeddings, owner, hints[:, :2])
+    torch.testing.assert_close(beside.logits[:, :, : TINY.queries], without.logits, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(beside.boxes[:, :, : TINY.queries + 2], fewer.boxes, atol=1e-5, rtol=1e-4)
+
+
+def test_hint_loss_is_the_matched_loss_where_there_is_one_object() -> None:
+    found = Detections(torch.tensor([[[0.7]], [[0.2]]]), torch.tensor([[[[0.5, 0.5, 0.4, 0.2]]]] * 2))
+    truth = torch.tensor([[0.45, 0.55, 0.3, 0.3]])
+    torch.testing.assert_close(hint_loss(found, [truth], [torch.ones(1)]), loss_of(found, [truth])[0])
+    padded = Detections(*(torch.cat([part, part], dim=2) for part in found))
+    torch.testing.assert_close(hint_loss(padded, [truth], [torch.ones(1)]), loss_of(found, [truth])[0])
+
+
+def test_shaken_boxes_stay_near() -> None:
+    boxes = torch.tensor([[0.5, 0.5, 0.3, 0.2]]).repeat(200, 1)
+    moved = shaken(boxes, np.random.default_rng(0))
+    assert ((moved[:, :2] - 0.5).abs() <= 0.2 * boxes[:, 2:] + 1e-6).all()
+    assert ((moved[:, 2:] / boxes[:, 2:] - 1).abs() <= 0.4 + 1e-5).all()
+    assert moved.std(0).min() > 0.01
 
 
 def test_an_epoch_shows_every_image_once(lesson: Lesson) -> None:
@@ -405,7 +451,7 @@ def test_training_on_photographs(sam: Sam, tmp_path: Path) -> None:
     split = split_categories(photographs, VOC)
     objects = objects_of(photographs, SIZE)
     source = LiveFeatures(sam, photographs, 2)
-    tokens = reference_tokens(sam, source, objects, tmp_path / "tokens.npy")
+    tokens = reference_tokens(sam, source, objects, tmp_path / "tokens")
     common = tuple(c for c in split.base if len(np.unique(objects.image[objects.categories == c])) > 3)
     settings = dataclasses.replace(TINY, epochs=0.2, absent_classes=0, min_reference_area=0)
     lesson = Lesson(source, objects, tokens, common, SIZE, settings)

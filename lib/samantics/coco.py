@@ -8,8 +8,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as mask_tools
+from tqdm.auto import tqdm
 
 from samantics import mojiworld
 from samantics.errors import StudyError
@@ -497,28 +500,38 @@ def write_mojiworld(
     home = Path(folder) / f"{stream}_{count}_{key}"
     path = home / "instances.json"
     if not path.is_file():
-        records: list[ImageRecord] = []
-        instances: list[Instance] = []
-        for index in range(count):
-            picture = mojiworld.scene(world, stream, index, held_out_share)
-            record = ImageRecord(index + 1, f"{index:05d}.png", picture.image.shape[1], picture.image.shape[0])
-            if not (home / record.file).is_file():
-                with atomic_path(home / record.file) as temporary:
-                    Image.fromarray(picture.image).save(temporary, format="PNG", compress_level=1)
-            records.append(record)
-            instances += _scene_instances(picture, record.id, len(instances) + 1)
+        make = functools.partial(_write_scene, world, stream, held_out_share, home)
+        mojiworld.sprites()  # rasterised once, before the workers start and each would
+        with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            done = pool.map(make, range(count), chunksize=32) if count > 64 else map(make, range(count))
+            scenes = list(tqdm(done, total=count, desc="rendering scenes", unit="scene", leave=False))
+        records = [record for record, _ in scenes]
+        found = [instance for _, instances in scenes for instance in instances]
+        instances = [dataclasses.replace(instance, id=number) for number, instance in enumerate(found, start=1)]
         names = dict(enumerate(mojiworld.categories(), start=1))
         info = {"description": "MojiWorld scenes; drawings: OpenMoji, CC BY-SA 4.0", "stream": stream, "hash": key}
         write_coco(path, records, names, instances, info)
     return load_coco(path, home)
 
 
-def _scene_instances(picture: mojiworld.Picture, image_id: int, first_id: int) -> list[Instance]:
+def _write_scene(
+    world: mojiworld.World, stream: str, held_out_share: float | None, home: Path, index: int
+) -> tuple[ImageRecord, list[Instance]]:
+    """One scene's PNG file, if it is not there yet, and what it shows (ids within the scene)."""
+    picture = mojiworld.scene(world, stream, index, held_out_share)
+    record = ImageRecord(index + 1, f"{index:05d}.png", picture.image.shape[1], picture.image.shape[0])
+    if not (home / record.file).is_file():
+        with atomic_path(home / record.file) as temporary:
+            Image.fromarray(picture.image).save(temporary, format="PNG", compress_level=1)
+    return record, _scene_instances(picture, record.id)
+
+
+def _scene_instances(picture: mojiworld.Picture, image_id: int) -> list[Instance]:
     masks = picture.instances[None] == np.arange(1, len(picture.drawings) + 1)[:, None, None]
     rows = mojiworld.catalogue().iloc[list(picture.drawings)]
     return [
         Instance(
-            id=first_id + position,
+            id=position,
             image_id=image_id,
             category_id=int(mojiworld.category_of_drawing()[drawing]) + 1,
             box=_box(None, rle, ImageRecord(image_id, "", *picture.instances.shape[::-1])),

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.ops import box_convert
+from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
 from tqdm.auto import tqdm
 from transformers import DeformableDetrConfig
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
@@ -49,6 +49,7 @@ LOSS_WEIGHTS = {"loss_ce": 2.0, "loss_bbox": 5.0, "loss_giou": 2.0}  # also the 
 CLASS_PRIOR = 0.01  # a query's score at the start: focal loss needs it small (Lin et al. 2017, section 3.3)
 RECORD_EVERY = 10  # steps between rows of the loss curve
 SAVE_EVERY = 100  # steps between checkpoints
+SHARD = 512  # images whose mask tokens are one file
 
 
 # ------------------------------------------------------------------------------------------------- the frozen SAM
@@ -262,23 +263,45 @@ def stored_features(
 
 
 def reference_tokens(
-    sam: Sam, source: FeatureSource, objects: Objects, path: Path, batch: int = 16
+    sam: Sam, source: FeatureSource, objects: Objects, folder: Path, batch: int = 16
 ) -> NDArray[np.float16]:
-    """``(R, T, D)`` mask tokens of every object's own box: read from ``path``, else computed and written there."""
-    if not path.is_file():
-        decoder = sam.mask_decoder
-        tokens = np.zeros((len(objects.image), decoder.num_mask_tokens, decoder.transformer_dim), np.float16)
-        order = np.argsort(objects.image, kind="stable")
-        images = np.unique(objects.image)
-        for start in tqdm(range(0, len(images), batch), desc="mask tokens", unit="batch"):
-            rows = images[start : start + batch]
-            mine = order[np.isin(objects.image[order], rows)]
-            neck = source.read(rows).neck[np.searchsorted(rows, objects.image[mine])]
-            boxes = torch.from_numpy(objects.boxes[mine]).to(sam.device)
-            tokens[mine] = mask_tokens(sam, neck, boxes).numpy(force=True)
-        with atomic_path(path) as temporary:
+    """``(R, T, D)`` mask tokens of every object's own box: read from ``folder``, else computed and written there.
+
+    A file holds the objects of :data:`SHARD` images, so a killed run goes on where it was; under ``torchrun`` the
+    processes share the files out.
+    """
+    spans = [(start, start + SHARD) for start in range(0, int(objects.image.max(initial=-1)) + 1, SHARD)]
+    paths = [folder / f"{start:07d}.npy" for start, _ in spans]
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    missing = [number for number in range(rank, len(spans), world) if not paths[number].is_file()]
+    for number in tqdm(missing, desc="mask tokens", unit=f"{SHARD} images", disable=rank > 0):
+        tokens = _tokens_of_span(sam, source, objects, spans[number], batch)
+        with atomic_path(paths[number]) as temporary:
             np.save(temporary, tokens)
-    return np.load(path)
+    if world > 1:
+        dist.barrier()
+    decoder = sam.mask_decoder
+    found = np.zeros((len(objects.image), decoder.num_mask_tokens, decoder.transformer_dim), np.float16)
+    for (start, end), path in zip(spans, paths, strict=True):
+        found[(objects.image >= start) & (objects.image < end)] = np.load(path)
+    return found
+
+
+def _tokens_of_span(
+    sam: Sam, source: FeatureSource, objects: Objects, span: tuple[int, int], batch: int
+) -> NDArray[np.float16]:
+    """The tokens of the objects of images ``span[0]`` to ``span[1]``, in the objects' order."""
+    mine = np.flatnonzero((objects.image >= span[0]) & (objects.image < span[1]))
+    decoder = sam.mask_decoder
+    tokens = np.zeros((len(mine), decoder.num_mask_tokens, decoder.transformer_dim), np.float16)
+    images = np.unique(objects.image[mine])
+    for start in range(0, len(images), batch):
+        rows = images[start : start + batch]
+        chosen = np.flatnonzero(np.isin(objects.image[mine], rows))
+        neck = source.read(rows).neck[np.searchsorted(rows, objects.image[mine[chosen]])]
+        boxes = torch.from_numpy(objects.boxes[mine[chosen]]).to(sam.device)
+        tokens[chosen] = mask_tokens(sam, neck, boxes).numpy(force=True)
+    return tokens
 
 
 # ------------------------------------------------------------------------------------------------------ the model
@@ -325,53 +348,60 @@ class InContextModel(nn.Module):
         self.encoder = DeformableDetrEncoder(config)
         self.decoder = DeformableDetrDecoder(config)
         self.query_content = nn.Embedding(settings.queries, dim)
-        self.query_position = nn.Embedding(settings.queries, dim)
-        self.anchors = nn.Parameter(torch.logit(spread_points(settings.queries)))
+        self.hint_content = nn.Parameter(torch.randn(dim))
+        self.place = DeformableDetrMLPPredictionHead(2 * dim, dim, dim, 2)
+        self.anchors = nn.Parameter(torch.logit(nn.functional.pad(spread_points(settings.queries), (0, 2), value=0.25)))
         self.class_heads = nn.ModuleList(nn.Linear(dim, 1) for _ in range(layers))
         self.box_heads = nn.ModuleList(DeformableDetrMLPPredictionHead(dim, dim, 4, 3) for _ in range(layers))
         self.decoder.bbox_embed = self.box_heads
         self._reset_heads()
 
     def _reset_heads(self) -> None:
-        """Start with small scores and, before refinement, boxes of an eighth of the image at the anchors."""
+        """Start with small scores, and with the anchors themselves as boxes."""
         for name, parameter in self.class_heads.named_parameters():
             if name.endswith("bias"):
                 nn.init.constant_(parameter, -math.log((1 - CLASS_PRIOR) / CLASS_PRIOR))
         for name, parameter in self.box_heads.named_parameters():
             if ".layers.2." in name:
                 nn.init.zeros_(parameter)
-            if name == "0.layers.2.bias":
-                nn.init.constant_(parameter[2:], -2.0)  # sigmoid(-2) is about an eighth
 
-    def forward(self, maps: SamMaps, tokens: Tensor, owner: Tensor) -> Detections:
+    def forward(self, maps: SamMaps, tokens: Tensor, owner: Tensor, hints: Tensor | None = None) -> Detections:
         """Find each reference's class in its image.
 
         Args:
             maps: of B images.
             tokens: ``(P, T, D)`` mask tokens, averaged over the references where there are several.
             owner: ``(P,)`` row of each pair's image in ``maps``.
+            hints: ``(P, M, 4)`` boxes, as :class:`Detections` has them, that M further queries start from; in
+                training only. Their answers come behind those of the other queries, which do not see them.
         """
-        return self.detect(maps, self.fuser(tokens), owner)
+        return self.detect(maps, self.fuser(tokens), owner, hints)
 
-    def detect(self, maps: SamMaps, embeddings: Tensor, owner: Tensor) -> Detections:
+    def detect(self, maps: SamMaps, embeddings: Tensor, owner: Tensor, hints: Tensor | None = None) -> Detections:
         """As :meth:`forward`, from ``(P, dim)`` class embeddings."""
         memory, inside, shapes = self._memory(maps)
         pairs, levels = len(owner), len(shapes)
-        points = self.anchors.sigmoid().expand(pairs, -1, -1)
+        boxes, content = self.anchors.sigmoid().expand(pairs, -1, -1), self.query_content.weight
+        attention = {}
+        if hints is not None:
+            boxes = torch.cat([boxes, hints], dim=1)
+            content = torch.cat([content, self.hint_content.expand(hints.shape[1], -1)])
+            attention["attention_mask"] = hint_mask(len(self.anchors), hints.shape[1]).to(content)
         found = self.decoder(
-            inputs_embeds=self.query_content.weight + embeddings[:, None],
-            object_queries_position_embeddings=self.query_position.weight.expand(pairs, -1, -1),
+            inputs_embeds=content + embeddings[:, None],
+            object_queries_position_embeddings=self.place(box_waves(boxes, content.shape[1] // 2)),
             encoder_hidden_states=memory[owner],
             encoder_attention_mask=inside[owner],
-            reference_points=points,
+            reference_points=boxes,
             valid_ratios=torch.ones(pairs, levels, 2, device=memory.device),
             **_geometry(shapes, memory.device),
+            **attention,
         )
         states = found.intermediate_hidden_states.unbind(1)
-        starts = [points, *found.intermediate_reference_points.unbind(1)[:-1]]
+        starts = [boxes, *found.intermediate_reference_points.unbind(1)[:-1]]
         logits = [head(state)[..., 0] for head, state in zip(self.class_heads, states, strict=True)]
-        boxes = [refined(head(state), start) for head, state, start in zip(self.box_heads, states, starts, strict=True)]
-        return Detections(torch.stack(logits), torch.stack(boxes))
+        moved = [refined(head(state), start) for head, state, start in zip(self.box_heads, states, starts, strict=True)]
+        return Detections(torch.stack(logits), torch.stack(moved))
 
     def _memory(self, maps: SamMaps) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
         """DETR encoder output ``(B, L * h * w, dim)``, ``inside`` of its tokens, and the (h, w) of each level."""
@@ -417,9 +447,22 @@ def spread_points(count: int) -> Tensor:
 
 
 def refined(offsets: Tensor, start: Tensor) -> Tensor:
-    """``(..., 4)`` boxes from a head's offsets and the points ``(..., 2)`` or boxes ``(..., 4)`` that it began with."""
-    known = nn.functional.pad(inverse_sigmoid(start), (0, 4 - start.shape[-1]))
-    return (offsets + known).sigmoid()
+    """``(..., 4)`` boxes from a head's offsets and the boxes that it started from."""
+    return (offsets + inverse_sigmoid(start)).sigmoid()
+
+
+def box_waves(boxes: Tensor, width: int) -> Tensor:
+    """``(..., 4 * width)`` sines and cosines of the four numbers of boxes (Liu et al. 2022, arXiv 2201.12329)."""
+    steps = torch.arange(0, width, 2, device=boxes.device) / width
+    angles = boxes[..., None] * (2 * math.pi / 10000**steps)
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-3)
+
+
+def hint_mask(queries: int, hints: int) -> Tensor:
+    """``(1, 1, N, N)`` to be added to the attention of N = queries + hints: nobody but itself sees a hint."""
+    mask = torch.zeros(queries + hints, queries + hints)
+    mask[:, queries:] = -math.inf
+    return mask.fill_diagonal_(0.0)[None, None]
 
 
 def _geometry(shapes: list[tuple[int, int]], device: torch.device) -> dict[str, Any]:
@@ -504,14 +547,20 @@ class Questions(NamedTuple):
     Attributes:
         rows: ``(B,)`` of the images.
         owner: ``(P,)`` position of each question's image in ``rows``.
-        references: ``(P,)`` row of each question's reference object.
+        references: for each question the rows of its reference objects.
         answers: for each question the ``(n, 4)`` boxes to be found, as :class:`Detections` has them.
+        hints: for each question ``(m, 4)`` roughly the boxes of the image's base objects.
+        truths: ``(m, 4)`` those boxes exactly.
+        same: ``(m,)`` 1 where the object is of the class that is asked for, else 0.
     """
 
     rows: NDArray[np.int64]
     owner: Tensor
-    references: NDArray[np.int64]
+    references: list[NDArray[np.int64]]
     answers: list[Tensor]
+    hints: list[Tensor]
+    truths: list[Tensor]
+    same: list[Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -558,32 +607,52 @@ class Lesson:
         Raises:
             StudyError: a category has no reference in another image.
         """
-        owner, references, answers = [], [], []
+        asked = Questions(rows, torch.empty(0, dtype=torch.int64), [], [], [], [], [])
+        owner = []
         for position, row in enumerate(rows):
-            rng = np.random.default_rng(
-                [self.seed, step, int(row)]
-            )  # of the image alone: no process depends on another
-            mine = (self.objects.image == row) & ~self.objects.crowd
-            present = np.intersect1d(self.objects.categories[mine], self.base)
-            asked = rng.permutation(present)[: self.settings.classes_per_image]
+            rng = np.random.default_rng([self.seed, step, int(row)])  # of the image: no process depends on another
+            mine = np.flatnonzero((self.objects.image == row) & ~self.objects.crowd & self._is_base)
+            present = np.unique(self.objects.categories[mine])
+            chosen = rng.permutation(present)[: self.settings.classes_per_image]
             others = rng.permutation(np.setdiff1d(self.base, present))[: self.settings.absent_classes]
-            for category in (*asked, *others):
+            boxes = box_convert(torch.from_numpy(self.objects.boxes[mine]) / self.input_size, "xyxy", "cxcywh")
+            hinted = np.tile(np.arange(len(mine)), self.settings.hints)
+            for category in (*chosen, *others):
                 owner.append(position)
-                references.append(self._reference(int(category), int(row), rng))
-                answers.append(self._answer(mine & (self.objects.categories == category)))
-        return Questions(rows, torch.tensor(owner), np.array(references), answers)
+                asked.references.append(self._references(int(category), int(row), rng))
+                same = torch.from_numpy(self.objects.categories[mine] == category)
+                asked.answers.append(boxes[same])
+                asked.hints.append(shaken(boxes[hinted], rng))
+                asked.truths.append(boxes[hinted])
+                asked.same.append(same[hinted].float())
+        return asked._replace(owner=torch.tensor(owner))
 
-    def _reference(self, category: int, row: int, rng: np.random.Generator) -> int:
+    @functools.cached_property
+    def _is_base(self) -> NDArray[np.bool_]:
+        return np.isin(self.objects.categories, self.base)
+
+    def _references(self, category: int, row: int, rng: np.random.Generator) -> NDArray[np.int64]:
         fits = (self.objects.categories == category) & (self.objects.image != row)
         found = np.flatnonzero(fits & usable(self.objects, self.settings.min_reference_area))
         if not found.size:
             raise StudyError(
                 f"category {category} has no reference outside image row {row}: add images or make it novel"
             )
-        return int(rng.choice(found))
+        return rng.choice(found, rng.integers(1, self.settings.references_per_question + 1))
 
-    def _answer(self, chosen: NDArray[np.bool_]) -> Tensor:
-        return box_convert(torch.from_numpy(self.objects.boxes[chosen]) / self.input_size, "xyxy", "cxcywh")
+    def averaged_tokens(self, references: Sequence[NDArray[np.int64]]) -> Tensor:
+        """``(P, T, D)`` mask tokens of each question, averaged over its references."""
+        return torch.stack([torch.from_numpy(self.tokens[rows].astype(np.float32).mean(0)) for rows in references])
+
+
+def shaken(boxes: Tensor, rng: np.random.Generator) -> Tensor:
+    """``(m, 4)`` boxes, centres moved by up to a fifth of the side and sides scaled by 0.6 to 1.4 (as DN-DETR does it).
+
+    Li et al. 2022, arXiv 2203.01305: queries that start near an object learn what it is long before the others find it.
+    """
+    noise = torch.from_numpy(rng.uniform(-1, 1, boxes.shape)).float()
+    centres = boxes[:, :2] + 0.2 * noise[:, :2] * boxes[:, 2:]
+    return torch.cat([centres, boxes[:, 2:] * (1 + 0.4 * noise[:, 2:])], dim=1).clamp(0.01, 0.99)
 
 
 def build_model(settings: InContextSettings, sam: Sam, seed: int) -> InContextModel:
@@ -603,7 +672,7 @@ def loss_of(detections: Detections, answers: Sequence[Tensor]) -> tuple[Tensor, 
     ``DistributedDataParallel`` takes, is the loss of the whole batch.
     """
     device = detections.logits.device
-    layers = [
+    layers: list[dict[str, Tensor]] = [
         {"logits": logits[..., None], "pred_boxes": boxes}
         for logits, boxes in zip(detections.logits, detections.boxes, strict=True)
     ]
@@ -613,16 +682,42 @@ def loss_of(detections: Detections, answers: Sequence[Tensor]) -> tuple[Tensor, 
     matcher = DeformableDetrHungarianMatcher(*(LOSS_WEIGHTS[name] for name in LOSS_WEIGHTS))
     criterion = DeformableDetrImageLoss(matcher, num_classes=1, focal_alpha=0.25, losses=["labels", "boxes"])
     terms = criterion({**layers[-1], "auxiliary_outputs": layers[:-1]}, labels)
-    count = torch.tensor(float(sum(len(a) for a in answers)), device=device)
-    here = count.clamp(min=1)  # what the criterion divided by
-    world = 1
-    if dist.is_initialized():
-        dist.all_reduce(count)
-        world = dist.get_world_size()
-    share = here * world / count.clamp(min=1)
+    here = sum(len(a) for a in answers)
+    share = max(here, 1) / per_process(here, device)  # the criterion divided by the objects of this process alone
     total = sum(LOSS_WEIGHTS[name.rstrip("_0123456789")] * value for name, value in terms.items())
     assert isinstance(total, Tensor)
     return total * share, {name: float((terms[name] * share).detach()) for name in LOSS_WEIGHTS}
+
+
+def per_process(count: int, device: torch.device) -> float:
+    """The mean of a count over all processes, at least one in all."""
+    everywhere, world = torch.tensor(float(count), device=device), 1
+    if dist.is_initialized():
+        dist.all_reduce(everywhere)
+        world = dist.get_world_size()
+    return max(float(everywhere), 1.0) / world
+
+
+def hint_loss(detections: Detections, truths: Sequence[Tensor], same: Sequence[Tensor]) -> Tensor:
+    """The same three losses for the queries that start at hints; each knows its object, so nothing is matched.
+
+    Args:
+        detections: of the hints, padded to the longest list.
+        truths, same: see :class:`Questions`.
+    """
+    device = detections.logits.device
+    real = torch.zeros(detections.logits.shape[1:], dtype=torch.bool, device=device)
+    for row, boxes in zip(real, truths, strict=True):
+        row[: len(boxes)] = True
+    labels, target = torch.cat(list(same)).to(device), torch.cat(list(truths)).to(device)
+    corners = box_convert(target, "cxcywh", "xyxy")
+    total = torch.zeros((), device=device)
+    for logits, boxes in zip(detections.logits, detections.boxes, strict=True):
+        focal = sigmoid_focal_loss(logits[real], labels, alpha=0.25, gamma=2, reduction="sum")
+        distance = (boxes[real] - target).abs().sum()
+        giou = generalized_box_iou_loss(box_convert(boxes[real], "cxcywh", "xyxy"), corners, reduction="sum")
+        total = total + sum(w * v for w, v in zip(LOSS_WEIGHTS.values(), (focal, distance, giou), strict=True))
+    return total / per_process(len(target), device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -707,11 +802,16 @@ def _train_step(
     model.train()
     torch.manual_seed(lesson.seed * 1_000_003 + step)  # of dropout, the same after a resumption
     asked = lesson.questions(lesson.rows_of(step)[rank::world], step)
-    tokens = torch.from_numpy(lesson.tokens[asked.references]).to(device).float()
-    detections = model(lesson.source.read(asked.rows), tokens, asked.owner.to(device))
+    tokens, hints = lesson.averaged_tokens(asked.references).to(device), None
+    if settings.hints:
+        hints = nn.utils.rnn.pad_sequence(asked.hints, batch_first=True, padding_value=0.5).to(device)
+    detections = model(lesson.source.read(asked.rows), tokens, asked.owner.to(device), hints)
     if not torch.isfinite(detections.boxes).all():
         raise StudyError(f"the model's boxes are not finite at step {step}: lower the learning rate in scales.py")
-    loss, terms = loss_of(detections, asked.answers)
+    loss, terms = loss_of(Detections(*(part[:, :, : settings.queries] for part in detections)), asked.answers)
+    if settings.hints:
+        hinted = Detections(*(part[:, :, settings.queries :] for part in detections))
+        loss = loss + hint_loss(hinted, asked.truths, asked.same)
     values = torch.tensor([loss.item(), *terms.values()], device=device)
     if world > 1:
         dist.all_reduce(values)

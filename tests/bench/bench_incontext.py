@@ -1,0 +1,106 @@
+"""Cost of tuning the in-context model: seconds and memory per step.
+
+    python tests/bench/bench_incontext.py pocket                   # the pocket step, stored features
+    python tests/bench/bench_incontext.py official ANNOTATIONS IMAGES   # ViT-B at 1024 pixels, untrained, a few steps
+
+The official run takes the first images that share base categories, so that it needs no weights and few images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from samantics import mojiworld
+from samantics.coco import CocoDataset, load_coco, write_mojiworld
+from samantics.encoders import load_encoder
+from samantics.incontext import (
+    Checkpoint,
+    Lesson,
+    LiveFeatures,
+    build_model,
+    objects_of,
+    reference_tokens,
+    split_categories,
+    stored_features,
+    train,
+)
+from samantics.provenance import available_cores
+from samantics.scales import get_scale
+
+
+def main() -> None:
+    """Print what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", choices=("pocket", "official"))
+    parser.add_argument("annotations", nargs="?", default="")
+    parser.add_argument("images", nargs="?", default="")
+    parser.add_argument("--count", type=int, default=6, help="official: images used")
+    parser.add_argument("--steps", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(available_cores())
+    with tempfile.TemporaryDirectory() as folder:
+        if options.which == "pocket":
+            measure(write_mojiworld(mojiworld.World(), "bench", 200, folder), "pocket", options.steps, Path(folder))
+        else:
+            photographs = first_images(load_coco(options.annotations, options.images), options.count)
+            measure(photographs, "paper", options.steps, Path(folder))
+
+
+def first_images(dataset: CocoDataset, count: int) -> CocoDataset:
+    """The first images that show the data's most common base category, with all their objects."""
+    split = split_categories(dataset, get_scale("paper").incontext.novel)
+    shown = {
+        c: [i for i, objects in dataset.by_image.items() if any(o.category_id == c for o in objects)]
+        for c in split.base
+    }
+    kept = set(max(shown.values(), key=len)[:count])
+    return dataclasses.replace(
+        dataset,
+        images={i: record for i, record in dataset.images.items() if i in kept},
+        instances=tuple(instance for instance in dataset.instances if instance.image_id in kept),
+    )
+
+
+def measure(dataset: CocoDataset, scale: str, steps: int, folder: Path) -> None:
+    """Train a few steps of a scale's setting on the data set, and say what a step costs."""
+    settings = get_scale(scale).incontext
+    encoder = load_encoder("sam", "zoo_random" if scale == "pocket" else "random")
+    sam, objects = encoder.model, objects_of(dataset, encoder.image_size)
+    if settings.store_features:
+        source = stored_features(sam, dataset, settings.trunk_maps, encoder.weights_hash, folder)
+    else:
+        source = LiveFeatures(sam, dataset, settings.trunk_maps)
+        settings = dataclasses.replace(settings, batch=2)
+    started = time.perf_counter()
+    tokens = reference_tokens(sam, source, objects, folder / "tokens", batch=2)
+    tokens_seconds = time.perf_counter() - started
+    images = {
+        c: len(set(objects.image[objects.categories == c].tolist()))
+        for c in split_categories(dataset, settings.novel).base
+    }
+    base = tuple(c for c, count in images.items() if count > 1)
+    lesson = Lesson(source, objects, tokens, base, encoder.image_size, settings)
+    lesson = dataclasses.replace(
+        lesson, settings=dataclasses.replace(settings, epochs=steps * settings.batch / len(lesson.images))
+    )
+    model = build_model(settings, sam, 0)
+    started = time.perf_counter()
+    curve = train(model, lesson, Checkpoint(folder / "model.pt", {}))
+    seconds = (time.perf_counter() - started) / lesson.steps
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    loss = curve["loss"].iloc[-1]
+    print(f"{scale}: {millions:.1f} M trained parameters, batch {settings.batch}, last loss {loss:.2f}")
+    print(f"{seconds:.2f} s per step; mask tokens {tokens_seconds / len(dataset.images):.2f} s per image")
+    print(f"peak memory {memory:.1f} GiB")
+
+
+if __name__ == "__main__":
+    main()
