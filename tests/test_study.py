@@ -174,5 +174,5 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         study.main(["--help"])
     shown = capsys.readouterr().out
-    for name in itertools.chain(("scale", "only", "fresh", "student", "seed"), study.PATH_OPTIONS):
+    for name in itertools.chain(("scale", "only", "fresh", "student", *study.VALUE_OPTIONS), study.PATH_OPTIONS):
         assert f"--{name} " in shown

@@ -58,12 +58,16 @@ def notebook_table(figures: Path, notebooks: Path = PROJECT / "notebooks") -> st
     """Markdown: each notebook, its question (its title), and what it took in the pocket run."""
     path = figures / "run.csv"
     runs = pd.read_csv(path).set_index("notebook").to_dict("index") if path.is_file() else {}
-    lines = ["| notebook | question | pocket: time | memory | figures |", "|---|---|---:|---:|---:|"]
+    verdicts = {"01": ["C1"], "02": ["C2", "C3", "C4"], "03": ["C5"]}
+    found = findings(figures).set_index("claim")["verdict"].to_dict()
+    lines = ["| notebook | question | answer | pocket: time | memory | figures |", "|---|---|---|---:|---:|---:|"]
     for source in sorted(notebooks.glob("*.ipynb")):
         cells = "not run | | "
         if run := runs.get(source.stem):
             cells = f"{run['seconds'] / 60:.1f} min | {run['peak_gib']:.1f} GiB | {run['figures']}"
-        lines.append(f"| [{source.stem}](notebooks/{source.name}) | {notebook_title(source)} | {cells} |")
+        question = notebook_title(source).split(" · ")[-1]
+        answer = ", ".join(f"{claim} {found[claim]}" for claim in verdicts.get(source.stem[:2], []))
+        lines.append(f"| [{source.stem}](notebooks/{source.name}) | {question} | {answer} | {cells} |")
     return "\n".join(lines)
 
 

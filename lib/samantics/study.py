@@ -8,9 +8,10 @@ Usage: ./run_all.sh [options]
   --student           only write the notebooks without the exercises' solutions, into student/
   --seed N            another seed than the notebooks' own
   --data DIR          notebook 01: your own images, a sub-folder for each class
-  --references FILE   notebook 03: your own reference instances, COCO JSON
-  --targets FILE      notebook 03: your own target images, COCO JSON (annotations may be missing)
-  --images DIR        notebook 03: the folder of the images that both name
+  --references FILE   notebooks 02, 03: your own reference instances, COCO JSON (02 also tunes on them)
+  --targets FILE      notebooks 02, 03: your own target images, COCO JSON (annotations may be missing for 03)
+  --images DIR        notebooks 02, 03: the folder of the images that both name
+  --weights NAME      notebook 03: zoo, official or random (official models, untrained) instead of the scale's
   --help              this text
 
 Results: figures/<scale>/index.html, .png and .csv beside it, executed notebooks in figures/<scale>/notebooks/.
@@ -50,6 +51,7 @@ from samantics.scales import get_scale
 
 NOTEBOOKS = PROJECT / "notebooks"
 NUMBERED = re.compile(r"[0-9A-Z][0-9]_\w+")
+VALUE_OPTIONS = ("seed", "weights")
 PATH_OPTIONS = ("data", "references", "targets", "images")
 
 
@@ -390,6 +392,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--student", action="store_true")
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--weights")
     for name in PATH_OPTIONS:
         parser.add_argument(f"--{name}", type=Path)
     options = parser.parse_args(arguments)
@@ -405,7 +408,7 @@ def notebook_parameters(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         StudyError: a path does not exist.
     """
-    values: dict[str, Any] = {} if options.seed is None else {"seed": options.seed}
+    values = {name: value for name in VALUE_OPTIONS if (value := getattr(options, name)) is not None}
     for name in PATH_OPTIONS:
         path: Path | None = getattr(options, name)
         if path is None:
