@@ -142,7 +142,8 @@ class Pipeline:
         """Proposals of every target by ``sam`` or ``sam2``; ``truth`` gives the annotated masks."""
         if proposer == "truth":
             return diagnosis.true_masks(self.data.targets)
-        return get_proposals(self.models[proposer], self.data.targets, self.proposal_settings)
+        root = self.run.cache / "proposals"
+        return get_proposals(self.models[proposer], self.data.targets, self.proposal_settings, root)
 
     @functools.cache  # noqa: B019
     def features(self, proposer: str) -> dict[str, dict[int, Features]]:
@@ -366,7 +367,7 @@ def grid_table(pipeline: Pipeline, source: str = "dinov2") -> pd.DataFrame:
     rows = []
     for per_side in settings.grids:
         sparse = dataclasses.replace(pipeline.proposal_settings, points_per_side=per_side)
-        found = get_proposals(pipeline.models["sam"], targets, sparse)
+        found = get_proposals(pipeline.models["sam"], targets, sparse, pipeline.run.cache / "proposals")
         rles = {image_id: p.rles for image_id, p in found.items()}
         features = pooled_features({source: pipeline.models[source]}, targets, rles)[source]
         runs = [[r for n, p in found.items() for r in match(n, p, features[n], bank)] for bank in banks]
