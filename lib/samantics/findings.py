@@ -82,6 +82,11 @@ class Claim:
         return self.compare(pd.read_csv(path)) if path.is_file() else []
 
 
+def shown(value: Interval) -> str:
+    """An interval as text: percent and AP with one digit, shares with two."""
+    return format(value, ".1f" if abs(value.value) >= 1 else ".2f")
+
+
 def difference(more: Interval, less: Interval) -> Interval:
     """``more - less`` with the interval that their far ends give."""
     return Interval(more.value - less.value, more.low - less.high, more.high - less.low)
@@ -101,8 +106,8 @@ def evidence(figures: Path) -> pd.DataFrame:
         {
             "claim": claim.name,
             "comparison": comparison.statement,
-            "more": f"{comparison.more}",
-            "less": f"{comparison.less}",
+            "more": shown(comparison.more),
+            "less": shown(comparison.less),
             "factor": comparison.factor,
             "holds": comparison.holds,
             "source": comparison.source,

@@ -15,7 +15,7 @@ import pandas as pd
 from samantics.errors import StudyError
 from samantics.figures import LABELS
 from samantics.files import PROJECT, atomic_path
-from samantics.findings import PAPER_PROBE, findings
+from samantics.findings import PAPER_PROBE, findings, shown
 from samantics.uncertainty import Interval
 
 README = PROJECT / "README.md"
@@ -48,8 +48,7 @@ def findings_table(figures: Path) -> str:
         claim, measure = row["statement"].removesuffix(".").split(" Measured: ")
         measured = "not measured"
         if row["verdict"] != "not measured":
-            spec = ".1f" if abs(row["measured"]) >= 1 else ".2f"
-            measured = f"{Interval(row['measured'], row['low'], row['high']):{spec}}: {measure}"
+            measured = f"{shown(Interval(row['measured'], row['low'], row['high']))}: {measure}"
         lines.append(f"| {row['claim']} | {claim} | {row['paper']} | {measured} | **{row['verdict']}** |")
     return "\n".join(lines)
 

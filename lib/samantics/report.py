@@ -17,7 +17,7 @@ from pygments.formatters import HtmlFormatter
 
 from samantics.errors import StudyError
 from samantics.files import atomic_path
-from samantics.findings import evidence, findings
+from samantics.findings import evidence, findings, shown
 from samantics.readme import notebook_title
 from samantics.uncertainty import Interval
 
@@ -101,7 +101,9 @@ def _findings_section(figures: Path) -> str:
     names = ("claim", "statement", "paper", "this run", "verdict")
     rows = []
     for row in verdicts.to_dict("records"):
-        measured = "–" if row["verdict"] == "not measured" else _number(row["measured"], row["low"], row["high"])
+        measured = (
+            "–" if row["verdict"] == "not measured" else shown(Interval(row["measured"], row["low"], row["high"]))
+        )
         cells = [row["claim"], row["statement"], row["paper"], measured, row["verdict"]]
         pairs = [(name, html.escape(str(cell))) for name, cell in zip(names, cells, strict=True)]
         rows.append("".join(f'<td data-label="{name}: " class="{name}">{cell}</td>' for name, cell in pairs))
@@ -117,10 +119,6 @@ def _findings_section(figures: Path) -> str:
         f"whole 95 % interval of the first value is above 0 and above that of the second times the factor.</p>"
         f"{_table(comparisons)}</details></section>"
     )
-
-
-def _number(value: float, low: float, high: float) -> str:
-    return format(Interval(value, low, high), ".1f" if abs(value) >= 1 else ".2f")
 
 
 def _exists(figures: Path, name: str) -> bool:
