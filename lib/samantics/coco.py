@@ -367,7 +367,7 @@ def matched_categories(references: CocoDataset, targets: CocoDataset) -> tuple[d
             for c in sorted(shown[1] - shown[0])
         ),
         *(
-            f"category {c} ({names[c]}) is in {references.path.name} only: no AP of its own"
+            f"category {c} ({names[c]}) shows in the references only: no AP of its own"
             for c in sorted(shown[0] - shown[1])
         ),
     ]

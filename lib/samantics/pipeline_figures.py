@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -79,13 +80,14 @@ def coloured_masks(proposals: Proposals, seed: int = 0) -> NDArray[np.float64]:
 def references_figure(pipeline: Pipeline, seed: int = 0) -> Figure:
     """The first reference of every category, cut out of its image with a margin, its mask outlined."""
     chosen = pipeline.references[seed]
-    columns = 8
+    columns = 7
     lines = -(-len(chosen) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(10, 1.45 * lines), squeeze=False)
+    figure, axes = plt.subplots(lines, columns, figsize=(10, 1.75 * lines), squeeze=False)
     for axis in axes.ravel():
         axis.axis("off")
     for axis, (category, group) in zip(axes.ravel(), chosen.items(), strict=False):
-        show_reference(axis, pipeline.data.references, group[0], f"{pipeline.data.names[category]} ({len(group)})")
+        title = "\n".join(textwrap.wrap(f"{pipeline.data.names[category]} ({len(group)})", 18))
+        show_reference(axis, pipeline.data.references, group[0], title)
     return figure
 
 
@@ -179,8 +181,8 @@ def sources_figure(table: pd.DataFrame, with_paper: bool) -> Figure:
     if with_paper:
         rows = pd.DataFrame({"AP": PAPER.values(), "low": PAPER.values(), "high": PAPER.values()})
         _bars(axes[2], rows, ["box AP", "mask AP"], [COLOURS["dinov2"]] * 2)
-        axes[2].set_title("the paper: COCO, 80 classes")
-        axes[2].set_xlabel("AP (%), other data: not comparable")
+        axes[2].set_title("the paper (COCO)")
+        axes[2].set_xlabel("AP (%), other data and classes")
     return figure
 
 
@@ -228,7 +230,7 @@ def error_figure(table: pd.DataFrame) -> Figure:
         axis.set_yticks(places, table["kind"])
         axis.set_xlabel(words)
         axis.grid(axis="y", visible=False)
-        axis.margins(x=0.15)
+        axis.set_xlim(0, max(1.0, float(table[column].max())) * 1.2)
     axes[0].set_title("Which errors there are")
     axes[1].set_title("Which errors cost points")
     return figure
@@ -254,7 +256,7 @@ def shots_figure(table: pd.DataFrame) -> Figure:
     axis.set_ylim(bottom=0)
     axis.set_xlabel("references per class")
     axis.set_ylabel("mask AP (%)")
-    axis.set_title("More references, until the likeness itself is the limit")
+    axis.set_title("Mask AP by number of references")
     return figure
 
 
