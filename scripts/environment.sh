@@ -39,7 +39,7 @@ make_environment() {
     grep '^sam2==' "$root/requirements.lock" >"$environment/then.txt"
     echo "installing requirements.lock (3 GB to fetch the first time)"
     local install=("$python" -m pip install --disable-pip-version-check)
-    if [ "$uv" ]; then install=(uv pip install --python "$python"); fi
+    if [ "$uv" ]; then install=(uv pip install --compile-bytecode --python "$python"); fi # or every start is slow
     "${install[@]}" --quiet --no-deps -r "$environment/first.txt" &&
         "${install[@]}" --quiet --no-deps --no-build-isolation -r "$environment/then.txt" -e "$root" ||
         fail "the installation did not finish: see above, then run again (it goes on where it stopped)"

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from stub_encoder import MEAN, LookUp
 
 from samantics import ablation, probe
 from samantics.encoders import load_encoder
 from samantics.preprocessing import OPENAI
+from stub_encoder import MEAN, LookUp
 
 torch.set_num_threads(1)
 CLASSES = 5

@@ -74,7 +74,7 @@ def test_clicks_lie_in_their_region_and_know_their_label() -> None:
     regions[0, 0, :] = True  # background; the second region is empty: falls back to the object
     for _ in range(20):
         points, found = objectives.sampled_clicks(regions, labels, image_side=16)
-        (x0, y0), (x1, y1) = points[:, 0].tolist()
+        (_, y0), (x1, y1) = points[:, 0].tolist()
         assert 0 <= y0 < 2 and found[0, 0] == 0
         assert 4 <= x1 < 12 and 4 <= y1 < 12 and found[1, 0] == 1
 

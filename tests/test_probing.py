@@ -18,13 +18,13 @@ from stub_encoder import MEAN, LookUp
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> classification.ClassificationData:
+    def blank(_world, views, _workers=0) -> mojiworld.Pictures:
+        count = views * len(mojiworld.catalogue())
+        empty = np.zeros((count, 1, 1), np.uint8)
+        return mojiworld.Pictures(np.zeros((count, 1, 1, 3), np.uint8), empty, np.zeros((count, 6), np.int16))
+
     patch = pytest.MonkeyPatch()
-    patch.setattr(
-        mojiworld, "classification_pictures",
-        lambda world, views, workers=0: mojiworld.Pictures(
-            np.zeros((views * 626, 1, 1, 3), np.uint8), np.zeros((views * 626, 1, 1), np.uint8), np.zeros((views * 626, 6))
-        ),
-    )  # fmt: skip
+    patch.setattr(mojiworld, "classification_pictures", blank)
     found = classification.mojiworld_data(mojiworld.World(), 6, 2)
     patch.undo()
     return found
@@ -107,7 +107,14 @@ def test_confusion_rows_are_shares() -> None:
 
 def _table(sam, clip, dinov2):
     rows = [
-        {"encoder": name, "labels": "category", "probe": "linear", "top1": value, "top1_low": value - 2, "top1_high": value + 2}
+        {
+            "encoder": name,
+            "labels": "category",
+            "probe": "linear",
+            "top1": value,
+            "top1_low": value - 2,
+            "top1_high": value + 2,
+        }
         for name, value in (("sam", sam), ("clip", clip), ("dinov2", dinov2))
     ]
     return pd.DataFrame(rows)

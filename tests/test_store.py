@@ -13,7 +13,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from stub_encoder import MEAN, LookUp
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from samantics import store
@@ -22,6 +21,7 @@ from samantics.encoders import Encoder
 from samantics.errors import StudyError
 from samantics.preprocessing import Preprocessing
 from samantics.store import encode_images
+from stub_encoder import MEAN, LookUp
 
 
 @pytest.fixture

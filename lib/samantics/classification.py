@@ -117,7 +117,9 @@ def mojiworld_data(world: mojiworld.World, views: int, test_views: int) -> Class
         ),
     }
     data_hash = f"{world.hash}:{views}"
-    return ClassificationData("MojiWorld", {"all": pictures.images}, {"all": data_hash}, tasks, {"all": pictures.instances})
+    return ClassificationData(
+        "MojiWorld", {"all": pictures.images}, {"all": data_hash}, tasks, {"all": pictures.instances}
+    )
 
 
 def _part(labels: NDArray[np.int64], chosen: NDArray[np.bool_]) -> Part:

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -21,10 +22,10 @@ from lightly.utils.scheduler import cosine_schedule
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import roi_align, sigmoid_focal_loss
+from typing_extensions import override
 
 from samantics import mojiworld, zoo
 from samantics.errors import StudyError
-
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +54,9 @@ def normalised(images: Tensor) -> Tensor:
 class Objective(nn.Module):
     """A model and what it is trained for. ``progress`` is the share (0-1) of the training done."""
 
-    model: nn.Module  # what is shipped: the official package's own class
+    model: Any  # what is shipped: the official package's own class
 
+    @override
     def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss to minimise, and figures for the log."""
         raise NotImplementedError
@@ -83,6 +85,7 @@ class SamObjective(Objective):
         self.model = zoo.BUILDERS[name](config)
         self.mask_side = 8 * config.grid  # masks are compared at twice the resolution of the logits
 
+    @override
     def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         clicked, boxed = chosen_masks(batch).unbind(1)
         target, box_target = shrunk_masks(clicked, self.mask_side), shrunk_masks(boxed, self.mask_side)
@@ -102,6 +105,7 @@ class SamObjective(Objective):
         figures = {"iou_click": first_best, "iou_two_clicks": second_best, "iou_box": box_best}
         return first_loss + second_loss + box_loss, figures
 
+    @override
     def vectors(self, pixels: Tensor) -> Tensor:
         if self.name == "sam":
             return self.model.image_encoder(pixels).mean((2, 3))
@@ -235,6 +239,7 @@ class ClipObjective(Objective):
         self.loss = open_clip.ClipLoss()
         self.tokenizer = zoo.WordTokenizer()
 
+    @override
     def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         rng = np.random.default_rng(int(torch.randint(2**31, (1,))))
         tokens = self.tokenizer([caption(rng, row) for row in batch.drawings.tolist()]).to(batch.images.device)
@@ -243,9 +248,11 @@ class ClipObjective(Objective):
         found = (image @ text.T).argmax(1) == torch.arange(len(image), device=image.device)
         return loss, {"retrieval": found.float().mean()}
 
+    @override
     def vectors(self, pixels: Tensor) -> Tensor:
         return self.model.encode_image(pixels)
 
+    @override
     def after_step(self, progress: float) -> None:
         self.model.logit_scale.data.clamp_(0, math.log(100))  # as CLIP does
 
@@ -299,6 +306,7 @@ class SelfDistillation(Objective):
         width = self.config.width
         return nn.ModuleDict({k: DINOProjectionHead(width, 512, 128, self.prototypes) for k in ("class", "patch")})
 
+    @override
     def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         large = [augmented(batch.images, self.config.image_size, (0.32, 1.0)) for _ in range(2)]
         if progress < self.warmup:
@@ -315,7 +323,7 @@ class SelfDistillation(Objective):
         return self.contrastive_loss(first, second), {"retrieval": found.float().mean()}
 
     def distilled(self, large: list[Tensor], small: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The student, which sees masked large views and small views, matches the teacher, which sees large ones whole."""
+        """The student sees masked large views and small ones; it matches the teacher, which sees large ones whole."""
         views, count = torch.cat(large), len(large[0])
         masks = block_masks(len(views), self.config.grid, views.device)
         with torch.no_grad():
@@ -328,14 +336,18 @@ class SelfDistillation(Objective):
         patches = self.heads["patch"](seen[:, 1:][masks.flatten(1)]).float()
         dino = self.dino_loss(list(target_class.chunk(2)), list(classes.split(count)))
         ibot = self.ibot_loss(target_patches, patches, mask=masks)
-        koleo = sum((self.koleo_loss(view) for view in seen[:, 0].float().chunk(2)), torch.zeros((), device=views.device))
+        koleo = sum(
+            (self.koleo_loss(view) for view in seen[:, 0].float().chunk(2)), torch.zeros((), device=views.device)
+        )
         chance = target_class.softmax(1).mean(0)
         figures = {"dino": dino, "ibot": ibot, "koleo": koleo / 2, "entropy": -(chance * chance.log()).sum()}
         return dino + ibot + 0.1 * koleo, figures
 
+    @override
     def vectors(self, pixels: Tensor) -> Tensor:
         return self.model(pixels).last_hidden_state[:, 0]
 
+    @override
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
         momentum = 0.9 if progress < self.warmup else cosine_schedule(int(progress * 1000), 1001, 0.992, 1.0)
@@ -403,6 +415,7 @@ class SupervisedObjective(Objective):
         self.classes = len(mojiworld.catalogue())
         self.classify = nn.Linear(config.dim, self.classes)
 
+    @override
     def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         shown = torch.zeros(len(batch.images), self.classes + 1, device=batch.images.device)
         shown.scatter_(1, batch.drawings.where(batch.drawings >= 0, self.classes), 1.0)
@@ -411,6 +424,7 @@ class SupervisedObjective(Objective):
         loss = functional.cross_entropy(logits, shown / shown.sum(1, keepdim=True))
         return loss, {"top1": torch.gather(shown, 1, logits.argmax(1, keepdim=True)).mean()}
 
+    @override
     def vectors(self, pixels: Tensor) -> Tensor:
         return self.model.image_encoder(pixels).mean((2, 3))
 

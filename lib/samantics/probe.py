@@ -445,9 +445,7 @@ def paper_probe(
     _check(test_x, test_y, classes, "test")
     train_x, test_x = _in_memory_if_small(train_x), _in_memory_if_small(test_x)
     target = torch.device(device)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        head = nn.Linear(train_x.shape[1], classes).to(target)
+    head = _fresh_layer(train_x.shape[1], classes, seed).to(target)
     optimiser = torch.optim.Adam(head.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, factor=0.5, patience=5)
     scaler = torch.amp.GradScaler(enabled=target.type == "cuda")
@@ -459,6 +457,14 @@ def paper_probe(
         course.append(_result([ranked], test_y, (optimiser.param_groups[0]["lr"],), (epochs,)))
     curve = np.array([result.top1.mean() for result in course])
     return PaperProbe(curve, int(curve.argmax()), course[int(curve.argmax())], course[-1])
+
+
+def _fresh_layer(width: int, classes: int, seed: int) -> nn.Linear:
+    """`nn.Linear` with its usual start, drawn from a generator of its own: probes may train side by side."""
+    layer, generator = nn.Linear(width, classes), torch.Generator().manual_seed(seed)
+    for parameter in (layer.weight, layer.bias):
+        nn.init.uniform_(parameter, -(width**-0.5), width**-0.5, generator=generator)
+    return layer
 
 
 def _mixed(device: torch.device) -> torch.autocast:

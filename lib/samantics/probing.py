@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 
 from samantics import ablation
@@ -16,7 +18,7 @@ from samantics.classification import ClassificationData, Part, Task
 from samantics.encoders import load_encoder
 from samantics.figures import LABELS
 from samantics.probe import Features, ProbeResult, few_shot_rows, knn_probe, linear_probe
-from samantics.provenance import Run
+from samantics.provenance import Run, available_cores
 from samantics.store import Column, FeatureStore, Images, encode_images
 from samantics.uncertainty import bootstrap_mean
 
@@ -148,34 +150,44 @@ def row(encoded: Encoded, task: Task, kind: str, result: ProbeResult, wanted: Wa
 def headline(
     features: Mapping[str, Encoded], tasks: Mapping[str, Task], seeds: int
 ) -> tuple[pd.DataFrame, dict[tuple[str, str], ProbeResult]]:
-    """Both probes of every encoder's output at every label level, and the linear probes' answers by (encoder, level)."""
-    rows, answers = [], {}
-    for task in tasks.values():
-        for name, encoded in features.items():
-            answers[name, task.name] = probe(encoded, task, "linear", seeds=seeds)
-            rows.append(row(encoded, task, "linear", answers[name, task.name]))
-            rows.append(row(encoded, task, "knn", probe(encoded, task, "knn")))
+    """Both probes of every encoder's output at every label level; the linear probes' answers by (encoder, level)."""
+    jobs = [(e, t, kind) for t in tasks.values() for e in features.values() for kind in ("linear", "knn")]
+    results = on_all_cores(lambda job: probe(job[0], job[1], job[2], seeds=seeds), jobs)
+    rows = [row(*job, result) for job, result in zip(jobs, results, strict=True)]
+    answers = {(e.name, t.name): r for (e, t, kind), r in zip(jobs, results, strict=True) if kind == "linear"}
     return pd.DataFrame(rows), answers
 
 
 def layer_rows(features: Mapping[str, Encoded], task: Task) -> pd.DataFrame:
     """Linear probes of the spatial mean of every layer: where in the network is the meaning?"""
-    rows = []
-    for encoded in features.values():
-        for depth, layer in enumerate(encoded.layers, start=1):
-            line = row(encoded, task, "linear", probe(encoded, task, wanted=(layer, "mean")), (layer, "mean"))
-            rows.append(line | {"depth": depth / len(encoded.layers)})
-    return pd.DataFrame(rows)
+    jobs = [(e, (layer, "mean")) for e in features.values() for layer in e.layers]
+    rows = _linear_rows(jobs, task, seeds=1)
+    depth = [(place + 1) / len(e.layers) for e in features.values() for place in range(len(e.layers))]
+    return rows.assign(depth=depth)
 
 
 def pooling_rows(features: Mapping[str, Encoded], task: Task, seeds: int) -> pd.DataFrame:
     """Linear probes of the final layer under every pooling it has: is meaning absent, or only averaged away?"""
-    rows = []
-    for encoded in features.values():
-        dims = encoded.stores[task.train.split].dims
-        for wanted in [pair for pair in dims if pair[0] == "final"]:
-            rows.append(row(encoded, task, "linear", probe(encoded, task, wanted=wanted, seeds=seeds), wanted))
-    return pd.DataFrame(rows)
+    jobs = [(e, pair) for e in features.values() for pair in e.stores[task.train.split].dims if pair[0] == "final"]
+    return _linear_rows(jobs, task, seeds)
+
+
+def _linear_rows(jobs: Sequence[tuple[Encoded, Wanted]], task: Task, seeds: int) -> pd.DataFrame:
+    results = on_all_cores(lambda job: probe(job[0], task, wanted=job[1], seeds=seeds), jobs)
+    return pd.DataFrame([row(e, task, "linear", r, pair) for (e, pair), r in zip(jobs, results, strict=True)])
+
+
+def on_all_cores(function: Callable[[Any], Any], jobs: Sequence[Any]) -> list[Any]:
+    """``function`` of every job, in order. A probe is too small for several cores: each core takes a job.
+
+    Threads, because the work is in torch, which lets others run meanwhile; each computes on one core.
+    """
+    cores = available_cores()
+    try:
+        with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(function, jobs))
+    finally:
+        torch.set_num_threads(cores)
 
 
 def possible_shots(task: Task, shots: Sequence[int]) -> tuple[int, ...]:
@@ -186,24 +198,30 @@ def possible_shots(task: Task, shots: Sequence[int]) -> tuple[int, ...]:
 
 def few_shot(features: Mapping[str, Encoded], task: Task, shots: Sequence[int], seeds: int) -> pd.DataFrame:
     """Linear probes on 1, 2, 4 ... images of every class; each seed draws other images."""
+    jobs = [(e, count) for e in features.values() for count in shots]
+    results = on_all_cores(lambda job: _few_shot_hits(job[0], job[1], task, seeds), jobs)
     rows = []
-    for encoded in features.values():
-        train_x, train_y = encoded.features(task.train)
-        test_x, test_y = encoded.features(task.test)
-        for count in shots:
-            hits = []
-            for seed in range(seeds):
-                chosen = few_shot_rows(train_y, count, seed)
-                few_x = gathered(train_x, chosen) if isinstance(train_x, Column) else train_x[chosen]
-                result = linear_probe(
-                    few_x, train_y[chosen], test_x, test_y, len(task.classes), (seed,), (FEW_SHOT_RATE,),
-                    max_epochs=FEW_SHOT_EPOCHS,
-                )  # fmt: skip
-                hits.append(result.top1[0])
-            top1 = bootstrap_mean(100.0 * np.stack(hits))
-            line = {"encoder": encoded.name, "labels": task.name, "shots": count, "seeds": seeds}
-            rows.append(line | {"top1": top1.value, "top1_low": top1.low, "top1_high": top1.high})
+    for (encoded, count), hits in zip(jobs, results, strict=True):
+        top1 = bootstrap_mean(100.0 * hits)
+        line = {"encoder": encoded.name, "labels": task.name, "shots": count, "seeds": seeds}
+        rows.append(line | {"top1": top1.value, "top1_low": top1.low, "top1_high": top1.high})
     return pd.DataFrame(rows)
+
+
+def _few_shot_hits(encoded: Encoded, count: int, task: Task, seeds: int) -> NDArray[np.bool_]:
+    """``(seeds, n)``: is the test image's class found?"""
+    train_x, train_y = encoded.features(task.train)
+    test_x, test_y = encoded.features(task.test)
+    hits = []
+    for seed in range(seeds):
+        chosen = few_shot_rows(train_y, count, seed)
+        few_x = gathered(train_x, chosen) if isinstance(train_x, Column) else train_x[chosen]
+        labels, classes = train_y[chosen], len(task.classes)
+        fixed = linear_probe(
+            few_x, labels, test_x, test_y, classes, (seed,), rates=(FEW_SHOT_RATE,), max_epochs=FEW_SHOT_EPOCHS
+        )
+        hits.append(fixed.top1[0])
+    return np.stack(hits)
 
 
 def class_rows(answers: Mapping[tuple[str, str], ProbeResult], task: Task, test_y: NDArray[np.int64]) -> pd.DataFrame:
@@ -233,18 +251,22 @@ def protocol_rows(features: Mapping[str, Encoded], task: Task, seeds: int) -> pd
     Few encoders have the same width: each is also projected to the narrowest one's.
     """
     narrowest = min(e.stores[task.train.split].dims[e.headline] for e in features.values())
+    parts = on_all_cores(lambda e: _protocol_lines(e, task, narrowest, tuple(range(seeds))), list(features.values()))
     rows = []
-    for encoded in features.values():
-        train_y, test_y = (encoded.features(part)[1] for part in (task.train, task.test))
-        wanted = [encoded.headline, *_other_outputs(encoded, task)]
-        arrays = {pair: (_array(encoded, task.train, pair), _array(encoded, task.test, pair)) for pair in wanted}
-        shared = (encoded.headline, train_y, test_y, len(task.classes))
-        lines = ablation.protocol_lines(arrays, *shared, seeds=tuple(range(seeds)))
-        lines += ablation.feature_lines(arrays, *shared, width=narrowest, seeds=tuple(range(seeds)))
+    for encoded, lines in zip(features.values(), parts, strict=True):
         for line in lines:
             entry = row(encoded, task, "linear", line.result, (line.layer, line.pooling))
             rows.append({"question": line.question, "setting": line.setting} | entry | {"dim": line.dim})
     return pd.DataFrame(rows)
+
+
+def _protocol_lines(encoded: Encoded, task: Task, width: int, seeds: tuple[int, ...]) -> list[ablation.Line]:
+    train_y, test_y = (encoded.features(part)[1] for part in (task.train, task.test))
+    wanted = [encoded.headline, *_other_outputs(encoded, task)]
+    arrays = {pair: (_array(encoded, task.train, pair), _array(encoded, task.test, pair)) for pair in wanted}
+    shared = (encoded.headline, train_y, test_y, len(task.classes))
+    lines = ablation.protocol_lines(arrays, *shared, seeds=seeds)
+    return lines + ablation.feature_lines(arrays, *shared, width=width, seeds=seeds)
 
 
 def _other_outputs(encoded: Encoded, task: Task) -> list[Wanted]:
@@ -268,15 +290,18 @@ def order_sentences(table: pd.DataFrame) -> list[str]:
     sentences = []
     for level, rows in table[table["probe"] == "linear"].groupby("labels", sort=False):
         ranked = rows.sort_values("top1", ascending=False)
-        order = " > ".join(f"{LABELS[r.encoder]} {r.top1:.1f} [{r.top1_low:.1f}, {r.top1_high:.1f}]" for r in ranked.itertuples())
+        order = " > ".join(
+            f"{LABELS[r.encoder]} {r.top1:.1f} [{r.top1_low:.1f}, {r.top1_high:.1f}]" for r in ranked.itertuples()
+        )
         sentences.append(f"{level}: {order} (top-1 %)")
         by_name = rows.set_index("encoder")
         if {"sam", "clip", "dinov2"} <= set(by_name.index):
             weaker = by_name.loc[["clip", "dinov2"], "top1"].idxmin()
+            ratio = by_name.loc[weaker, "top1"] / max(by_name.loc["sam", "top1"], 1e-9)
             apart = by_name.loc["sam", "top1_high"] < by_name.loc[weaker, "top1_low"]
             sentences.append(
                 f"{level}: SAM is {'below' if apart else 'not clearly below'} both CLIP and DINOv2; "
-                f"{LABELS[weaker]}, the weaker of them, has {by_name.loc[weaker, 'top1'] / by_name.loc['sam', 'top1']:.1f} times its top-1"
+                f"{LABELS[weaker]}, the weaker of them, has {ratio:.1f} times its top-1"
             )
     return sentences
 

@@ -1,4 +1,4 @@
-"""The pictures of notebook 01. Each function draws one table of ``probing``; titles that state a result are computed."""
+"""The pictures of notebook 01. Each function draws one table of ``probing``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LEVELS = {
 
 
 def accuracy_figure(table: pd.DataFrame, tasks: Mapping[str, Task], world: str) -> Figure:
-    """Top-1 of the linear probe (bar, with interval), top-5 and kNN (marks): a panel for each label level, the paper's last.
+    """Top-1 (bar, with interval) and top-5 (line) of the linear probe, kNN (mark); a panel a label level, then the paper.
 
     Args:
         table: of :func:`probing.headline`.
@@ -133,16 +133,15 @@ def class_figure(table: pd.DataFrame, title: str, most: int = 24) -> Figure:
 def confusion_figure(matrices: Mapping[str, pd.DataFrame], title: str) -> Figure:
     """Confusion matrices side by side: rows are true classes, columns what they are called, shares in percent."""
     figure, axes = plt.subplots(1, len(matrices), figsize=(4.6 * len(matrices), 5.0), squeeze=False)
-    image = None
     for place, (axis, (name, matrix)) in enumerate(zip(axes[0], matrices.items(), strict=True)):
-        image = axis.imshow(matrix, vmin=0, vmax=100, cmap="viridis")
+        axis.imshow(matrix, vmin=0, vmax=100, cmap="viridis")
         axis.set_title(LABELS[name], color=COLOURS[name])
         axis.set_xticks(range(len(matrix)), matrix.columns, rotation=90, fontsize=7)
         axis.set_yticks(range(len(matrix)), matrix.index if place == 0 else [], fontsize=7)
         axis.grid(visible=False)
         axis.set_xlabel("called")
     axes[0][0].set_ylabel("true category")
-    figure.colorbar(image, ax=axes[0].tolist(), label="share of the row (%)", shrink=0.7)
+    figure.colorbar(axes[0][0].images[0], ax=axes[0].tolist(), label="share of the row (%)", shrink=0.7)
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
     return figure
 
@@ -154,7 +153,9 @@ def samples_figure(rows: Mapping[str, tuple[Sequence[int], Sequence[str], Images
         rows: by row name (an encoder's, or a word): positions, a text for each, and the images they are positions in.
     """
     columns = max(1, *(len(chosen) for chosen, _, _ in rows.values()))
-    figure, axes = plt.subplots(len(rows), columns, figsize=(1.25 * columns + 0.5, 1.6 * len(rows) + 0.3), squeeze=False)
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(1.25 * columns + 0.5, 1.6 * len(rows) + 0.3), squeeze=False
+    )
     for line, (name, (chosen, texts, images)) in zip(axes, rows.items(), strict=True):
         for axis in line:
             axis.set_axis_off()

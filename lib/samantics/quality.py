@@ -35,6 +35,7 @@ def quality_table(models: Mapping[str, Any], scenes: int = 150, views: int = 2) 
     """
     rows: list[dict[str, Any]] = []
     for name, model in models.items():
+        found: Mapping[str, NDArray[np.float64] | Interval]
         if name in ("sam", "sam2"):
             found = mask_quality(name, model, scenes)
         elif name == "clip":
@@ -206,8 +207,9 @@ def cards_page(table: pd.DataFrame) -> str:
         recipe = card["recipe"]
         lines += [
             f"## {name}\n",
-            f"- pictures seen: {recipe['images']:,} ({recipe['pool']:,} different), batches of {recipe['batch']}, seed {recipe['seed']}",
-            f"- parameters: {card['parameters'] / 1e6:.2f} M; training: {card['seconds'] / 60:.0f} minutes on {card['machine']}",
+            f"- pictures seen: {recipe['images']:,} ({recipe['pool']:,} different)",
+            f"- batches of {recipe['batch']}, seed {recipe['seed']}, {card['parameters'] / 1e6:.2f} M parameters",
+            f"- training: {card['seconds'] / 60:.0f} minutes on {card['machine']}",
             f"- world: {card['world']}",
             f"- SHA-256: `{card['sha256']}`",
             f"- licence: {card['licence']}\n",

@@ -21,7 +21,9 @@ from samantics.figures import COLOURS, LABELS
 def world_figure(pictures: Mapping[str, Sequence[mojiworld.Picture]], title: str) -> Figure:
     """Rows of pictures; outlines show the exact visible masks."""
     columns = max(len(row) for row in pictures.values())
-    figure, axes = plt.subplots(len(pictures), columns, figsize=(1.6 * columns, 1.75 * len(pictures) + 0.3), squeeze=False)
+    figure, axes = plt.subplots(
+        len(pictures), columns, figsize=(1.6 * columns, 1.75 * len(pictures) + 0.3), squeeze=False
+    )
     for line, (name, row) in zip(axes, pictures.items(), strict=True):
         for axis, picture in zip(line, row, strict=False):
             axis.imshow(picture.image)
@@ -51,7 +53,9 @@ def clicked_masks(name: str, model: Any, picture: mojiworld.Picture) -> pd.DataF
     points = np.stack([quality.centre_of(mask) for mask in masks])
     sam = quality.segmenter(name, model)
     with torch.no_grad():
-        embedded = tuple(level.expand(len(masks), -1, -1, -1) for level in sam.embed(quality.pixels_of(picture.image[None])))
+        embedded = tuple(
+            level.expand(len(masks), -1, -1, -1) for level in sam.embed(quality.pixels_of(picture.image[None]))
+        )
         logits, predicted = quality.click_masks(sam, embedded, points)
     chosen = predicted.argmax(1)
     ious = quality.iou_with(logits, masks)
@@ -115,7 +119,9 @@ def captions_figure(picture: mojiworld.Picture, ranked: pd.DataFrame, title: str
 # --------------------------------------------------------------------------------------------------------- DINOv2
 
 
-def similarity_maps(encoders: Mapping[str, Encoder], picture: mojiworld.Picture, x: int, y: int) -> dict[str, NDArray[Any]]:
+def similarity_maps(
+    encoders: Mapping[str, Encoder], picture: mojiworld.Picture, x: int, y: int
+) -> dict[str, NDArray[Any]]:
     """``(h, w)`` cosine of every token with the token under the pixel ``(x, y)``, for each encoder's last layer."""
     maps = {}
     for name, encoder in encoders.items():
@@ -127,20 +133,21 @@ def similarity_maps(encoders: Mapping[str, Encoder], picture: mojiworld.Picture,
     return maps
 
 
-def similarity_figure(picture: mojiworld.Picture, maps: Mapping[str, NDArray[Any]], x: int, y: int, title: str) -> Figure:
+def similarity_figure(
+    picture: mojiworld.Picture, maps: Mapping[str, NDArray[Any]], x: int, y: int, title: str
+) -> Figure:
     """The clicked picture, and each encoder's map: bright tokens resemble the clicked one."""
     figure, axes = plt.subplots(1, len(maps) + 1, figsize=(2.2 * (len(maps) + 1), 2.7))
     axes[0].imshow(picture.image)
     axes[0].plot(x, y, "*", color="white", markeredgecolor="black", markersize=12)
     axes[0].set_title("clicked", loc="center", fontsize=10)
-    image = None
     for axis, (name, values) in zip(axes[1:], maps.items(), strict=True):
-        image = axis.imshow(values, vmin=-0.2, vmax=1, cmap="cividis")
+        axis.imshow(values, vmin=-0.2, vmax=1, cmap="cividis")
         axis.set_title(LABELS[name], loc="center", color=COLOURS[name])
     for axis in axes:
         axis.set(xticks=[], yticks=[])
         axis.grid(visible=False)
-    figure.colorbar(image, ax=axes.tolist(), label="cosine", shrink=0.75)
+    figure.colorbar(axes[-1].images[0], ax=axes.tolist(), label="cosine", shrink=0.75)
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
     return figure
 

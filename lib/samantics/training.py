@@ -1,4 +1,4 @@
-"""Trains the models of the pocket zoo: ``python -m samantics.training sam`` (sam2, clip, dinov2; controls: simclr, ...).
+"""Trains the models of the pocket zoo: ``python -m samantics.training sam`` (sam2, clip, dinov2; or a control).
 
 The same loop for all: equal pictures, equal batches, equal schedule; only the objective differs. Uses a GPU if there
 is one. Safe to kill at any moment: rerun the same command and it goes on from its last checkpoint, to the same
@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from samantics import mojiworld, zoo
 from samantics.errors import StudyError
-from samantics.files import atomic_path, cache_dir, hash_file, hash_value, write_json
+from samantics.files import atomic_path, hash_file, hash_value, write_json
 from samantics.objectives import Batch, Objective, build_objective, normalised
 
 CONTROLS = ("simclr", "supervised", "sam_from_dinov2")
@@ -60,6 +60,7 @@ class Recipe:
 
     @property
     def steps(self) -> int:
+        """Optimiser steps."""
         return max(1, self.images // self.batch)
 
     def rate(self, step: int) -> float:
@@ -78,7 +79,9 @@ class Recipe:
 # ------------------------------------------------------------------------------------------------------ the pool
 
 
-def pretraining_pool(world: mojiworld.World, count: int, stream: str = "pretraining", workers: int = 0) -> mojiworld.Pictures:
+def pretraining_pool(
+    world: mojiworld.World, count: int, stream: str = "pretraining", workers: int = 0
+) -> mojiworld.Pictures:
     """``count`` pictures to pretrain on (or, of another stream, to measure on), memory-mapped from the cache folder."""
     make = functools.partial(mojiworld.pretraining_picture, world, stream=stream)
     return mojiworld.stored_pictures(make, count, f"{stream}_{world.hash}", workers)
@@ -196,7 +199,13 @@ def held_out_figures(objective: Objective, data: DeviceData, progress: float, ba
 
 
 def train(
-    name: str, recipe: Recipe, folder: Path, data: DeviceData, held_out: DeviceData, probing: ProbeData, start_from: Path | None = None
+    name: str,
+    recipe: Recipe,
+    folder: Path,
+    data: DeviceData,
+    held_out: DeviceData,
+    probing: ProbeData,
+    start_from: Path | None = None,
 ) -> Objective:
     """Train one model and leave ``<name>.safetensors``, its card ``<name>.json`` and ``<name>.csv`` in ``folder``.
 
@@ -209,13 +218,15 @@ def train(
     device = data.device
     torch.manual_seed(recipe.seed)
     objective = build_objective("sam" if name == "sam_from_dinov2" else name)
-    objective = objective.to(device, memory_format=torch.channels_last).train()
+    objective = objective.to(device).to(memory_format=torch.channels_last).train()
     if name == "sam_from_dinov2":
         if start_from is None:
             raise StudyError("sam_from_dinov2 starts from a trained DINOv2: name its file with --start-from")
         copy_trunk(start_from, objective.model)
     optimiser = _optimiser(objective, recipe)
-    state = _State(folder / f"{name}.ckpt", hash_value([name, dataclasses.asdict(recipe), dataclasses.asdict(zoo.DEFAULT)]))
+    state = _State(
+        folder / f"{name}.ckpt", hash_value([name, dataclasses.asdict(recipe), dataclasses.asdict(zoo.DEFAULT)])
+    )
     state.restore(objective, optimiser)
     measure_at = recipe.probe_steps()
     bar = tqdm(total=recipe.steps, initial=state.step, desc=f"{name} (seed {recipe.seed})", unit="step", mininterval=2)
@@ -223,8 +234,12 @@ def train(
         if state.step in measure_at and (not state.rows or state.rows[-1]["step"] < state.step):
             scores = probe_scores(probe_vectors(objective, probing.images, device), probing)
             figures = held_out_figures(objective, held_out, state.step / recipe.steps, min(256, len(held_out.pictures)))
-            state.rows.append({"step": state.step, "images": state.step * recipe.batch, "seconds": state.seconds, **scores, **figures})
-            bar.set_postfix({key: f"{value:.2f}" for key, value in (scores | figures).items() if "loss" in key or "top1" in key})
+            state.rows.append(
+                {"step": state.step, "images": state.step * recipe.batch, "seconds": state.seconds, **scores, **figures}
+            )
+            bar.set_postfix(
+                {key: f"{value:.2f}" for key, value in (scores | figures).items() if "loss" in key or "top1" in key}
+            )
         if state.step == recipe.steps:
             break
         began = time.perf_counter()
@@ -364,7 +379,11 @@ def _export(name: str, recipe: Recipe, folder: Path, objective: Objective, state
     with atomic_path(folder / f"{name}.csv") as temporary:
         pd.DataFrame(state.rows).to_csv(temporary, index=False, float_format="%.5g")
     device = next(objective.parameters()).device
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    machine = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    )
     world = mojiworld.World(theme_strength=recipe.theme_strength)
     write_json(
         folder / f"{name}.json",
@@ -398,8 +417,12 @@ def prepared_data(recipe: Recipe, device: torch.device, workers: int = 0) -> tup
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m samantics.training", description=__doc__)
-    parser.add_argument("names", nargs="+", choices=(*zoo.NAMES, *CONTROLS), help="models to train, one after the other")
-    parser.add_argument("--out", type=Path, default=zoo.ASSETS, help="folder of the results (default: where the zoo is loaded from)")
+    parser.add_argument(
+        "names", nargs="+", choices=(*zoo.NAMES, *CONTROLS), help="models to train, one after the other"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=zoo.ASSETS, help="folder of the results (default: where the zoo is loaded from)"
+    )
     parser.add_argument("--start-from", type=Path, help="trained DINOv2 weights, for sam_from_dinov2")
     parser.add_argument("--workers", type=int, default=0, help="processes that render (default: all cores)")
     for field in dataclasses.fields(Recipe):

@@ -1,15 +1,16 @@
 """The pocket zoo: small models of the official packages' own classes, trained on MojiWorld (see ``training``).
 
-All of them share one capacity so that only the objective differs: the ViTs are six blocks of width 160 (a little under
-ViT-Tiny's width, at half its depth) on 8x8 tokens of a 128-pixel image, the Hiera has about as many parameters. A stem of four
-stride-2 convolutions stands in for the patch embedding: early convolutions make small-budget training work
-(Xiao et al. 2021, arXiv 2106.14881). Change a setting here and retrain; nothing else needs to change.
+All of them share one capacity so that only the objective differs: the ViTs are six blocks of width 160 (a little
+under ViT-Tiny's width, at half its depth) on 8x8 tokens of a 128-pixel image, the Hiera has about as many parameters.
+A stem of four stride-2 convolutions stands in for the patch embedding: early convolutions make small-budget training
+work (Xiao et al. 2021, arXiv 2106.14881). Change a setting here and retrain; nothing else needs to change.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -18,13 +19,13 @@ from typing import Any
 
 import open_clip
 import torch
+from safetensors.torch import load_file
 from sam2.modeling.backbones.hieradet import Hiera
 from sam2.modeling.backbones.image_encoder import FpnNeck
 from sam2.modeling.backbones.image_encoder import ImageEncoder as Sam2ImageEncoder
 from sam2.modeling.position_encoding import PositionEmbeddingSine
-from sam2.modeling.sam2_base import SAM2Base
 from sam2.modeling.sam.transformer import TwoWayTransformer as Sam2TwoWayTransformer
-from safetensors.torch import load_file
+from sam2.modeling.sam2_base import SAM2Base
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
@@ -82,7 +83,7 @@ class ConvStem(nn.Sequential):
         # multiples of 8, or GPUs fall back to slow convolutions
         widths = [3, *(-(-(width >> (halvings - 1 - step)) // 8) * 8 for step in range(halvings))]
         layers: list[nn.Module] = []
-        for inside, outside in zip(widths[:-1], widths[1:], strict=True):
+        for inside, outside in itertools.pairwise(widths):
             layers += [nn.Conv2d(inside, outside, 3, stride=2, padding=1), nn.GroupNorm(4, outside), nn.GELU()]
         super().__init__(*layers, nn.Conv2d(width, width, 1))
         self.width = width
@@ -250,7 +251,9 @@ def verify(name: str, folder: Path = ASSETS) -> str:
         )
     found, expected = hash_file(path), card(name, folder)["sha256"]
     if found != expected:
-        raise StudyError(f"{path} is damaged (SHA-256 {found[:12]}, its card says {expected[:12]}): restore it with git checkout")
+        raise StudyError(
+            f"{path} is damaged (SHA-256 {found[:12]}, its card says {expected[:12]}): restore it with git checkout"
+        )
     return found
 
 
@@ -271,7 +274,7 @@ def card(name: str, folder: Path = ASSETS) -> dict[str, Any]:
 
 
 class WordTokenizer:
-    """Words of MojiWorld's captions as token ids; the end token has the highest id, as `open_clip`'s pooling expects."""
+    """Words of MojiWorld's captions as token ids; the end token is the highest, as `open_clip`'s pooling expects."""
 
     context_length = 64
 
@@ -293,9 +296,13 @@ class WordTokenizer:
             words = split_words(caption)
             unknown = [word for word in words if word not in self.ids]
             if unknown:
-                raise StudyError(f"the pocket CLIP does not know the word {unknown[0]!r} in {caption!r}: it knows MojiWorld's only")
+                raise StudyError(
+                    f"the pocket CLIP does not know the word {unknown[0]!r} in {caption!r}: it knows MojiWorld's only"
+                )
             if len(words) > self.context_length - 2:
-                raise StudyError(f"the caption {caption[:40]!r}... has {len(words)} words: {self.context_length - 2} is the limit")
+                raise StudyError(
+                    f"the caption {caption[:40]!r}... has {len(words)} words: {self.context_length - 2} is the limit"
+                )
             row[: len(words) + 2] = torch.tensor([1, *(self.ids[word] for word in words), self.end])
         return tokens
 
