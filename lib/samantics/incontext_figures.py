@@ -173,7 +173,6 @@ def separability_figure(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
                 row = table[(table["metric"] == metric) & (table["split"] == name) & (table["stage"] == stage)].iloc[0]
                 x, colour = group * 4 + place, STAGE_COLOURS[stage]
                 axes.bar(x, row["value"], color=colour, width=0.9)
-                # a bootstrap of NMI over few points leans upwards: its interval need not hold the value
                 axes.vlines(x, row["low"], row["high"], color="#222222", linewidth=1.5)
                 axes.hlines(row["shuffled"], x - 0.45, x + 0.45, color="#222222", linestyle=(0, (2, 1)), linewidth=1.5)
         axes.set(title=title, xticks=[1, 5], xticklabels=["base", "novel"])

@@ -57,8 +57,9 @@ from samantics.scales import InContextSettings
 from samantics.separability import separability, tsne_map
 
 FORMAT = 1  # of what is cached; raised when the same settings would give other numbers
-MAPS = ((10, 0), (30, 0), (30, 1), (50, 0))  # perplexity and seed of the t-SNE maps; the second is the main one
+MAPS = ((10, 0), (30, 0), (30, 1))  # perplexity and seed of the t-SNE maps; the second is the main one
 MAIN_MAP = (30, 0)
+PER_CATEGORY = 40  # reference objects of a category whose space is looked at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +194,7 @@ class InContextStudy:
     def points(self) -> pd.DataFrame:
         """The reference objects that are looked at, one row each: ``row, category_id, split, group``.
 
-        All usable ones, at most 60 of a category (the first). A group is a drawing, or an image where there is none.
+        All usable ones, at most :data:`PER_CATEGORY` of a category (the first). A group is a drawing, or an image where there is none.
         """
         instances = self.references.dataset.instances
         rows = np.flatnonzero(usable(self.references.objects, self.settings.min_reference_area))
@@ -202,7 +203,7 @@ class InContextStudy:
             {"row": rows, "category_id": [instances[row].category_id for row in rows], "group": groups}
         )
         table["split"] = np.where(table["category_id"].isin(self.split.base), "base", "novel")
-        kept = table[table.groupby("category_id").cumcount() < 60]
+        kept = table[table.groupby("category_id").cumcount() < PER_CATEGORY]
         counts = kept.groupby("category_id")["row"].transform("size")
         return kept[counts >= 2].reset_index(drop=True)
 
