@@ -15,6 +15,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from samantics.coco import Instance, mask_of, read_image
+from samantics.errors import StudyError
 from samantics.evaluation import Result
 from samantics.figures import COLOURS
 from samantics.incontext_eval import FATES, VARIANTS
@@ -87,7 +88,7 @@ def reference_figure(study: InContextStudy, count: int = 6) -> tuple[Figure, pd.
 def answer_figure(study: InContextStudy, count: int = 4) -> tuple[Figure, pd.DataFrame]:
     """Reference and answer for the first target images, each asked for its largest object's class.
 
-    Half of them base, half novel; boxes with at least half the best score are drawn, with SAM's masks.
+    Half of them base, half novel; up to four boxes with at least half the best score are drawn, with SAM's masks.
     """
     picked = _largest(study, "base", count // 2) + _largest(study, "novel", count - count // 2)
     rows = study.references_of(1, 0)[:, 0]
@@ -103,7 +104,7 @@ def answer_figure(study: InContextStudy, count: int = 4) -> tuple[Figure, pd.Dat
         draw_box(above, reference.box, COLOURS[name])
         mine = [r for r in results if (r["image_id"], r["category_id"]) == (target.image_id, target.category_id)]
         best = max((r["score"] for r in mine), default=0.0)
-        kept = [r for r in mine if r["score"] >= best / 2]
+        kept = sorted((r for r in mine if r["score"] >= best / 2), key=lambda r: -r["score"])[:4]
         show_image(below, study, target.image_id, f"answer: {len(kept)} found")
         _draw_answers(below, study, target, kept)
         table += [{"split": name, "category": label, "image": target.image_id, "score": r["score"]} for r in kept]
@@ -205,13 +206,14 @@ def tsne_figure(study: InContextStudy) -> tuple[Figure, pd.DataFrame]:
             rows = main[main["stage"] == stage]
             axes.scatter(rows["x"], rows["y"], s=5, color="#DDDDDD", linewidths=0)
             mine = rows[rows["split"] == split]
-            for category in mine["category_id"].unique().tolist():
+            for category in sorted(mine["category_id"].unique().tolist()):
                 group = mine[mine["category_id"] == category]
                 axes.scatter(
                     group["x"], group["y"], s=14, color=[colours[category]], linewidths=0, label=names[category]
                 )
             axes.set(title=f"{STAGE_LABELS[stage]}: {split}", xticks=[], yticks=[])
             axes.grid(visible=False)
+            axes.spines[:].set_visible(False)
     for axes in grid[:, 1]:
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9, handletextpad=0.2, markerscale=1.6)
     return fig, main.assign(category=main["category_id"].map(names))
@@ -245,10 +247,11 @@ def fate_table(fates: pd.DataFrame) -> pd.DataFrame:
 
     Columns ``group, objects, fate, share, duplicates`` (share of objects found more than once).
     """
-    kind = np.where(fates["split"] == "novel", "novel categories", "base categories")
+    kind = pd.Series("novel categories", index=fates.index)
+    base = fates["split"] == "base"
+    kind[base] = "base categories"
     if fates["held_out"].any():
-        drawing = np.where(fates["held_out"], ", held-out drawings", ", train drawings")
-        kind = np.char.add(kind.astype(str), drawing.astype(str))
+        kind[base] += np.where(fates["held_out"][base], ", held-out drawings", ", train drawings")
     rows = []
     for name, group in fates.groupby(kind):
         shares = group["fate"].value_counts(normalize=True)
@@ -293,9 +296,12 @@ def gallery_figure(study: InContextStudy, per_kind: int = 4) -> tuple[Figure, pd
     """Failures on novel categories, chosen by :func:`gallery_rows`: the object dashed, what decided its fate solid."""
     rows = gallery_rows(study.fates, per_kind)
     names = study.targets.dataset.categories
-    fig, grid = plt.subplots(len(GALLERY), per_kind, figsize=(2.5 * per_kind, 2.75 * len(GALLERY)), squeeze=False)
+    kinds = [kind for kind in GALLERY if (rows["kind"] == kind).any()]
+    if not kinds:
+        raise StudyError("no novel object of the targets was missed or confused: there is no failure to draw")
+    fig, grid = plt.subplots(len(kinds), per_kind, figsize=(2.5 * per_kind, 2.75 * len(kinds)), squeeze=False)
     by_id = {instance.id: instance for instance in study.targets.dataset.instances}
-    for axes_row, kind in zip(grid, GALLERY, strict=True):
+    for axes_row, kind in zip(grid, kinds, strict=True):
         mine = [{str(k): v for k, v in r.items()} for r in rows[rows["kind"] == kind].to_dict("records")]
         for axes in axes_row[len(mine) :]:
             axes.axis("off")

@@ -194,7 +194,8 @@ class InContextStudy:
     def points(self) -> pd.DataFrame:
         """The reference objects that are looked at, one row each: ``row, category_id, split, group``.
 
-        All usable ones, at most :data:`PER_CATEGORY` of a category (the first). A group is a drawing, or an image where there is none.
+        All usable ones, at most :data:`PER_CATEGORY` of a category (the first). A group is a drawing, or an image where
+        there are no drawings.
         """
         instances = self.references.dataset.instances
         rows = np.flatnonzero(usable(self.references.objects, self.settings.min_reference_area))
