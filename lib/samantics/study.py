@@ -251,7 +251,7 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
         peak: bytes; shared pages count once (proportional set size).
     """
 
-    def __init__(self, name: str, interval: float = 0.5) -> None:
+    def __init__(self, name: str, interval: float = 1.0) -> None:
         self.name = name
         self.interval = interval
         self.cell = self.cells = self.peak = 0
@@ -285,10 +285,11 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
 
 def children_memory() -> int:
     """Bytes that all processes started by this one hold together; pages that they share count once."""
-    total = 0
-    for process in psutil.Process().children(recursive=True):
+    processes, total = psutil.Process().children(recursive=True), 0
+    for process in processes:
         with contextlib.suppress(psutil.Error):
-            total += process.memory_full_info().pss
+            # the kernel walks all pages of a process to find what it shares: not when there is nobody to share with
+            total += process.memory_info().rss if len(processes) == 1 else process.memory_full_info().pss
     return total
 
 
