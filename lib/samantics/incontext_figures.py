@@ -338,7 +338,7 @@ def idea_figure(study: InContextStudy) -> tuple[Figure, pd.DataFrame]:
     rows = study.references_of(1, 0)[:, 0]
     target = _largest(study, "base", 1)[0]
     reference = study.references.dataset.instances[rows[study.split.all.index(target.category_id)]]
-    fig = plt.figure(figsize=(11, 4.6))
+    fig = plt.figure(figsize=(11, 4.6), layout="none")
     for place, box in ((0.01, 0.56), (0.01, 0.06)):
         axes = fig.add_axes((place, box, 0.16, 0.38))
         is_reference = box > 0.5
