@@ -29,7 +29,7 @@ LEVELS = {
 
 
 def accuracy_figure(table: pd.DataFrame, tasks: Mapping[str, Task], world: str) -> Figure:
-    """Top-1 (bar, with interval) and top-5 (line) of the linear probe, kNN (mark); a panel a label level, then the paper.
+    """Top-1 (bar, with interval) and top-5 (line) of the linear probe, kNN (mark); a panel a level, then the paper's.
 
     Args:
         table: of :func:`probing.headline`.

@@ -111,7 +111,7 @@ def captions_figure(picture: mojiworld.Picture, ranked: pd.DataFrame, title: str
     right.barh(rows["caption"], rows["similarity"], color=COLOURS["clip"])
     for label in right.get_yticklabels():
         label.set_fontweight("bold" if label.get_text().removeprefix("a picture of ") in shown else "normal")
-    right.set_xlabel("cosine of picture and caption (bold: in the picture)")
+    right.set_xlabel("cosine with the picture (bold: shown)")
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
     return figure
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import math
 import os
 import platform
 import time
@@ -68,7 +69,7 @@ class Recipe:
         done = step / self.steps
         if done < self.warmup:
             return self.learning_rate * (step + 1) / (self.warmup * self.steps + 1)
-        return self.learning_rate * 0.5 * (1 + np.cos(np.pi * (done - self.warmup) / (1 - self.warmup)))
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (done - self.warmup) / (1 - self.warmup)))
 
     def probe_steps(self) -> set[int]:
         """Steps after which to measure: close together at first, where the curves bend."""
