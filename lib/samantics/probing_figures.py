@@ -29,7 +29,7 @@ LEVELS = {
 
 
 def accuracy_figure(table: pd.DataFrame, tasks: Mapping[str, Task], world: str) -> Figure:
-    """Top-1 (bar, with interval) and top-5 (line) of the linear probe, kNN (mark); a panel a level, then the paper's.
+    """Top-1 (bar, with interval) and top-5 (pale) of the linear probe, kNN (mark); a panel a level, then the paper's.
 
     Args:
         table: of :func:`probing.headline`.
@@ -40,9 +40,8 @@ def accuracy_figure(table: pd.DataFrame, tasks: Mapping[str, Task], world: str) 
         chosen = table[table["labels"] == task.name]
         _bars(axis, chosen[chosen["probe"] == "linear"])
         nearest = chosen[chosen["probe"] == "knn"]
-        axis.plot(range(len(nearest)), nearest["top1"], "D", color="black", markersize=5, zorder=4, label="kNN top-1")
-        axis.axhline(task.chance, color=COLOURS["chance"], linestyle=":", linewidth=1.5)
-        axis.text(len(nearest) - 0.45, task.chance + 1, "chance", ha="right", fontsize=9, color=COLOURS["chance"])
+        axis.plot(range(len(nearest)), nearest["top1"], "D", color="black", markersize=4, zorder=4, label="kNN top-1")
+        axis.axhline(task.chance, color=COLOURS["chance"], linestyle=":", linewidth=1.5, label="chance")
         axis.set_title(f"{world}: {LEVELS[task.name]}\n{len(task.classes)} classes", fontsize=10)
     _bars(axes[-1], PAPER)
     axes[-1].set_title("the paper: ImageNet-1k (other data)\n1000 classes", fontsize=10)
@@ -54,11 +53,9 @@ def accuracy_figure(table: pd.DataFrame, tasks: Mapping[str, Task], world: str) 
 
 def _bars(axis: Axes, rows: pd.DataFrame) -> None:
     for place, line in enumerate(rows.to_dict("records")):
-        axis.bar(place, line["top1"], color=COLOURS[line["encoder"]], width=0.7, zorder=2)
-        axis.plot(
-            [place - 0.35, place + 0.35], [line["top5"]] * 2, color=COLOURS[line["encoder"]], linewidth=2, zorder=3,
-            label="linear top-5" if place == 0 else None,
-        )  # fmt: skip
+        colour = COLOURS[line["encoder"]]
+        axis.bar(place, line["top5"], color=colour, alpha=0.25, width=0.7, label="top-5" if place == 0 else None)
+        axis.bar(place, line["top1"], color=colour, width=0.7, zorder=2, label="top-1" if place == 0 else None)
         if "top1_low" in line:
             span = [[line["top1"] - line["top1_low"]], [line["top1_high"] - line["top1"]]]
             axis.errorbar(place, line["top1"], span, color="black", linewidth=1.5, zorder=4)
@@ -125,7 +122,7 @@ def class_figure(table: pd.DataFrame, title: str, most: int = 24) -> Figure:
             capsize=0, label=LABELS[name],
         )  # fmt: skip
     axis.set_yticks(range(len(order)), order)
-    axis.set(xlabel="top-1 of a linear probe (%)", title=title, xlim=(0, 100))
+    axis.set(xlabel="top-1 of a linear probe (%)", title=title, xlim=(0, 1.05 * table["top1_high"].max()))
     axis.legend(fontsize=9, loc="lower right")
     return figure
 
