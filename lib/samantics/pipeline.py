@@ -37,7 +37,7 @@ from samantics.matching import (
     remember,
 )
 from samantics.proposals import Proposals, ProposalSettings, get_proposals, propose
-from samantics.provenance import Run
+from samantics.provenance import Run, own_data
 
 FORMAT = 1  # of cached tables; raised when the same settings would give other numbers
 SOURCES = ("dinov2", "clip", "sam2", "sam", "random")
@@ -201,8 +201,8 @@ def start(run: Run, references: str = "", targets: str = "", images: str = "", w
         StudyError: see :func:`load_data`; or a model's weights are missing.
     """
     data = load_data(run, references, targets, images)
-    if references:  # the scale's own figures stay as they are
-        run = dataclasses.replace(run, figures=run.figures / "own_data")
+    if references:
+        run = own_data(run)
     settings = run.scale.pipeline
     proposal_settings = ProposalSettings(
         settings.points_per_side, settings.predicted_iou, settings.stability, box_nms=settings.box_nms

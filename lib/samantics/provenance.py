@@ -97,6 +97,11 @@ def start_run(scale: str = "pocket", notebook: str = "", seed: int = 0) -> Run:
     )
 
 
+def own_data(run: Run) -> Run:
+    """The same run on the user's own data: its figures go beside the scale's, which stay as they are."""
+    return dataclasses.replace(run, figures=run.figures / "own_data")
+
+
 def available_cores() -> int:
     """Processor cores that this process may use: its affinity, further limited by ``$OMP_NUM_THREADS``."""
     cores = len(os.sched_getaffinity(0))
