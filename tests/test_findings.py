@@ -9,7 +9,17 @@ import pytest
 
 from samantics.errors import StudyError
 from samantics.figures import save_table
-from samantics.findings import CLAIMS, Comparison, by_factor, evidence, findings, origins, verdict
+from samantics.findings import (
+    AIMS,
+    CLAIMS,
+    Comparison,
+    by_factor,
+    evidence,
+    findings,
+    missed_aims,
+    origins,
+    verdict,
+)
 from samantics.provenance import Run
 from samantics.summary import summary_figure
 from samantics.uncertainty import Interval
@@ -194,3 +204,14 @@ def test_summary_figure_shows_the_judged_numbers(tmp_path: Path) -> None:
     assert shown == {"C1": list(PAPER_LIKE.values()), "C3, C4": [5.0, 50.0, 5.0, 20.0], "C5": [5.0, 9.0, 11.3, 2.0]}
     titles = [text.get_text() for axes in fig.axes for text in axes.texts]
     assert "C1: partly" in titles and "C2: not measured" in titles and "not measured" in titles
+
+
+def test_models_that_miss_their_aims_judge_nothing(tmp_path: Path) -> None:
+    write_probes(tmp_path, PAPER_LIKE, PAPER_LIKE)
+    rows: list[dict[str, Any]] = [{"encoder": e, "measure": m, "value": aim} for (e, m), aim in AIMS.items()]
+    pd.DataFrame(rows).to_csv(tmp_path / "00_zoo_quality.csv", index=False)
+    assert missed_aims(tmp_path) == [] and row_of(tmp_path, "C1")["verdict"] == "supported"
+    rows[-1]["value"] -= 1
+    pd.DataFrame(rows).to_csv(tmp_path / "00_zoo_quality.csv", index=False)
+    assert missed_aims(tmp_path) == ["clip: zero-shot category (%), train drawings is 69, its aim 70"]
+    assert row_of(tmp_path, "C1")["verdict"] == "not measured"
