@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 
 from samantics.classification import Task
 from samantics.figures import COLOURS, LABELS
+from samantics.findings import PAPER_PROBE
 from samantics.store import Images
 
-# Accuracy (percent) on ImageNet-1k as printed by the paper (arXiv 2411.15288, table 1)
 PAPER = pd.DataFrame(
-    [("sam", 11.06, 25.37), ("sam2", 23.16, 44.44), ("clip", 73.92, 92.89), ("dinov2", 77.43, 93.78)],
-    columns=["encoder", "top1", "top5"],
+    [(name, *accuracies) for name, accuracies in PAPER_PROBE.items()], columns=["encoder", "top1", "top5"]
 )
 LEVELS = {
     "drawing": "which drawing? (unseen views)",

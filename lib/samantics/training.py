@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
@@ -341,8 +341,6 @@ class _State:
 
 def copy_trunk(dinov2: Path, sam: Any) -> None:
     """Begin a pocket SAM with the trunk of a trained pocket DINOv2 (as the paper's SAM began with MAE's)."""
-    from safetensors.torch import load_file
-
     source = {key: value.float() for key, value in load_file(dinov2).items()}
     encoder = sam.image_encoder
     trunk = {key: value for key, value in encoder.state_dict().items() if not key.startswith("neck")}
