@@ -34,9 +34,19 @@ def test_numbers_may_leave_their_interval_by_half_its_width(top1: list[float], c
     assert len(changed("top1", top1)) == count
 
 
-def test_a_number_without_interval_may_differ_by_a_tenth() -> None:
-    assert changed("dim", [175, 150]) == []
-    assert changed("dim", [180, 160]) == ["sam: dim is 180, expected 144 to 176"]
+def test_counts_are_the_same() -> None:
+    assert changed("dim", [160, 161]) == ["clip: dim is 161, expected 160 to 160"]
+
+
+def test_a_number_without_interval_moves_as_far_as_its_row_s_number_with_one() -> None:
+    table = pd.DataFrame({"k": ["a", "b"], "AP": [10.0, 40.0], "AP50": [20.0, 60.0]})
+    table = table.assign(low=[8.0, 40.0], high=[12.0, 40.0])
+    within = table.assign(AP50=[27.9, 65.9])  # (12 - 8) * 20 / 10 either way; nothing but a tenth where AP is certain
+    assert table_differences(table, within, ["k"]) == []
+    assert table_differences(table, table.assign(AP50=[28.1, 66.1]), ["k"]) == [
+        "a: AP50 is 28.1, expected 12 to 28",
+        "b: AP50 is 66.1, expected 54 to 66",
+    ]
 
 
 def test_other_rows_or_columns_are_a_difference() -> None:

@@ -2,8 +2,8 @@
 
 Tolerances. Where a number has an interval, the new number must lie within the old interval widened by half its width
 on either side: machines differ in the last digits, and training carries those on, but not that far. Numbers without
-an interval belong to the same rows and may differ by a tenth of the old value or by 0.05 of the column's range,
-whichever is more. Rows and columns must be the same.
+an interval (AP50 beside AP, say) may move as far as their row's number with one, in proportion, or by a tenth of
+themselves, whichever is more. Counts, rows and columns must be the same.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ INTERVALS = {  # column of a number: columns of its interval
 }
 WIDENED = 0.5  # of the interval's width, on either side
 RELATIVE = 0.1
-OF_RANGE = 0.05
+OF_RANGE = 0.01  # of a column's range: what a number near 0 may always move by
 
 
 def differences(old: Path, new: Path) -> list[str]:
@@ -68,19 +68,30 @@ def _outside(old: pd.DataFrame, new: pd.DataFrame) -> Iterator[str]:
         if column in bounds:
             continue
         before, after = old[column].to_numpy(float), new[column].to_numpy(float)
-        low, high = _allowed(old, column, before)
+        low, high = _allowed(old, column)
         both_empty = np.isnan(before) & np.isnan(after)
         for row in np.flatnonzero(~((low <= after) & (after <= high)) & ~both_empty):
             yield f"{old.index[int(row)]}: {column} is {after[row]:.4g}, expected {low[row]:.4g} to {high[row]:.4g}"
 
 
-def _allowed(old: pd.DataFrame, column: str, before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    margin = np.maximum(RELATIVE * np.abs(before), OF_RANGE * (np.nanmax(before) - np.nanmin(before)))
+def _allowed(old: pd.DataFrame, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest value that each row of a column may have."""
+    value = old[column].to_numpy(float)
+    if old[column].dtype.kind == "i" or np.isnan(value).all():
+        return value, value
+    slack = OF_RANGE * (np.nanmax(value) - np.nanmin(value))
     if column in INTERVALS and INTERVALS[column][0] in old:
         low, high = (old[name].to_numpy(float) for name in INTERVALS[column])
-        widened = WIDENED * (high - low)
-        return low - widened, high + widened
-    return before - margin, before + margin
+        margin = np.maximum(WIDENED * (high - low), slack)
+        return low - margin, high + margin
+    margin = np.maximum(RELATIVE * np.abs(value), slack)
+    for measured, bounds in INTERVALS.items():
+        if measured in old and bounds[0] in old:
+            low, high = (old[name].to_numpy(float) for name in bounds)
+            known = np.abs(old[measured].to_numpy(float))
+            share = np.abs(value) / np.where(known > 0, known, np.inf)
+            margin = np.fmax(margin, (0.5 + WIDENED) * (high - low) * np.maximum(share, 1))
+    return value - margin, value + margin
 
 
 def main() -> int:
