@@ -176,7 +176,10 @@ class _Curve:
 def ap_interval(
     evaluations: Evaluation | Sequence[Evaluation], samples: int = 1000, seed: int = 0, iou: float | None = None
 ) -> Interval:
-    """AP in percent with its 95 % bootstrap interval over images.
+    """AP in percent with its 95 % bootstrap interval over images, centred on it.
+
+    The envelope that AP takes over its precisions makes it larger on fewer different images, and a resample has but
+    63 % of them: quantiles of resampled APs lie too high. So their spread is laid around the AP of all images.
 
     Predictions are matched to objects once; each resample only weighs the images by how often they were drawn and
     accumulates again. Several evaluations of the same images (other references, say) are drawn together: the same
@@ -190,16 +193,39 @@ def ap_interval(
     """
     runs = [evaluations] if isinstance(evaluations, Evaluation) else list(evaluations)
     rng = np.random.default_rng(seed)
-    images = len(runs[0].coco.params.imgIds)
-    weights = rng.multinomial(images, np.full(images, 1 / images), size=samples).astype(np.float32)
+    weights = _image_weights(rng, len(runs[0].coco.params.imgIds), samples)
     picks = rng.multinomial(len(runs), np.full(len(runs), 1 / len(runs)), size=samples)
-    exact = np.ones((1, images), np.float32)
-    values = np.concatenate([_resampled_ap(run, exact, iou) for run in runs])
+    values = np.concatenate([_resampled_ap(run, np.ones_like(weights[:1]), iou) for run in runs])
     if np.isnan(values).any():
         raise StudyError("no AP: the targets have no annotated object of the categories evaluated")
-    drawn = sum(_resampled_ap(run, weights, iou) * picks[:, position] for position, run in enumerate(runs)) / len(runs)
-    low, high = np.nanquantile(drawn, [0.025, 0.975])
-    return Interval(float(values.mean()), float(low), float(high))
+    resampled = np.stack([_resampled_ap(run, weights, iou) for run in runs], axis=1)
+    drawn = (resampled * picks).sum(1) / len(runs)
+    value, low, high = _centred(float(values.mean()), drawn)
+    return Interval(value, max(low, 0.0), min(high, 100.0))
+
+
+def ap_gain(
+    before: Evaluation, after: Evaluation, samples: int = 1000, seed: int = 0, iou: float | None = None
+) -> Interval:
+    """AP of ``after`` minus AP of ``before``, the same images drawn for both; else as :func:`ap_interval`.
+
+    Without any object there is no AP, and the gain is 0.
+    """
+    weights = _image_weights(np.random.default_rng(seed), len(before.coco.params.imgIds), samples)
+    every = np.concatenate([np.ones_like(weights[:1]), weights])
+    gain = np.nan_to_num(_resampled_ap(after, every, iou) - _resampled_ap(before, every, iou))
+    return _centred(float(gain[0]), gain[1:])
+
+
+def _image_weights(rng: np.random.Generator, images: int, samples: int) -> NDArray[np.float32]:
+    """``(samples, images)`` how often each image is drawn."""
+    return rng.multinomial(images, np.full(images, 1 / images), size=samples).astype(np.float32)
+
+
+def _centred(value: float, drawn: NDArray[np.float64]) -> Interval:
+    """The spread of resampled values, laid around the value itself."""
+    low, high = np.nanquantile(drawn, [0.025, 0.975]) - np.nanmean(drawn) + value
+    return Interval(value, float(low), float(high))
 
 
 def _resampled_ap(evaluation: Evaluation, weights: NDArray[np.float32], iou: float | None) -> NDArray[np.float64]:
