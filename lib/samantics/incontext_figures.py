@@ -81,7 +81,7 @@ def reference_figure(study: InContextStudy, count: int = 6) -> tuple[Figure, pd.
             table.append({"split": name, "category": label, "image": instance.image_id, "drawing": instance.drawing})
     for axes, name in zip(grid[:, 0], ("base", "novel"), strict=True):
         axes.text(-0.08, 0.5, name, transform=axes.transAxes, rotation=90, va="center", ha="right", fontsize=12)
-    fig.suptitle("A reference is an image with one box", fontweight="bold", x=0.01, ha="left")
+    _headline(fig, "A reference is an image with one box")
     return fig, pd.DataFrame(table)
 
 
@@ -108,7 +108,7 @@ def answer_figure(study: InContextStudy, count: int = 4) -> tuple[Figure, pd.Dat
         show_image(below, study, target.image_id, f"answer: {len(kept)} found")
         _draw_answers(below, study, target, kept)
         table += [{"split": name, "category": label, "image": target.image_id, "score": r["score"]} for r in kept]
-    fig.suptitle("Reference above, answer below (solid); true objects dashed", fontweight="bold", x=0.01, ha="left")
+    _headline(fig, "Reference above, answer below (solid); true objects dashed")
     return fig, pd.DataFrame(table, columns=["split", "category", "image", "score"])
 
 
@@ -142,6 +142,7 @@ def curve_figure(curve: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         axes.plot(curve["step"], curve[name], color="#BBBBBB", linewidth=1)
         axes.plot(curve["step"], curve[name].rolling(5, min_periods=1).mean(), color=COLOURS["sam"])
         axes.set(title=title, xlabel="step", ylim=(0, None))
+    _headline(fig, "Has the tuning come to rest?")
     return fig, curve
 
 
@@ -161,7 +162,8 @@ def ap_figure(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
                               color=COLOURS[name], va="center", fontweight="bold")  # fmt: skip
         axes.set(title=VARIANT_LABELS[variant], xlabel="shots", xticks=np.arange(len(shots)), xticklabels=shots)
         axes.set_xlim(-0.4, len(shots) - 0.3)
-    grid[0].set(ylabel="box AP, %", ylim=(0, None))
+    grid[0].set(ylabel="box AP (%)", ylim=(0, None))
+    _headline(fig, "Is the reference used, and for which categories?")
     return fig, boxes
 
 
@@ -181,62 +183,75 @@ def separability_figure(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     handles: list[Any] = [Rectangle((0, 0), 1, 1, color=STAGE_COLOURS[stage]) for stage in STAGE_LABELS]
     handles.append(Line2D([], [], color="#222222", linestyle=(0, (2, 1)), linewidth=1.5))
     fig.legend(handles, [*STAGE_LABELS.values(), "shuffled labels"], loc="outside lower center", ncols=4)
+    _headline(fig, "Class structure before and behind the MLP, beside DINOv2's")
     return fig, table
 
 
 # ---------------------------------------------------------------------------------------------------------- t-SNE
 
 
-def category_colours(study: InContextStudy) -> dict[int, Any]:
-    """A colour for each category; neighbours in a split's list differ most."""
-    base, novel = plt.get_cmap("tab20"), plt.get_cmap("Dark2")
-    return {c: base(i % 20) for i, c in enumerate(study.split.base)} | {
-        c: novel(i % 8) for i, c in enumerate(study.split.novel)
-    }
+HUES = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#222222")  # Okabe and Ito's
+BASE_MARKERS, NOVEL_MARKERS = ("o", "s", "D", "v", "P"), ("^", "X", "<", "p")
+
+
+def category_style(study: InContextStudy) -> dict[int, tuple[str, str]]:
+    """A hue and a marker for each category: no eye tells more than a few hues apart."""
+    styles = {}
+    for ids, markers in ((study.split.base, BASE_MARKERS), (study.split.novel, NOVEL_MARKERS)):
+        for place, category in enumerate(ids):
+            styles[category] = HUES[place % len(HUES)], markers[place // len(HUES) % len(markers)]
+    return styles
 
 
 def tsne_figure(study: InContextStudy) -> tuple[Figure, pd.DataFrame]:
     """Reference objects before (left) and after (right) the MLP, base (upper) and novel (lower) categories apart."""
     maps = study.maps
     main = maps[(maps["perplexity"] == MAIN_MAP[0]) & (maps["seed"] == MAIN_MAP[1])]
-    fig, grid = plt.subplots(2, 2, figsize=(10, 9))
-    names, colours = study.references.dataset.categories, category_colours(study)
+    fig, grid = plt.subplots(2, 2, figsize=(10, 9.3))
+    names, styles = study.references.dataset.categories, category_style(study)
+    knn = study.separability.query("metric == 'knn'").set_index(["stage", "split"])
     for column, stage in enumerate(("before", "after")):
         for axes, split in zip(grid[:, column], ("base", "novel"), strict=True):
             rows = main[main["stage"] == stage]
             axes.scatter(rows["x"], rows["y"], s=5, color="#DDDDDD", linewidths=0)
-            mine = rows[rows["split"] == split]
-            for category in sorted(mine["category_id"].unique().tolist()):
-                group = mine[mine["category_id"] == category]
+            for category, group in rows[rows["split"] == split].groupby("category_id"):
+                hue, marker = styles[category]
                 axes.scatter(
-                    group["x"], group["y"], s=14, color=[colours[category]], linewidths=0, label=names[category]
+                    group["x"], group["y"], s=17, color=hue, marker=marker, linewidths=0, label=names[category]
                 )
-            axes.set(title=f"{STAGE_LABELS[stage]}: {split}", xticks=[], yticks=[])
+            found, chance = 100 * knn.loc[(stage, split), ["value", "shuffled"]]
+            title = f"{split}, {STAGE_LABELS[stage]}: kNN {found:.0f} %\n(labels shuffled: {chance:.0f} %)"
+            axes.set(title=title, xticks=[], yticks=[])
             axes.grid(visible=False)
             axes.spines[:].set_visible(False)
     for axes in grid[:, 1]:
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9, handletextpad=0.2, markerscale=1.6)
+    _headline(fig, "Do the colours gather behind the MLP, and for which categories?")
     return fig, main.assign(category=main["category_id"].map(names))
 
 
 def tsne_appendix(study: InContextStudy) -> tuple[Figure, pd.DataFrame]:
     """The same points under other perplexities and seeds: what is not in all of them is not in the data."""
     settings = study.maps[["perplexity", "seed"]].drop_duplicates().to_numpy().tolist()
-    fig, grid = plt.subplots(2, len(settings), figsize=(2.7 * len(settings), 5.6))
-    colours = category_colours(study)
+    fig, grid = plt.subplots(2, len(settings), figsize=(3.3 * len(settings), 7.2))
+    styles = category_style(study)
     for axes_row, stage in zip(grid, ("before", "after"), strict=True):
         for axes, (perplexity, seed) in zip(axes_row, settings, strict=True):
             maps = study.maps
             rows = maps[(maps["stage"] == stage) & (maps["perplexity"] == perplexity) & (maps["seed"] == seed)]
-            for split, marker in (("base", "o"), ("novel", "^")):
-                part = rows[rows["split"] == split]
-                axes.scatter(
-                    part["x"], part["y"], s=6, c=[colours[c] for c in part["category_id"]], marker=marker, linewidths=0
-                )
+            for category, group in rows.groupby("category_id"):
+                hue, marker = styles[category]
+                axes.scatter(group["x"], group["y"], s=8, color=hue, marker=marker, linewidths=0)
             axes.set(title=f"{STAGE_LABELS[stage]}\nperplexity {perplexity}, seed {seed}", xticks=[], yticks=[])
-            axes.title.set_fontsize(9)
+            axes.title.set_fontsize(10)
             axes.grid(visible=False)
+    _headline(fig, "What is not in all of these maps is not in the data")
     return fig, study.maps
+
+
+def _headline(fig: Figure, text: str) -> None:
+    """The message of a figure of several panels."""
+    fig.suptitle(text, fontweight="bold", x=0.01, ha="left")
 
 
 # -------------------------------------------------------------------------------------------------------- failures
@@ -273,9 +288,10 @@ def fate_figure(fates: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
             if share >= 4:
                 axes.text(start + share / 2, place, f"{share:.0f}", ha="center", va="center", fontsize=10)
         left += shares
-    axes.set(xlim=(0, 100), xlabel="objects, %")
+    axes.set(xlim=(0, 100), xlabel="share of the objects (%)")
     axes.grid(visible=False)
-    fig.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(FATES), fontsize=9)
+    fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(FATES), fontsize=9)
+    _headline(fig, "What became of every object when all classes were asked for")
     return fig, table
 
 
@@ -306,8 +322,8 @@ def gallery_figure(study: InContextStudy, per_kind: int = 4) -> tuple[Figure, pd
         for axes in axes_row[len(mine) :]:
             axes.axis("off")
         axes_row[0].text(
-            -0.1, 0.5, kind, transform=axes_row[0].transAxes, rotation=90, va="center", ha="right", fontsize=11
-        )
+            -0.05, 0.5, kind, transform=axes_row[0].transAxes, rotation=90, va="center", ha="right", fontsize=11
+        ).set_in_layout(False)  # or the first column becomes narrower than the others
         for axes, row in zip(axes_row, mine, strict=False):
             instance = by_id[row["instance"]]
             show_image(axes, study, row["image_id"], f"is {names[row['category_id']]}")
@@ -317,6 +333,8 @@ def gallery_figure(study: InContextStudy, per_kind: int = 4) -> tuple[Figure, pd
                     draw_mask(axes, mask_of(result["segmentation"]), COLOURS["sam"])
                 said = "" if kind in ("bad mask", "duplicate") else names[result["category_id"]] + " "
                 draw_box(axes, corners(result), COLOURS["sam"], f"{said}{result['score']:.2f}")
+    fig.set_layout_engine("constrained", rect=(0.03, 0, 0.97, 1))
+    _headline(fig, "Failures on novel categories: the largest of each kind")
     columns = ["kind", "instance", "image_id", "category_id", "area", "score"]
     return fig, rows[columns].assign(category=rows["category_id"].map(names))
 

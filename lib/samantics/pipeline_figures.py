@@ -80,7 +80,7 @@ def coloured_masks(proposals: Proposals, seed: int = 0) -> NDArray[np.float64]:
 def references_figure(pipeline: Pipeline, seed: int = 0) -> Figure:
     """The first reference of every category, cut out of its image with a margin, its mask outlined."""
     chosen = pipeline.references[seed]
-    columns = 7
+    columns = 8
     lines = -(-len(chosen) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(10, 1.75 * lines), squeeze=False)
     for axis in axes.ravel():
@@ -88,7 +88,13 @@ def references_figure(pipeline: Pipeline, seed: int = 0) -> Figure:
     for axis, (category, group) in zip(axes.ravel(), chosen.items(), strict=False):
         title = "\n".join(textwrap.wrap(f"{pipeline.data.names[category]} ({len(group)})", 18))
         show_reference(axis, pipeline.data.references, group[0], title)
+    _headline(figure, "One reference of each class; in brackets how many there are")
     return figure
+
+
+def _headline(figure: Figure, text: str) -> None:
+    """The message of a figure of several panels."""
+    figure.suptitle(text, fontweight="bold", fontsize=12, x=0.01, ha="left")
 
 
 def show_reference(axis: Axes, dataset: CocoDataset, instance: Instance, title: str) -> None:
@@ -116,6 +122,7 @@ def step_figure(pipeline: Pipeline, image_id: int, scores: NDArray[np.float32], 
     drawn = axes[2].imshow(best, cmap="viridis", vmin=0, vmax=1)
     figure.colorbar(drawn, ax=axes[2], shrink=0.7)
     show_instances(axes[3], pipeline, image_id, results, [HIT] * len(results), f"4 the best {len(results)} instances")
+    _headline(figure, "One image from a grid of points to named instances")
     return figure
 
 
@@ -135,6 +142,7 @@ def gallery_figure(pipeline: Pipeline, image_ids: Sequence[int], found: pd.DataF
         right = int((rows["kind"] == "correct").sum())
         title = f"predicted: {right} of {len(truth)} right"
         show_instances(axes[1, column], pipeline, image_id, list(rows["result"]), colours, title)
+    _headline(figure, "The best and the worst images (green: right, orange: half right, red: wrong)")
     return figure
 
 
@@ -217,20 +225,23 @@ def oracle_figure(table: pd.DataFrame) -> Figure:
 
 def error_figure(table: pd.DataFrame) -> Figure:
     """Share of each kind of error, and the AP50 that mending it would win."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
     places = np.arange(len(table))[::-1]
     panels = (
         ("share", "share of all errors (%)", "#B3B3B3"),
         ("gain", "mask AP50 won by mending it", COLOURS["dinov2"]),
     )
     for axis, (column, words, colour) in zip(axes, panels, strict=True):
-        axis.barh(places, table[column], color=colour, height=0.7)
-        for place, value in zip(places, table[column], strict=True):
-            axis.text(max(value, 0), place, f" {value:.1f}", va="center", fontsize=9)
+        value, low, high = (table[name].to_numpy(float) for name in (column, f"{column}_low", f"{column}_high"))
+        axis.barh(places, value, color=colour, height=0.7)
+        errors = np.clip([value - low, high - value], 0, None)
+        axis.errorbar(value, places, xerr=errors, fmt="none", ecolor="black", elinewidth=1, capsize=2)
+        for place, number, end in zip(places, value, np.maximum(value, high), strict=True):
+            axis.text(max(end, 0), place, f"  {number:.1f}", va="center", fontsize=9)
         axis.set_yticks(places, table["kind"])
         axis.set_xlabel(words)
         axis.grid(axis="y", visible=False)
-        axis.set_xlim(0, max(1.0, float(table[column].max())) * 1.2)
+        axis.set_xlim(min(0.0, float(low.min())), max(1.0, float(high.max())) * 1.25)
     axes[0].set_title("Which errors there are")
     axes[1].set_title("Which errors cost points")
     return figure
@@ -311,6 +322,7 @@ def likeness_figure(image: Image.Image, point: tuple[float, float], maps: Mappin
         axis.imshow(values, cmap="magma", vmin=0, vmax=1)
         axis.set_title(LABELS[name], fontsize=9, color=COLOURS[name])
         axis.axis("off")
+    _headline(figure, "Which places resemble the clicked one?")
     for axis in axes:
         axis.plot(*point, "+", color="black", markersize=13, markeredgewidth=4)
         axis.plot(*point, "+", color=OUTLINE, markersize=12, markeredgewidth=2)
@@ -327,4 +339,5 @@ def click_figure(
         if mask.any():
             outline(axis, mask, OUTLINE)
         axis.plot(*point, "*", color="white", markeredgecolor="black", markersize=13)
+    _headline(figure, "One click, three masks, and the class that each would get")
     return figure

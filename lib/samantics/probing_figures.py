@@ -128,7 +128,7 @@ def class_figure(table: pd.DataFrame, title: str, most: int = 24) -> Figure:
 
 def confusion_figure(matrices: Mapping[str, pd.DataFrame], title: str) -> Figure:
     """Confusion matrices side by side: rows are true classes, columns what they are called, shares in percent."""
-    figure, axes = plt.subplots(1, len(matrices), figsize=(4.6 * len(matrices), 5.0), squeeze=False)
+    figure, axes = plt.subplots(1, len(matrices), figsize=(4.2 * len(matrices), 6.0), squeeze=False)
     for place, (axis, (name, matrix)) in enumerate(zip(axes[0], matrices.items(), strict=True)):
         axis.imshow(matrix, vmin=0, vmax=100, cmap="viridis")
         axis.set_title(LABELS[name], color=COLOURS[name])

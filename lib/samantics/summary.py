@@ -37,7 +37,7 @@ def summary_table(figures: Path) -> pd.DataFrame:
 def summary_figure(figures: Path) -> tuple[Figure, pd.DataFrame]:
     """The figure and its numbers; a panel without its table says so."""
     table, verdicts = summary_table(figures), findings(figures).set_index("claim")["verdict"]
-    fig, panels = plt.subplots(1, len(PANELS), figsize=(11.0, 3.9))
+    fig, panels = plt.subplots(1, len(PANELS), figsize=(11.0, 3.9), width_ratios=[1.3, 1, 1, 1.3])
     for axes, (claims, (question, unit, _)) in zip(panels, PANELS.items(), strict=True):
         _draw(axes, table[table["claims"] == claims], unit)
         said = "\n".join(f"{name}: {verdicts[name]}" for name in claims.split(", "))
@@ -59,9 +59,8 @@ def _draw(axes: Axes, bars: pd.DataFrame, unit: str) -> None:
     places = np.arange(len(bars))
     axes.bar(places, middle, color=bars["colour"], width=0.7, yerr=ends, ecolor="#333333", error_kw={"elinewidth": 1.2})
     for place, value, high in zip(places, middle, bars["high"], strict=True):
-        axes.annotate(
-            f"{value:.0f}", (place, max(high, 0)), (0, 3), textcoords="offset points", ha="center", fontsize=9
-        )
+        said = f"{value:.0f}" if abs(value) >= 10 else f"{value:.1f}"
+        axes.annotate(said, (place, max(high, 0)), (0, 3), textcoords="offset points", ha="center", fontsize=9)
     axes.set_xticks(places, bars["bar"].tolist(), fontsize=8)
     axes.margins(y=0.14)
 
