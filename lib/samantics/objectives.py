@@ -21,7 +21,7 @@ from lightly.models.utils import update_momentum
 from lightly.utils.scheduler import cosine_schedule
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.ops import roi_align, sigmoid_focal_loss
+from torchvision.ops import sigmoid_focal_loss
 from typing_extensions import override
 
 from samantics import mojiworld, zoo
@@ -258,12 +258,11 @@ class ClipObjective(Objective):
 
 
 def caption(rng: np.random.Generator, drawings: list[int]) -> str:
-    """A caption that names the objects of a picture, in random order: each by its drawing, its category, or both."""
+    """A caption that names the objects of a picture, in random order: by drawing and category, or category only."""
     parts = []
     for drawing in rng.permutation([d for d in drawings if d >= 0]):
         name, group = _words()[drawing]
-        kind = rng.random()
-        parts.append(f"{name} a {group}" if kind < 0.5 else (name if kind < 0.75 else group))
+        parts.append(f"{name} a {group}" if rng.random() < 0.8 else group)
     return "a picture of " + " and ".join(parts)
 
 
@@ -376,13 +375,16 @@ def augmented(images: Tensor, side: int, share: tuple[float, float]) -> Tensor:
     Returns:
         ``(B, 3, side, side)`` float32.
     """
-    count, device, full = len(images), images.device, images.shape[-1]
+    count, device = len(images), images.device
     area = torch.empty(count, device=device).uniform_(*share)
     aspect = torch.empty(count, device=device).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
     size = (area[:, None].sqrt() * torch.stack([aspect.sqrt(), 1 / aspect.sqrt()], 1)).clamp(max=1)
     start = torch.rand(count, 2, device=device) * (1 - size)
-    boxes = torch.cat([torch.arange(count, device=device)[:, None], start * full, (start + size) * full], 1)
-    views = roi_align(images.float() / 255, boxes, side, sampling_ratio=2, aligned=True)
+    crop = torch.diag_embed(size)  # from the view's coordinates to the image's, both -1 to 1
+    centre = (2 * start + size - 1)[..., None]
+    places = functional.affine_grid(torch.cat([crop, centre], 2), [count, 3, side, side], align_corners=False)
+    pixels = (images.float() / 255).contiguous()  # grid_sample of a channels-last tensor is many times slower
+    views = functional.grid_sample(pixels, places, padding_mode="border", align_corners=False)
     mirrored = torch.rand(count, 1, 1, 1, device=device) < 0.5
     return normalised(recoloured(torch.where(mirrored, views.flip(3), views)))
 
@@ -439,7 +441,7 @@ def build_objective(name: str, config: zoo.ZooConfig = zoo.DEFAULT) -> Objective
         "sam": lambda: SamObjective("sam", config),
         "sam2": lambda: SamObjective("sam2", config),
         "clip": lambda: ClipObjective(config),
-        "dinov2": lambda: SelfDistillation(config, warmup=0.6),
+        "dinov2": lambda: SelfDistillation(config, warmup=0.75),
         "simclr": lambda: SelfDistillation(config, warmup=1.0),
         "supervised": lambda: SupervisedObjective(config),
     }
