@@ -19,6 +19,12 @@ from samantics.findings import PAPER_PROBE, findings, shown
 from samantics.uncertainty import Interval
 
 README = PROJECT / "README.md"
+NEEDS = {  # by a notebook's number: what the scales lite and paper need
+    "01": "four models' weights; an image folder",
+    "02": "SAM's and DINOv2's weights; COCO JSON; a GPU",
+    "03": "SAM's and DINOv2's weights; COCO JSON",
+    "04": "the tables of 01 to 03",
+}
 
 
 def probe_table(figures: Path) -> str:
@@ -54,19 +60,23 @@ def findings_table(figures: Path) -> str:
 
 
 def notebook_table(figures: Path, notebooks: Path = PROJECT / "notebooks") -> str:
-    """Markdown: each notebook, its question (its title), and what it took in the pocket run."""
+    """Markdown: each notebook, its question (its title), what it took in the pocket run, what it needs elsewhere."""
     path = figures / "run.csv"
     runs = pd.read_csv(path).set_index("notebook").to_dict("index") if path.is_file() else {}
     verdicts = {"01": ["C1"], "02": ["C2", "C3", "C4"], "03": ["C5"]}
     found = findings(figures).set_index("claim")["verdict"].to_dict()
-    lines = ["| notebook | question | answer | pocket: time | memory | figures |", "|---|---|---|---:|---:|---:|"]
+    lines = [
+        "| notebook | question | answer | pocket: time | memory | figures | beyond pocket it needs |",
+        "|---|---|---|---:|---:|---:|---|",
+    ]
     for source in sorted(notebooks.glob("*.ipynb")):
         cells = "not run | | "
         if run := runs.get(source.stem):
             cells = f"{run['seconds'] / 60:.1f} min | {run['peak_gib']:.1f} GiB | {run['figures']}"
         question = notebook_title(source).split(" · ")[-1]
         answer = ", ".join(f"{claim} {found[claim]}" for claim in verdicts.get(source.stem[:2], []))
-        lines.append(f"| [{source.stem}](notebooks/{source.name}) | {question} | {answer} | {cells} |")
+        needs = NEEDS.get(source.stem[:2], "")
+        lines.append(f"| [{source.stem}](notebooks/{source.name}) | {question} | {answer} | {cells} | {needs} |")
     return "\n".join(lines)
 
 
