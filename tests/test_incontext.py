@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import ImageOps
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 from torch.multiprocessing.spawn import spawn
@@ -317,6 +318,26 @@ def test_an_epoch_shows_every_image_once(lesson: Lesson) -> None:
     assert len(set(seen.tolist())) == per_epoch * TINY.batch
 
 
+def test_mirrored_images_and_boxes_are_those_of_the_mirror_image(
+    sam: Sam, wide: CocoDataset, lesson: Lesson, tmp_path: Path
+) -> None:
+    ImageOps.mirror(read_image(wide, 1)).save(tmp_path / wide.images[1].file)
+    (tmp_path / "wide.json").write_bytes(wide.path.read_bytes())
+    turned = load_coco(tmp_path / "wide.json", tmp_path)
+    found = encode_images(sam, wide, [1], 2, np.array([True]))
+    for part, expected in zip(found, encode_images(sam, turned, [1], 2), strict=True):
+        assert torch.equal(part, expected)
+    asked = {
+        flip: dataclasses.replace(lesson, settings=dataclasses.replace(TINY, flip=flip)).questions(np.array([0, 1]), 0)
+        for flip in (0.0, 1.0)
+    }
+    assert asked[1.0].mirrored.all() and not asked[0.0].mirrored.any()
+    for plain, mirror in zip(asked[0.0].truths, asked[1.0].truths, strict=True):
+        torch.testing.assert_close(mirror, torch.cat([1 - plain[:, :1], plain[:, 1:]], dim=1))
+    with pytest.raises(StudyError, match="no mirror images"):
+        lesson.source.read(np.array([0]), np.array([True]))
+
+
 def test_a_category_without_a_reference_elsewhere_is_named(lesson: Lesson) -> None:
     lonely = int(lesson.objects.categories[0])
     keep = (lesson.objects.categories != lonely) | (np.arange(len(lesson.objects.image)) == 0)
@@ -379,10 +400,10 @@ def test_a_killed_training_resumes_to_the_same_weights(
     reads = iter(range(3))
 
     class Mortal:
-        def read(self, rows: np.ndarray) -> SamMaps:
+        def read(self, rows: np.ndarray, mirrored: np.ndarray | None = None) -> SamMaps:
             if next(reads, None) is None:
                 raise KilledError
-            return lesson.source.read(rows)
+            return lesson.source.read(rows, mirrored)
 
     halfway = Checkpoint(tmp_path / "half.pt", {})
     with pytest.raises(KilledError):

@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from PIL import ImageOps
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -81,14 +82,20 @@ def trunk_blocks(sam: Sam, count: int) -> list[int]:
 
 
 @torch.no_grad()
-def encode_images(sam: Sam, dataset: CocoDataset, image_ids: Sequence[int], count: int) -> SamMaps:
+def encode_images(
+    sam: Sam, dataset: CocoDataset, image_ids: Sequence[int], count: int, mirrored: NDArray[np.bool_] | None = None
+) -> SamMaps:
     """SAM's maps of some images, from one forward of its encoder.
 
     Args:
         count: of trunk maps, see :func:`trunk_blocks`.
+        mirrored: ``(B,)`` which images are mirrored left to right first; None for none.
     """
     prepare = preprocessing_of(sam)
-    pixels = torch.stack([prepare(read_image(dataset, image_id)) for image_id in image_ids]).to(sam.device)
+    pictures = [read_image(dataset, image_id) for image_id in image_ids]
+    if mirrored is not None:
+        pictures = [ImageOps.mirror(p) if turned else p for p, turned in zip(pictures, mirrored, strict=True)]
+    pixels = torch.stack([prepare(picture) for picture in pictures]).to(sam.device)
     chosen = {str(block): sam.image_encoder.blocks[block] for block in trunk_blocks(sam, count)}
     with listen(chosen) as heard:
         neck = sam.image_encoder(pixels)
@@ -164,6 +171,7 @@ class Objects:
         categories: ``(R,)`` COCO category ids.
         crowd: ``(R,)`` True for groups.
         area: ``(R,)`` of its mask, pixels of the image itself.
+        right: ``(R,)`` where its image ends and the padding begins.
     """
 
     image: NDArray[np.int64]
@@ -171,6 +179,7 @@ class Objects:
     categories: NDArray[np.int64]
     crowd: NDArray[np.bool_]
     area: NDArray[np.float64]
+    right: NDArray[np.float32]
 
 
 def input_scales(dataset: CocoDataset, input_size: int) -> NDArray[np.float64]:
@@ -185,20 +194,23 @@ def objects_of(dataset: CocoDataset, input_size: int) -> Objects:
     row = {image_id: number for number, image_id in enumerate(dataset.images)}
     image = np.array([row[i.image_id] for i in dataset.instances], np.int64)
     boxes = np.array([i.box for i in dataset.instances]).reshape(-1, 4)
+    scales = input_scales(dataset, input_size)
+    widths = np.array([record.width for record in dataset.images.values()]) * scales[:, 0]
     return Objects(
         image=image,
-        boxes=(boxes * input_scales(dataset, input_size)[image]).astype(np.float32),
+        boxes=(boxes * scales[image]).astype(np.float32),
         categories=np.array([i.category_id for i in dataset.instances], np.int64),
         crowd=np.array([i.crowd for i in dataset.instances], bool),
         area=np.array([i.area for i in dataset.instances], np.float64),
+        right=widths[image].astype(np.float32),
     )
 
 
 class FeatureSource(Protocol):
     """Where SAM's maps of a data set's images come from."""
 
-    def read(self, rows: NDArray[np.int64]) -> SamMaps:
-        """The maps of some images, float32."""
+    def read(self, rows: NDArray[np.int64], mirrored: NDArray[np.bool_] | None = None) -> SamMaps:
+        """The maps of some images, float32; of those that are ``mirrored``, of their mirror images."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,10 +221,10 @@ class LiveFeatures:
     dataset: CocoDataset
     count: int
 
-    def read(self, rows: NDArray[np.int64]) -> SamMaps:
+    def read(self, rows: NDArray[np.int64], mirrored: NDArray[np.bool_] | None = None) -> SamMaps:
         """See :class:`FeatureSource`."""
         image_ids = list(self.dataset.images)
-        return encode_images(self.sam, self.dataset, [image_ids[row] for row in rows], self.count)
+        return encode_images(self.sam, self.dataset, [image_ids[row] for row in rows], self.count, mirrored)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,8 +242,14 @@ class StoredFeatures:
     inside: NDArray[np.bool_]
     device: torch.device
 
-    def read(self, rows: NDArray[np.int64]) -> SamMaps:
-        """See :class:`FeatureSource`."""
+    def read(self, rows: NDArray[np.int64], mirrored: NDArray[np.bool_] | None = None) -> SamMaps:
+        """See :class:`FeatureSource`. Mirror images are not stored.
+
+        Raises:
+            StudyError: one is asked for.
+        """
+        if mirrored is not None and mirrored.any():
+            raise StudyError("stored features have no mirror images: set flip to 0 or store_features to False")
         trunk, neck, inside = (
             torch.from_numpy(part[rows]).to(self.device) for part in (self.trunk, self.neck, self.inside)
         )
@@ -552,6 +570,7 @@ class Questions(NamedTuple):
         hints: for each question ``(m, 4)`` roughly the boxes of the image's base objects.
         truths: ``(m, 4)`` those boxes exactly.
         same: ``(m,)`` 1 where the object is of the class that is asked for, else 0.
+        mirrored: ``(B,)`` which images are mirrored; all boxes are those of the mirror image then.
     """
 
     rows: NDArray[np.int64]
@@ -561,6 +580,7 @@ class Questions(NamedTuple):
     hints: list[Tensor]
     truths: list[Tensor]
     same: list[Tensor]
+    mirrored: NDArray[np.bool_]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -607,7 +627,8 @@ class Lesson:
         Raises:
             StudyError: a category has no reference in another image.
         """
-        asked = Questions(rows, torch.empty(0, dtype=torch.int64), [], [], [], [], [])
+        nobody = np.zeros(len(rows), bool)
+        asked = Questions(rows, torch.empty(0, dtype=torch.int64), [], [], [], [], [], nobody)
         owner = []
         for position, row in enumerate(rows):
             rng = np.random.default_rng([self.seed, step, int(row)])  # of the image: no process depends on another
@@ -615,7 +636,12 @@ class Lesson:
             present = np.unique(self.objects.categories[mine])
             chosen = rng.permutation(present)[: self.settings.classes_per_image]
             others = rng.permutation(np.setdiff1d(self.base, present))[: self.settings.absent_classes]
-            boxes = box_convert(torch.from_numpy(self.objects.boxes[mine]) / self.input_size, "xyxy", "cxcywh")
+            corners = self.objects.boxes[mine]
+            if rng.random() < self.settings.flip:
+                asked.mirrored[position] = True
+                corners = corners.copy()
+                corners[:, [2, 0]] = self.objects.right[mine, None] - corners[:, [0, 2]]
+            boxes = box_convert(torch.from_numpy(corners) / self.input_size, "xyxy", "cxcywh")
             hinted = np.tile(np.arange(len(mine)), self.settings.hints)
             for category in (*chosen, *others):
                 owner.append(position)
@@ -805,7 +831,8 @@ def _train_step(
     tokens, hints = lesson.averaged_tokens(asked.references).to(device), None
     if settings.hints:
         hints = nn.utils.rnn.pad_sequence(asked.hints, batch_first=True, padding_value=0.5).to(device)
-    detections = model(lesson.source.read(asked.rows), tokens, asked.owner.to(device), hints)
+    maps = lesson.source.read(asked.rows, asked.mirrored)
+    detections = model(maps, tokens, asked.owner.to(device), hints)
     if not torch.isfinite(detections.boxes).all():
         raise StudyError(f"the model's boxes are not finite at step {step}: lower the learning rate in scales.py")
     loss, terms = loss_of(Detections(*(part[:, :, : settings.queries] for part in detections)), asked.answers)

@@ -281,7 +281,7 @@ class InContextStudy:
 
 TUNING = (
     "novel", "train_scenes", "trunk_maps", "dim", "heads", "ffn_width", "encoder_layers", "decoder_layers", "queries",
-    "dropout", "fuser_width", "epochs", "batch", "learning_rate", "weight_decay", "clip", "classes_per_image",
+    "dropout", "fuser_width", "epochs", "batch", "learning_rate", "weight_decay", "clip", "flip", "classes_per_image",
     "absent_classes", "references_per_question", "hints", "min_reference_area",
 )  # fmt: skip
 """The settings that the tuned weights depend on; the others are of the test."""

@@ -44,6 +44,7 @@ class InContextSettings:
         dim, heads, ffn_width, encoder_layers, decoder_layers, queries, dropout: sizes of the DETR.
         fuser_width: hidden width of the MLP between mask tokens and class embedding.
         epochs, batch, learning_rate, weight_decay, clip: of AdamW; the rate falls to a tenth after four fifths.
+        flip: share of training images that are mirrored; 0 where features are stored.
         classes_per_image: at most so many of an image's base categories are asked for in a step.
         absent_classes: base categories that the image does not show and that are asked for beside them.
         references_per_question: in tuning, the tokens of one to so many references are averaged.
@@ -74,6 +75,7 @@ class InContextSettings:
     learning_rate: float = 2e-4
     weight_decay: float = 1e-4
     clip: float = 0.1
+    flip: float = 0.5
     classes_per_image: int = 4
     absent_classes: int = 0
     references_per_question: int = 1
@@ -112,6 +114,7 @@ POCKET_INCONTEXT = InContextSettings(
     batch=8,
     learning_rate=5e-4,
     clip=1.0,
+    flip=0.0,
     absent_classes=1,
     references_per_question=10,
     hints=1,
