@@ -152,6 +152,52 @@ def similarity_figure(
     return figure
 
 
+def pca_maps(encoders: Mapping[str, Encoder], pictures: Sequence[mojiworld.Picture]) -> dict[str, NDArray[Any]]:
+    """``(N, h, w, 3)`` colours, 0-1: the first three principal components of all tokens of N pictures together.
+
+    As DINOv2's authors show their features (Oquab et al. 2023, figure 1), without a threshold on the first component.
+    """
+    pixels = quality.pixels_of(np.stack([picture.image for picture in pictures]))
+    maps = {}
+    for name, encoder in encoders.items():
+        dense = encoder.encode(pixels)["final"].dense.permute(0, 2, 3, 1)
+        tokens = dense.flatten(0, 2) - dense.flatten(0, 2).mean(0)
+        directions = torch.linalg.svd(tokens, full_matrices=False).Vh[:3]
+        directions = directions * directions.sum(1, keepdim=True).sign()  # a component has no sign of its own
+        parts = tokens @ directions.T
+        low, high = torch.quantile(parts, torch.tensor([0.02, 0.98]), dim=0)
+        maps[name] = ((parts - low) / (high - low)).clamp(0, 1).unflatten(0, dense.shape[:3]).numpy()
+    return maps
+
+
+def pca_figure(pictures: Sequence[mojiworld.Picture], maps: Mapping[str, NDArray[Any]], title: str) -> Figure:
+    """Pictures above, and below a row for each encoder: tokens of one colour are alike to it, in all its pictures."""
+    count = len(pictures)
+    figure, axes = plt.subplots(len(maps) + 1, count, figsize=(1.4 * count, 1.45 * (len(maps) + 1) + 0.3))
+    for axis, picture in zip(axes[0], pictures, strict=True):
+        axis.imshow(picture.image)
+    for line, (name, colours) in zip(axes[1:], maps.items(), strict=True):
+        for axis, tokens in zip(line, colours, strict=True):
+            axis.imshow(tokens)
+        line[0].set_ylabel(LABELS[name], color=COLOURS[name], fontweight="bold")
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.grid(visible=False)
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
+    return figure
+
+
+def pca_table(maps: Mapping[str, NDArray[Any]]) -> pd.DataFrame:
+    """``encoder, picture, row, column, red, green, blue``: the colours of :func:`pca_figure`."""
+    parts = []
+    for name, colours in maps.items():
+        picture, row, column = np.indices(colours.shape[:3]).reshape(3, -1)
+        red, green, blue = colours.reshape(-1, 3).T
+        places = {"encoder": name, "picture": picture, "row": row, "column": column}
+        parts.append(pd.DataFrame(places | {"red": red, "green": green, "blue": blue}))
+    return pd.concat(parts, ignore_index=True)
+
+
 def map_table(maps: Mapping[str, NDArray[Any]]) -> pd.DataFrame:
     """``encoder, row, column, cosine``: the numbers of a similarity figure."""
     parts = []
