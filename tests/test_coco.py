@@ -84,6 +84,14 @@ def broken(change: str) -> Any:
             annotation["id"] = "one"
         case "no name":
             del category["name"]
+        case "way out":
+            image["file_name"] = "../a.png"
+        case "whole path":
+            image["file_name"] = "/etc/hostname"
+        case "no number":
+            annotation["segmentation"] = [[1, 2, float("nan"), 9, 9, 9]]
+        case "endless":
+            annotation["segmentation"] = [[1, 2, float("inf"), 9, 9, 9]]
     return data
 
 
@@ -107,6 +115,10 @@ def broken(change: str) -> Any:
         ("no size", "image 7 has size 0x80"),
         ("text id", "'one', not an integer"),
         ("no name", "category 3 has no name"),
+        ("way out", "'../a.png', which leads out of the images' folder"),
+        ("whole path", "'/etc/hostname', which leads out of the images' folder"),
+        ("no number", "annotation 1 has no usable segmentation"),
+        ("endless", "annotation 1 has no usable segmentation"),
     ],
 )
 def test_faults_are_named(tmp_path: Path, change: str, words: str) -> None:

@@ -12,7 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -188,7 +188,13 @@ def _image_record(path: Path, entry: dict[str, Any]) -> ImageRecord:
         raise StudyError(
             f"{path}: image {entry['id']} has size {width}x{height}: give width and height in whole pixels"
         )
-    return ImageRecord(entry["id"], str(entry["file_name"]), width, height)
+    name = PurePosixPath(str(entry["file_name"]).replace("\\", "/"))
+    if name.is_absolute() or ".." in name.parts or "\0" in str(name):
+        raise StudyError(
+            f"{path}: image {entry['id']} has the file name {str(name)!r}, which leads out of the images' folder: "
+            "give names within it"
+        )
+    return ImageRecord(entry["id"], str(name), width, height)
 
 
 def _located(path: Path, folder: Path, records: dict[int, ImageRecord]) -> dict[int, ImageRecord]:
