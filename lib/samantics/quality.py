@@ -137,12 +137,16 @@ def unseen_views(views: int) -> mojiworld.Pictures:
 
 @torch.no_grad()
 def clip_quality(model: Any, pictures: int, views: int) -> dict[str, NDArray[np.float64]]:
-    """Zero-shot category accuracy by prompt, on train and held-out drawings, and recall of captions (percent)."""
+    """Zero-shot category (train and held-out drawings) and drawing by prompt, and recall of captions (percent)."""
     shown = unseen_views(views)
     drawings = shown.drawings[:, 0]
-    prompts = model.encode_text(zoo.WordTokenizer()(zoo.category_prompts()), normalize=True)
-    called = (batched(lambda x: model.encode_image(x, normalize=True), shown.images) @ prompts.T).argmax(1).numpy()
-    right = 100.0 * (called == mojiworld.category_of_drawing()[drawings])
+    vectors = batched(lambda x: model.encode_image(x, normalize=True), shown.images)
+
+    def called(prompts: list[str]) -> NDArray[np.int64]:
+        return (vectors @ model.encode_text(zoo.WordTokenizer()(prompts), normalize=True).T).argmax(1).numpy()
+
+    right = 100.0 * (called(zoo.category_prompts()) == mojiworld.category_of_drawing()[drawings])
+    named = 100.0 * (called(zoo.drawing_prompts()) == drawings)
     held_out = mojiworld.held_out()[drawings]
     make = functools.partial(mojiworld.pretraining_picture, mojiworld.World(), stream=STREAM)
     captioned = mojiworld.render(make, range(pictures))
@@ -154,6 +158,7 @@ def clip_quality(model: Any, pictures: int, views: int) -> dict[str, NDArray[np.
     return {
         "zero-shot category (%), train drawings": right[~held_out],
         "zero-shot category (%), held-out drawings": right[held_out],
+        "zero-shot drawing (%)": named,
         f"caption recall@1 of {pictures} (%)": 100.0 * (ranks < 1),
         f"caption recall@5 of {pictures} (%)": 100.0 * (ranks < 5),
     }

@@ -318,3 +318,9 @@ def split_words(text: str) -> list[str]:
 def category_prompts() -> list[str]:
     """One zero-shot prompt for each category, in the order of :func:`mojiworld.categories`."""
     return [f"a picture of {category}" for category in mojiworld.categories()]
+
+
+def drawing_prompts() -> list[str]:
+    """One zero-shot prompt for each drawing, worded as the captions are."""
+    table = mojiworld.catalogue()
+    return [f"a picture of {name} a {group}" for name, group in zip(table["drawing"], table["category"], strict=True)]
