@@ -27,10 +27,15 @@ VARIANT_LABELS = {
     "wrong_reference": "wrong reference",
     "random_reference": "random embedding",
 }
-STAGE_LABELS = {"before": "before the MLP", "after": "after the MLP", "dinov2": "DINOv2"}
+STAGE_LABELS = {
+    "before": "before the MLP",
+    "after": "after the MLP",
+    "maps": "SAM's map, on the object",
+    "dinov2": "DINOv2's map, on the object",
+}
 METRIC_LABELS = {"silhouette": "silhouette", "knn": "kNN accuracy", "nmi": "NMI of k-means", "linear": "linear probe"}
 FATE_COLOURS = ("#009E73", "#56B4E9", "#E69F00", "#CC79A7", "#D9D9D9")
-STAGE_COLOURS = {"before": "#8A8A8A", "after": COLOURS["sam"], "dinov2": COLOURS["dinov2"]}
+STAGE_COLOURS = {"before": "#8A8A8A", "after": COLOURS["sam"], "maps": "#F2B48C", "dinov2": COLOURS["dinov2"]}
 
 
 def show_image(axes: Axes, study: InContextStudy, image_id: int, title: str = "", part: str = "targets") -> None:
@@ -168,21 +173,21 @@ def ap_figure(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
 
 
 def separability_figure(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """The four numbers before and after the MLP, and for DINOv2; dashed lines are the values of shuffled labels."""
+    """Four numbers before and after the MLP and of two maps on the objects; dashed: the values of shuffled labels."""
     fig, grid = plt.subplots(1, 4, figsize=(11, 3.6))
     for axes, (metric, title) in zip(grid, METRIC_LABELS.items(), strict=True):
         for group, name in enumerate(("base", "novel")):
             for place, stage in enumerate(STAGE_LABELS):
                 row = table[(table["metric"] == metric) & (table["split"] == name) & (table["stage"] == stage)].iloc[0]
-                x, colour = group * 4 + place, STAGE_COLOURS[stage]
+                x, colour = group * 5 + place, STAGE_COLOURS[stage]
                 axes.bar(x, row["value"], color=colour, width=0.9)
                 axes.vlines(x, row["low"], row["high"], color="#222222", linewidth=1.5)
                 axes.hlines(row["shuffled"], x - 0.45, x + 0.45, color="#222222", linestyle=(0, (2, 1)), linewidth=1.5)
-        axes.set(title=title, xticks=[1, 5], xticklabels=["base", "novel"])
+        axes.set(title=title, xticks=[1.5, 6.5], xticklabels=["base", "novel"])
         axes.axhline(0, color="#444444", linewidth=0.8)
     handles: list[Any] = [Rectangle((0, 0), 1, 1, color=STAGE_COLOURS[stage]) for stage in STAGE_LABELS]
     handles.append(Line2D([], [], color="#222222", linestyle=(0, (2, 1)), linewidth=1.5))
-    fig.legend(handles, [*STAGE_LABELS.values(), "shuffled labels"], loc="outside lower center", ncols=4)
+    fig.legend(handles, [*STAGE_LABELS.values(), "shuffled labels"], loc="outside lower center", ncols=5, fontsize=9)
     _headline(fig, "Class structure before and behind the MLP, beside DINOv2's")
     return fig, table
 
@@ -449,7 +454,7 @@ def ap_sentences(table: pd.DataFrame) -> list[str]:
 
 
 def separability_sentences(table: pd.DataFrame) -> list[str]:
-    """For each split, kNN accuracy above shuffled labels before and after the MLP, and of DINOv2."""
+    """For each split, kNN accuracy before and after the MLP, and of SAM's and DINOv2's maps."""
     knn = table[table["metric"] == "knn"].set_index(["split", "stage"])
     said = []
     for name in ("base", "novel"):

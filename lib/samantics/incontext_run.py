@@ -59,6 +59,7 @@ from samantics.separability import separability, tsne_map
 FORMAT = 1  # of what is cached; raised when the same settings would give other numbers
 MAPS = ((10, 0), (30, 0), (30, 1))  # perplexity and seed of the t-SNE maps; the second is the main one
 MAIN_MAP = (30, 0)
+STAGES = ("before", "after", "maps", "dinov2")  # of the space of references
 PER_CATEGORY = 40  # reference objects of a category whose space is looked at
 
 
@@ -210,34 +211,45 @@ class InContextStudy:
 
     @functools.cached_property
     def spaces(self) -> dict[str, NDArray[np.float32]]:
-        """Features of :attr:`points`: ``before`` (mask tokens), ``after`` (class embeddings), ``dinov2``."""
+        """Features of :attr:`points` by :data:`STAGES`.
+
+        ``before`` are mask tokens and ``after`` class embeddings; ``maps`` and ``dinov2`` are SAM's and DINOv2's last
+        map, averaged over each object's mask: what could be read from either at this place.
+        """
         rows = self.points["row"].to_numpy()
         tokens = self.tokens("references")
         before = tokens[rows].astype(np.float32).reshape(len(rows), -1)
         after = class_embeddings(self.model, tokens, rows[:, None]).numpy(force=True)
-        return {"before": before, "after": after, "dinov2": self._dinov2(rows)}
+        return {"before": before, "after": after, **self._pooled(rows)}
 
-    def _dinov2(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """DINOv2's last map, averaged over each object's mask."""
-        encoder = load_encoder("dinov2", self.run.scale.weights, self.run.device)
-        self.run.record("dinov2_weights", encoder.weights_hash)
+    def _pooled(self, rows: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
+        encoders = {
+            "maps": self.encoder,
+            "dinov2": load_encoder("dinov2", self.run.scale.weights, self.run.device),
+        }
+        self.run.record("dinov2_weights", encoders["dinov2"].weights_hash)
         dataset = self.references.dataset
-        key = hash_value([FORMAT, encoder.key, dataset.hash, rows.tolist()])
-        path = self.folder / f"dinov2_{key}.npy"
+        key = hash_value([FORMAT, [encoder.key for encoder in encoders.values()], dataset.hash, rows.tolist()])
+        path = self.folder / f"pooled_{key}.npz"
         if not path.is_file():
             chosen: dict[int, list[int]] = {}
             for row in rows.tolist():
                 chosen.setdefault(dataset.instances[row].image_id, []).append(row)
             masks = {image_id: [dataset.instances[r].rle for r in mine] for image_id, mine in chosen.items()}
-            pooled = pooled_features({"dinov2": encoder}, dataset, masks)["dinov2"]
-            by_row = {r: f for image_id, mine in chosen.items() for r, f in zip(mine, pooled[image_id], strict=True)}
+            found: dict[str, Any] = {}
+            for name, by_image in pooled_features(encoders, dataset, masks).items():
+                by_row = {
+                    r: f for image_id, mine in chosen.items() for r, f in zip(mine, by_image[image_id], strict=True)
+                }
+                found[name] = np.stack([by_row[row] for row in rows.tolist()])
             with atomic_path(path) as temporary, open(temporary, "wb") as file:
-                np.save(file, np.stack([by_row[row] for row in rows.tolist()]))
-        return np.load(path)
+                np.savez(file, **found)
+        with np.load(path) as arrays:
+            return {name: arrays[name] for name in encoders}
 
     @functools.cached_property
     def separability(self) -> pd.DataFrame:
-        """``stage, split, metric, value, low, high, shuffled`` for the stages ``before``, ``after`` and ``dinov2``."""
+        """``stage, split, metric, value, low, high, shuffled`` for all :data:`STAGES`."""
         return self._table("separability", self._separability)
 
     def _separability(self) -> pd.DataFrame:
