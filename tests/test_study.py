@@ -102,6 +102,17 @@ def test_fresh_empties_the_caches_of_this_scale_only(tmp_path: Path) -> None:
     assert kept.exists() and not gone.exists()
 
 
+def test_half_written_files_of_a_killed_run_go(tmp_path: Path) -> None:
+    write_notebook(tmp_path / "notebooks", "00_nothing")
+    left = figures_dir() / "pocket" / "notebooks" / ".01_probing.ipynb.x7a.ipynb"
+    left.parent.mkdir(parents=True)
+    left.write_text("{")
+    kept = left.with_name("01_probing.ipynb")
+    kept.write_text("{}")
+    study.run_study("pocket", notebooks=tmp_path / "notebooks")
+    assert kept.exists() and not left.exists()
+
+
 def test_second_run_of_a_scale_is_refused_while_the_first_holds_it() -> None:
     refused = pytest.raises(StudyError, match="another run at scale pocket is under way")
     with study.only_run("pocket"), study.only_run("lite"), refused, study.only_run("pocket"):

@@ -124,6 +124,8 @@ def run_study(
     with only_run(scale), _kernel_environment():
         if fresh:
             shutil.rmtree(cache_dir() / scale, ignore_errors=True)
+        for left in figures.rglob(".[0-9A-Z][0-9]_*"):  # half-written files of a run that was killed
+            left.unlink()
         outcomes = []
         for path in paths:
             outcomes.append(execute(path, figures, values))

@@ -1,4 +1,4 @@
-"""Measures what the probing of issue 3 must reach; not part of the tests. Prints one JSON line for each part.
+"""Measures what probing costs; not part of the tests. Prints one JSON line for each part.
 
 python tests/bench/bench_probing.py ratio      # ten epochs from the store against re-encoding in every epoch
 python tests/bench/bench_probing.py speed      # encoder images per second, pocket and official
