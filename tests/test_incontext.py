@@ -28,16 +28,19 @@ from samantics.incontext import (
     Lesson,
     LiveFeatures,
     Objects,
+    PlantedFeatures,
     SamMaps,
     StoredFeatures,
     box_masks,
     build_model,
+    class_codes,
     draw_references,
     encode_images,
     hint_loss,
     loss_of,
     mask_tokens,
     objects_of,
+    planted_tokens,
     reference_tokens,
     refined,
     shaken,
@@ -336,6 +339,31 @@ def test_mirrored_images_and_boxes_are_those_of_the_mirror_image(
         torch.testing.assert_close(mirror, torch.cat([1 - plain[:, :1], plain[:, 1:]], dim=1))
     with pytest.raises(StudyError, match="no mirror images"):
         lesson.source.read(np.array([0]), np.array([True]))
+
+
+def test_planted_classes_stand_on_their_objects_alone(lesson: Lesson) -> None:
+    codes = class_codes([3, 7], WIDTH, 0)
+    assert codes.shape == (8, WIDTH)
+    objects = Objects(
+        image=np.array([1, 1]),
+        boxes=np.array([[0, 0, SIZE / 2, SIZE / 4], [SIZE - 3, SIZE - 3, SIZE, SIZE]], np.float32),
+        categories=np.array([3, 7]),
+        crowd=np.zeros(2, bool),
+        area=np.ones(2),
+        right=np.full(2, SIZE, np.float32),
+    )
+    rows = np.array([0, 1])
+    plain = lesson.source.read(rows)
+    planted = PlantedFeatures(lesson.source, objects, SIZE, codes).read(rows)
+    added = (planted.trunk - plain.trunk) / plain.trunk.std()
+    assert torch.equal(planted.neck, plain.neck) and (added[0] == 0).all()
+    expected = torch.zeros(added.shape[1:])
+    expected[:, :, : GRID // 4, : GRID // 2] = codes[3, None, :, None, None]
+    expected[:, :, -1, -1] = codes[7]
+    torch.testing.assert_close(added[1], expected, atol=1e-4, rtol=1e-4)
+    tokens = np.ones((2, 4, WIDTH), np.float16)
+    tokens[:, ::2] = -1  # a standard deviation of 1
+    np.testing.assert_allclose(planted_tokens(tokens, objects, codes)[1, 0], codes[7].numpy() - 1, atol=5e-3)
 
 
 def test_a_category_without_a_reference_elsewhere_is_named(lesson: Lesson) -> None:

@@ -256,6 +256,52 @@ class StoredFeatures:
         return SamMaps(trunk.float(), neck.float(), inside)
 
 
+@dataclasses.dataclass(frozen=True)
+class PlantedFeatures:
+    """A positive control: another source's maps with the code of its class written over every object.
+
+    A model that cannot learn from these cannot use a reference at all; one that can, and learns nothing from SAM's own
+    maps, did not find the class there.
+
+    Attributes:
+        source: of the maps.
+        objects: of the same images.
+        input_size: side of SAM's input, pixels.
+        codes: ``(K, C)`` by category id; added in units of the maps' standard deviation.
+    """
+
+    source: FeatureSource
+    objects: Objects
+    input_size: int
+    codes: Tensor
+
+    def read(self, rows: NDArray[np.int64], mirrored: NDArray[np.bool_] | None = None) -> SamMaps:
+        """See :class:`FeatureSource`."""
+        maps = self.source.read(rows, mirrored)
+        trunk, codes = maps.trunk.clone(), self.codes.to(maps.trunk) * maps.trunk.std()
+        grid = trunk.shape[-1]
+        tokens = np.round(self.objects.boxes * grid / self.input_size).astype(int)
+        tokens[:, :2] = tokens[:, :2].clip(0, grid - 1)  # an object smaller than a token has one all the same
+        for position, row in enumerate(rows):
+            for number in np.flatnonzero(self.objects.image == row):
+                x0, y0, x1, y1 = tokens[number]
+                place = np.s_[position, :, :, y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)]
+                trunk[place] += codes[self.objects.categories[number], :, None, None]
+        return maps._replace(trunk=trunk)
+
+
+def class_codes(categories: Sequence[int], width: int, seed: int) -> Tensor:
+    """``(K, width)`` a random code for each category id."""
+    return torch.randn(max(categories) + 1, width, generator=torch.Generator().manual_seed(seed))
+
+
+def planted_tokens(tokens: NDArray[np.float16], objects: Objects, codes: Tensor) -> NDArray[np.float16]:
+    """``(R, T, D)`` mask tokens with the code ``(K, D)`` of each object's class added, as :class:`PlantedFeatures`."""
+    strength = float(tokens.astype(np.float32).std())
+    planted = tokens + strength * codes.numpy()[objects.categories][:, None]
+    return planted.astype(np.float16)
+
+
 def stored_features(
     sam: Sam, dataset: CocoDataset, count: int, weights_hash: str, folder: Path, batch: int = 32
 ) -> StoredFeatures:

@@ -172,6 +172,46 @@ def ap_figure(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     return fig, boxes
 
 
+def control_figure(ap: pd.DataFrame, control: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Box AP at most shots: asked with the right, the wrong and no reference; SAM's maps beside maps with the class.
+
+    Args:
+        ap, control: of :attr:`InContextStudy.ap` and :attr:`InContextStudy.control`.
+    """
+    table = pd.concat([ap.assign(maps="SAM's"), control.assign(maps="class planted")])
+    table = table[(table["iou_type"] == "bbox") & (table["shots"] == ap["shots"].max())]
+    variants = ("class_oracle", "wrong_reference", "random_reference")
+    fig, grid = plt.subplots(1, 2, figsize=(10, 3.5), sharey=True)
+    for axes, (maps, rows) in zip(grid, table.groupby("maps", sort=False), strict=True):
+        rows = rows.set_index(["variant", "split"])
+        for name, shift in (("base", -0.2), ("novel", 0.2)):
+            mine = rows.loc[[(variant, name) for variant in variants]]
+            span = np.abs(mine[["low", "high"]].to_numpy().T - mine["AP"].to_numpy())
+            places = np.arange(len(variants)) + shift
+            axes.bar(
+                places, mine["AP"], width=0.38, color=COLOURS[name], yerr=span, error_kw={"elinewidth": 1.2}, label=name
+            )
+        axes.set(title=f"maps: {maps}", xticks=range(len(variants)))
+        axes.set_xticklabels(["right\nreference", "wrong\nreference", "random\nembedding"])
+        axes.grid(visible=False, axis="x")
+    grid[0].set_ylabel("box AP (%)")
+    grid[1].legend()
+    _headline(fig, "The same network on SAM's maps, and on maps in which the class can be read")
+    return fig, table
+
+
+def control_sentences(table: pd.DataFrame) -> list[str]:
+    """For each kind of map and split, box AP with the right reference and what a wrong one leaves of it."""
+    said = []
+    for (maps, name), rows in table.groupby(["maps", "split"], sort=False):
+        ap = rows.set_index("variant")["AP"]
+        right, wrong = ap["class_oracle"], ap["wrong_reference"]
+        said.append(
+            f"maps: {maps}; {name} categories: box AP {right:.1f} with right references, {wrong:.1f} with wrong"
+        )
+    return said
+
+
 def separability_figure(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Four numbers before and after the MLP and of two maps on the objects; dashed: the values of shuffled labels."""
     fig, grid = plt.subplots(1, 4, figsize=(11, 3.6))

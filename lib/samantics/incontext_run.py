@@ -39,10 +39,13 @@ from samantics.incontext import (
     Lesson,
     LiveFeatures,
     Objects,
+    PlantedFeatures,
     Split,
     build_model,
+    class_codes,
     draw_references,
     objects_of,
+    planted_tokens,
     reference_tokens,
     split_categories,
     stored_features,
@@ -142,7 +145,7 @@ class InContextStudy:
 
     def tokens(self, part: str) -> NDArray[np.float16]:
         """``(R, T, D)`` mask tokens of all objects of ``tuning`` or ``references``."""
-        data: Part = getattr(self, part)
+        data = self._parts[part]
         folder = self.folder / f"tokens_{hash_value([FORMAT, data.dataset.hash, self.encoder.weights_hash])}"
         return reference_tokens(self.encoder.model, data.source, data.objects, folder)
 
@@ -188,6 +191,36 @@ class InContextStudy:
     def fates(self) -> pd.DataFrame:
         """See :func:`samantics.incontext_eval.fates`; of :attr:`answers`."""
         return self._table("fates", lambda: fates(self.targets.dataset, self.split, self.answers))
+
+    @functools.cached_property
+    def control(self) -> pd.DataFrame:
+        """The positive control's :func:`samantics.incontext_eval.ap_table`: most shots, one draw, class planted."""
+        return self._table("control", self._control)
+
+    def _control(self) -> pd.DataFrame:
+        settings = dataclasses.replace(self.settings, epochs=self.settings.control_epochs, flip=0.0)
+        sam, size = self.encoder.model, self.encoder.image_size
+        codes = class_codes(self.split.all, sam.image_encoder.neck[0].in_channels, self.run.seed)
+        token_codes = class_codes(self.split.all, sam.mask_decoder.transformer_dim, self.run.seed + 1)
+        sources = {n: PlantedFeatures(p.source, p.objects, size, codes) for n, p in self._parts.items()}
+        tokens = {
+            n: planted_tokens(self.tokens(n), self._parts[n].objects, token_codes) for n in ("tuning", "references")
+        }
+        objects, base = self.tuning.objects, self.split.base
+        lesson = Lesson(sources["tuning"], objects, tokens["tuning"], base, size, settings, self.run.seed)
+        identity = self.identity | {"control": settings.epochs}
+        model = build_model(settings, sam, self.run.seed)
+        train(model, lesson, Checkpoint(self.folder / f"control_{hash_value(identity)}.pt", identity))
+        most = max(settings.shots)
+        embeddings = {(most, 0): class_embeddings(model, tokens["references"], self.references_of(most, 0))}
+        target = (self.targets.dataset, sources["targets"])
+        return ap_table(
+            self.targets.dataset, self.split, size, run_trials(model, sam, target, embeddings, self.split, settings)
+        )
+
+    @property
+    def _parts(self) -> dict[str, Part]:
+        return {"tuning": self.tuning, "references": self.references, "targets": self.targets}
 
     # ---------------------------------------------------------------------------------------- space of references
 
