@@ -24,6 +24,7 @@ NEEDS = {  # by a notebook's number: what the scales lite and paper need
     "02": "SAM's and DINOv2's weights; COCO JSON; a GPU",
     "03": "SAM's and DINOv2's weights; COCO JSON",
     "04": "the tables of 01 to 03",
+    "A1": "nothing: it is about the pocket zoo",
 }
 
 

@@ -49,14 +49,15 @@ def second_stage(name: str, curve: pd.DataFrame) -> pd.Series:
 def rest_table(curves: pd.DataFrame) -> pd.DataFrame:
     """``encoder, objective_change, probe_change``: what the last third of the training still changed.
 
-    The objective in percent of its value at the end, the probe in points; of DINOv2 the second objective only.
+    Since the measuring point nearest to its begin; the objective in percent of its value at the end, the probe in points;
+    of DINOv2 the second objective only.
     """
     rows = []
     for name, curve in curves.groupby("encoder", sort=False):
-        since = curve["images"] >= (1 - LAST_PART) * curve["images"].max()
         stage = second_stage(str(name), curve)
-        last = curve[(since & stage) if stage.any() else since]
-        first, final = last.iloc[0], last.iloc[-1]
+        kept = curve[stage] if stage.any() else curve
+        begins = (1 - LAST_PART) * curve["images"].max()
+        first, final = kept.loc[(kept["images"] - begins).abs().idxmin()], kept.iloc[-1]
         change = 100 * (final["objective"] - first["objective"]) / abs(final["objective"])
         rows.append((name, change, final["probe_top1"] - first["probe_top1"]))
     return pd.DataFrame(rows, columns=["encoder", "objective_change", "probe_change"])

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor, nn
+
+from samantics import zoo, zoo_study
+from samantics.errors import StudyError
+from samantics.objectives import Batch
+
+
+def write_curve(folder: Path, name: str, objective: list[float], probe: list[float], seed: int = 4) -> None:
+    images = [1000 * step for step in range(len(objective))]
+    table = pd.DataFrame({"images": images, "held_out_loss": objective, "probe_top1": probe, "knn_top1": probe})
+    table.to_csv(folder / f"{name}.csv", index=False)
+    (folder / f"{name}.json").write_text(json.dumps({"recipe": {"seed": seed}}))
+
+
+def test_curves_are_read_with_their_seed(tmp_path: Path) -> None:
+    write_curve(tmp_path, "sam", [2.0, 1.0], [1.0, 3.0])
+    curves = zoo_study.training_curves(["sam"], tmp_path)
+    assert curves.columns.tolist() == zoo_study.CURVES
+    assert curves.to_dict("list")["objective"] == [2.0, 1.0] and set(curves["seed"]) == {4}
+    with pytest.raises(StudyError, match=r"clip\.csv is missing"):
+        zoo_study.training_curves(["sam", "clip"], tmp_path)
+
+
+def test_rest_is_what_the_last_third_changed(tmp_path: Path) -> None:
+    write_curve(tmp_path, "sam", [9.0, 5.0, 2.2, 2.0], [0.0, 1.0, 4.0, 5.0])
+    write_curve(tmp_path, "dinov2", [6.0, 5.0, 4.0, 8.0, 7.0], [0.0, 9.0, 10.0, 20.0, 19.0])  # another loss from 3/4 on
+    rest = zoo_study.rest_table(zoo_study.training_curves(["sam", "dinov2"], tmp_path)).set_index("encoder")
+    assert rest.loc["sam"].tolist() == pytest.approx([-10.0, 1.0])
+    assert rest.loc["dinov2"].tolist() == pytest.approx([-100 / 7, -1.0])
+    figure = zoo_study.curves_figure(
+        zoo_study.training_curves(["sam", "dinov2"], tmp_path), {"sam": 1e9, "dinov2": 2e9}
+    )
+    assert [len(axes.lines) for axes in figure.axes[:2]] == [3, 2]  # DINOv2's loss is drawn in two parts
+    plt.close(figure)
+
+
+def test_flops_are_those_of_the_matrix_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(10, 7, bias=False)
+
+        def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+            return self.layer(torch.ones(len(batch.images), 10)).sum(), {}
+
+    monkeypatch.setattr(zoo_study, "build_objective", lambda name: Plain())
+    forward_and_weights = 2 * (2 * 10 * 7)  # the input needs no gradient
+    assert zoo_study.training_flops("sam") == forward_and_weights
+
+
+def test_sam_2_and_sam_cost_alike() -> None:
+    flops = {name: zoo_study.training_flops(name, pictures=2) for name in zoo.NAMES}
+    assert min(flops.values()) > 1e8 and max(flops.values()) < 4 * min(flops.values())
+
+
+def test_ablations_come_from_notebook_01(tmp_path: Path) -> None:
+    def row(encoder: str, layer: str, pooling: str, top1: float, probe: str = "linear") -> dict[str, object]:
+        head = {
+            "encoder": encoder,
+            "labels": "category",
+            "probe": probe,
+            "layer": layer,
+            "pooling": pooling,
+            "seeds": 3,
+        }
+        return head | {"top1": top1, "top1_low": top1 - 1, "top1_high": top1 + 1}
+
+    probes = [row("sam", "final", "mean", 5), row("random", "final", "mean", 2), row("sam", "final", "mean", 99, "knn")]
+    layers = [
+        row(e, layer, "mean", v) for e in ("sam", "sam2") for layer, v in (("block_1", 1), ("block_2", 8), ("final", 6))
+    ]
+    pooling = [row("clip", "final", kind, v) for kind, v in (("cls", 50), ("mean", 30), ("object", 40))]
+    for name, rows in (("probe_accuracy", probes), ("layers", layers), ("pooling", pooling)):
+        pd.DataFrame(rows).to_csv(tmp_path / f"01_{name}.csv", index=False)
+    table = zoo_study.ablation_table(tmp_path)
+    assert table.columns.tolist() == zoo_study.ABLATION
+    found = {(r.encoder, r.setting): r.top1 for r in table.itertuples()}
+    assert found == {
+        ("sam", "trained"): 5, ("sam", "untrained"): 2, ("sam", "last trunk block"): 8, ("sam", "neck"): 6,
+        ("sam2", "last trunk block"): 8, ("sam2", "neck"): 6, ("clip", "mean"): 30, ("clip", "object"): 40,
+    }  # fmt: skip
+    plt.close(zoo_study.ablation_figure(table))
+    (tmp_path / "01_layers.csv").unlink()
+    with pytest.raises(StudyError, match="run notebook 01 first"):
+        zoo_study.ablation_table(tmp_path)
