@@ -49,8 +49,8 @@ def second_stage(name: str, curve: pd.DataFrame) -> pd.Series:
 def rest_table(curves: pd.DataFrame) -> pd.DataFrame:
     """``encoder, objective_change, probe_change``: what the last third of the training still changed.
 
-    Since the measuring point nearest to its begin; the objective in percent of its value at the end, the probe in points;
-    of DINOv2 the second objective only.
+    Counted from the measuring point nearest to its begin, of DINOv2 in the second objective only. The objective in
+    percent of its value at the end, the probe in points.
     """
     rows = []
     for name, curve in curves.groupby("encoder", sort=False):
