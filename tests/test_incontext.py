@@ -26,28 +26,30 @@ from samantics.incontext import (
     Detections,
     InContextModel,
     Lesson,
+    build_model,
+    draw_references,
+    hint_loss,
+    loss_of,
+    refined,
+    shaken,
+    split_categories,
+    spread_points,
+    train,
+)
+from samantics.incontext_features import (
     LiveFeatures,
     Objects,
     PlantedFeatures,
     SamMaps,
     StoredFeatures,
     box_masks,
-    build_model,
     class_codes,
-    draw_references,
     encode_images,
-    hint_loss,
-    loss_of,
     mask_tokens,
     objects_of,
     planted_tokens,
     reference_tokens,
-    refined,
-    shaken,
-    split_categories,
-    spread_points,
     stored_features,
-    train,
     trunk_blocks,
 )
 from samantics.scales import POCKET_INCONTEXT, POCKET_NOVEL, VOC
@@ -175,7 +177,7 @@ def test_reference_tokens_are_of_each_objects_own_image_and_box(sam: Sam, lesson
 def test_reference_tokens_in_shards_are_the_same(
     sam: Sam, lesson: Lesson, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("samantics.incontext.SHARD", 7)
+    monkeypatch.setattr("samantics.incontext_features.SHARD", 7)
     tokens = reference_tokens(sam, lesson.source, lesson.objects, tmp_path)
     np.testing.assert_allclose(tokens, lesson.tokens, atol=5e-3)
     (tmp_path / "0000007.npy").unlink()

@@ -14,7 +14,7 @@ import torch
 from samantics import mojiworld, zoo
 from samantics.coco import CocoDataset, mask_of, write_mojiworld
 from samantics.errors import StudyError
-from samantics.incontext import LiveFeatures, Split, box_masks, build_model, objects_of, split_categories
+from samantics.incontext import Split, build_model, split_categories
 from samantics.incontext_eval import (
     VARIANTS,
     Found,
@@ -33,6 +33,7 @@ from samantics.incontext_eval import (
     shown,
     wrong_classes,
 )
+from samantics.incontext_features import LiveFeatures, box_masks, objects_of
 from samantics.scales import POCKET_INCONTEXT, POCKET_NOVEL
 
 torch.set_num_threads(1)

@@ -32,7 +32,8 @@ from samantics.coco import CocoDataset, Instance, rles_of
 from samantics.errors import StudyError
 from samantics.evaluation import IOU_TYPES, Result, ap_interval, evaluate
 from samantics.files import atomic_path
-from samantics.incontext import FeatureSource, InContextModel, Split, box_masks, input_scales
+from samantics.incontext import InContextModel, Split
+from samantics.incontext_features import FeatureSource, box_masks, input_scales
 from samantics.scales import InContextSettings
 
 VARIANTS = ("class_oracle", "all_classes", "wrong_reference", "random_reference")

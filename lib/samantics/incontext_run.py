@@ -34,25 +34,27 @@ from samantics.errors import StudyError
 from samantics.files import atomic_path, hash_value
 from samantics.incontext import (
     Checkpoint,
-    FeatureSource,
     InContextModel,
     Lesson,
-    LiveFeatures,
-    Objects,
-    PlantedFeatures,
     Split,
     build_model,
-    class_codes,
     draw_references,
-    objects_of,
-    planted_tokens,
-    reference_tokens,
     split_categories,
-    stored_features,
     train,
     usable,
 )
 from samantics.incontext_eval import Trial, ap_table, class_embeddings, fates, load_trials, run_trials, save_trials
+from samantics.incontext_features import (
+    FeatureSource,
+    LiveFeatures,
+    Objects,
+    PlantedFeatures,
+    class_codes,
+    objects_of,
+    planted_tokens,
+    reference_tokens,
+    stored_features,
+)
 from samantics.matching import pooled_features
 from samantics.pipeline import load_data
 from samantics.provenance import Run, start_run

@@ -20,17 +20,8 @@ import torch
 from samantics import mojiworld
 from samantics.coco import CocoDataset, load_coco, write_mojiworld
 from samantics.encoders import load_encoder
-from samantics.incontext import (
-    Checkpoint,
-    Lesson,
-    LiveFeatures,
-    build_model,
-    objects_of,
-    reference_tokens,
-    split_categories,
-    stored_features,
-    train,
-)
+from samantics.incontext import Checkpoint, Lesson, build_model, split_categories, train
+from samantics.incontext_features import LiveFeatures, objects_of, reference_tokens, stored_features
 from samantics.provenance import available_cores
 from samantics.scales import get_scale
 
