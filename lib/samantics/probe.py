@@ -7,6 +7,7 @@ are arrays in memory or a :class:`~samantics.store.Column` of a store, which is 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -201,17 +202,29 @@ def _train(
     rate = torch.tensor(list(rates), device=device)[:, None]
     steps, step = epochs * max(1, int(use.sum()) / settings.batch_size), 0
     rng = np.random.default_rng(seed)
-    for _ in range(epochs):
-        for rows, vectors in _chunks(x, use, rng, device):
-            prepared, labels = heads.prepare(vectors), torch.from_numpy(y[rows].astype(np.int64)).to(device)
-            for start in range(0, len(rows), settings.batch_size):
-                batch = slice(start, start + settings.batch_size)
-                gradient = _gradient(heads, prepared[batch], labels[batch])
-                decay = 0.5 * (1 + np.cos(np.pi * min(1.0, step / steps)))
-                speed.mul_(MOMENTUM).add_(gradient)
-                weights.sub_(speed * (rate * decay))
-                step += 1
+    with _no_denormals():
+        for _ in range(epochs):
+            for rows, vectors in _chunks(x, use, rng, device):
+                prepared, labels = heads.prepare(vectors), torch.from_numpy(y[rows].astype(np.int64)).to(device)
+                for start in range(0, len(rows), settings.batch_size):
+                    batch = slice(start, start + settings.batch_size)
+                    gradient = _gradient(heads, prepared[batch], labels[batch])
+                    decay = 0.5 * (1 + np.cos(np.pi * min(1.0, step / steps)))
+                    speed.mul_(MOMENTUM).add_(gradient)
+                    weights.sub_(speed * (rate * decay))
+                    step += 1
     return heads
+
+
+@contextlib.contextmanager
+def _no_denormals() -> Iterator[None]:
+    """Numbers next to nothing count as nothing (in this thread): a head that is sure of its classes is full of them,
+    and a CPU multiplies them many times more slowly (nine times, measured on the pocket zoo's features)."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def _gradient(heads: _Heads, prepared: Tensor, labels: Tensor) -> Tensor:
