@@ -102,13 +102,13 @@ def ranked_captions(model: Any, picture: mojiworld.Picture, captions: Sequence[s
 
 
 def captions_figure(picture: mojiworld.Picture, ranked: pd.DataFrame, title: str, most: int = 8) -> Figure:
-    """The picture, and its best captions as bars; bold where the category is in the picture."""
+    """The picture, and its best captions; bold where the category is in the picture."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.4), width_ratios=[1, 1.6])
     left.imshow(picture.image)
     left.set_axis_off()
     shown = {mojiworld.categories()[c] for c in mojiworld.category_of_drawing()[list(picture.drawings)]}
     rows = ranked.head(most)[::-1]
-    right.barh(rows["caption"], rows["similarity"], color=COLOURS["clip"])
+    right.plot(rows["similarity"], rows["caption"], "o", color=COLOURS["clip"], markersize=9)
     for label in right.get_yticklabels():
         label.set_fontweight("bold" if label.get_text().removeprefix("a picture of ") in shown else "normal")
     right.set_xlabel("cosine with the picture (bold: shown)")
