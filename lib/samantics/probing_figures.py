@@ -65,17 +65,21 @@ def _bars(axis: Axes, rows: pd.DataFrame) -> None:
 
 
 def layer_figure(table: pd.DataFrame, title: str) -> Figure:
-    """Top-1 against depth, a line for each encoder, its name at its end; bands are 95 % intervals."""
-    figure, axis = plt.subplots()
-    ends = []
-    for name, rows in table.groupby("encoder", sort=False):
-        axis.plot(rows["depth"], rows["top1"], "o-", color=COLOURS[name], markersize=4)
-        axis.fill_between(rows["depth"], rows["top1_low"], rows["top1_high"], color=COLOURS[name], alpha=0.18, lw=0)
-        ends.append((float(rows["top1"].iloc[-1]), str(name)))
-    _end_labels(axis, ends, 1.01)
-    axis.set(xlabel="depth of the layer (0 = input, 1 = output)", ylabel="top-1 of a linear probe (%)", title=title)
-    axis.set_xlim(0, 1.12)
-    axis.set_ylim(bottom=0)
+    """Top-1 against depth, a panel for each label level and a line for each encoder; bands are 95 % intervals."""
+    levels = list(dict.fromkeys(table["labels"]))
+    figure, axes = plt.subplots(1, len(levels), figsize=(5.2 * len(levels), 4.2), squeeze=False)
+    for axis, level in zip(axes[0], levels, strict=True):
+        ends = []
+        for name, rows in table[table["labels"] == level].groupby("encoder", sort=False):
+            axis.plot(rows["depth"], rows["top1"], "o-", color=COLOURS[name], markersize=4)
+            axis.fill_between(rows["depth"], rows["top1_low"], rows["top1_high"], color=COLOURS[name], alpha=0.18, lw=0)
+            ends.append((float(rows["top1"].iloc[-1]), str(name)))
+        axis.set_ylim(bottom=0)
+        _end_labels(axis, ends, 1.02)
+        axis.set(xlabel="depth of the layer (0 = input, 1 = output)", title=LEVELS[level])
+        axis.set_xlim(0, 1.25)
+    axes[0][0].set_ylabel("top-1 of a linear probe (%)")
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
     return figure
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -121,9 +122,8 @@ def ablation_table(figures: Path) -> pd.DataFrame:
     rows = _rows(
         linear.assign(encoder="sam"), "training", linear["encoder"].map({"sam": "trained", "random": "untrained"})
     )
-    for encoder in ("sam", "sam2"):
-        mine = layers[layers["encoder"] == encoder].iloc[-2:]
-        rows += _rows(mine, "layer", pd.Series(["last trunk block", "neck"], mine.index))
+    for _, mine in layers[layers["encoder"].isin(["sam", "sam2"])].groupby(["encoder", "labels"], sort=False):
+        rows += _rows(mine.iloc[-2:], "layer", pd.Series(["last trunk block", "neck"], mine.index[-2:]))
     kept = pooling[pooling["pooling"].isin(["mean", "object"])]
     rows += _rows(kept, "pooling", kept["pooling"])
     return pd.DataFrame(rows, columns=ABLATION)
@@ -145,13 +145,15 @@ def _rows(table: pd.DataFrame, factor: str, setting: pd.Series) -> list[tuple[ob
 
 
 def ablation_figure(table: pd.DataFrame) -> Figure:
-    """Each factor a panel: both settings of every encoder side by side, category level, with 95 % intervals."""
-    rows = table[table["labels"] == table["labels"].iloc[-1]]
-    factors = list(dict.fromkeys(rows["factor"]))
-    ratios = [rows.loc[rows["factor"] == factor, "encoder"].nunique() for factor in factors]
-    figure, axes = plt.subplots(1, len(factors), figsize=(11, 3.6), sharey=True, width_ratios=ratios, squeeze=False)
-    for axis, factor in zip(axes[0], factors, strict=True):
-        mine = rows[rows["factor"] == factor].reset_index(drop=True)
+    """A row for each label level, a panel for each factor: both settings of every encoder, with 95 % intervals."""
+    factors, levels = (list(dict.fromkeys(table[name])) for name in ("factor", "labels"))
+    ratios = [table.loc[table["factor"] == factor, "encoder"].nunique() for factor in factors]
+    size = (11, 3.1 * len(levels))
+    figure, axes = plt.subplots(
+        len(levels), len(factors), figsize=size, sharey="row", width_ratios=ratios, squeeze=False
+    )
+    for axis, (level, factor) in zip(axes.flat, itertools.product(levels, factors), strict=True):
+        mine = table[(table["factor"] == factor) & (table["labels"] == level)]
         settings = list(dict.fromkeys(mine["setting"]))
         names = list(dict.fromkeys(mine["encoder"]))
         for row in mine.to_dict("records"):
@@ -163,5 +165,7 @@ def ablation_figure(table: pd.DataFrame) -> Figure:
         axis.set_xticks(range(len(names)), [LABELS[name] for name in names])
         axis.set_title(f"{factor}: {settings[0]} (pale)\nagainst {settings[1]}", fontsize=10)
         axis.grid(axis="x", visible=False)
-    axes[0][0].set_ylabel(f"{rows['labels'].iloc[0]}, top-1 of a linear probe (%)")
+    for axis, level in zip(axes[:, 0], levels, strict=True):
+        axis.set_ylabel(f"{level}, top-1 (%)")
+    figure.suptitle("One factor at a time: what does it change?", x=0.01, ha="left", fontweight="bold")
     return figure
