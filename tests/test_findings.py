@@ -222,6 +222,7 @@ def write_quality(folder: Path, share: dict[str, float]) -> None:
         ({"clip": 0.5}, PAPER_LIKE, "supported"),  # a weak CLIP could only hide the gap
         ({"clip": 0.5}, ALIKE, "not supported"),  # SAM 2 is not above SAM, whatever CLIP does: the rest is open
         ({"clip": 0.5, "sam2": 0.5}, ALIKE, "not measured"),
+        ({"dinov2": 0.7}, PAPER_LIKE | {"dinov2": 12.0}, "partly"),
         ({"sam": 0.79}, PAPER_LIKE, "not measured"),  # a weak SAM could have made it
     ],
 )
@@ -230,7 +231,9 @@ def test_a_weak_model_decides_nothing_that_its_weakness_could_have_made(
 ) -> None:
     write_probes(tmp_path, probes, probes)
     write_quality(tmp_path, share)
-    assert unfit_models(tmp_path) == tuple(name for name in ("sam", "sam2", "clip") if share.get(name, 1.0) < 0.8)
+    assert unfit_models(tmp_path) == tuple(
+        name for name in ("sam", "sam2", "clip", "dinov2") if share.get(name, 1.0) < 0.8
+    )
     assert row_of(tmp_path, "C1")["verdict"] == expected
     aims = zoo_aims(tmp_path)
     assert aims["reached"].tolist() == pytest.approx([share.get(name, 1.0) for name in aims["encoder"]])

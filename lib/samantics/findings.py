@@ -36,6 +36,7 @@ AIMS = {  # on pictures no model has seen, percent: rows of 00_zoo_quality.csv
     ("sam2", "IoU (%), click at the centre, best of three masks"): 75,
     ("sam2", "IoU (%), box"): 85,
     ("clip", "zero-shot category (%), train drawings"): 70,
+    ("dinov2", "linear probe, drawing (%)"): 40,
 }
 
 METRICS = {"silhouette": "silhouette", "knn": "kNN accuracy", "nmi": "NMI of k-means", "linear": "linear probe"}

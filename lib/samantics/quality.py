@@ -20,8 +20,10 @@ from torch.nn import functional
 from samantics import mojiworld, zoo
 from samantics.files import atomic_path
 from samantics.objectives import SamObjective, boxes_of, caption, normalised
+from samantics.probe import linear_probe
 from samantics.uncertainty import Interval, bootstrap_mean
 
+TRAIN_VIEWS = 4  # of each drawing, for the linear probe; one more tests it
 STREAM = "quality"  # of pictures: no training, probing or instance data uses it
 
 
@@ -174,7 +176,7 @@ def batched(encode: Any, images: NDArray[np.uint8], size: int = 64) -> Tensor:
 
 @torch.no_grad()
 def dinov2_quality(model: Any, views: int) -> dict[str, NDArray[np.float64] | Interval]:
-    """Does the nearest other picture show the same drawing (percent)? And has the feature space collapsed?"""
+    """Does a linear probe, or the nearest other picture, name the drawing (percent)? Have the features collapsed?"""
     shown = unseen_views(views)
     drawings = shown.drawings[:, 0]
     vectors = batched(lambda x: model(x).last_hidden_state[:, 0], shown.images)
@@ -182,7 +184,15 @@ def dinov2_quality(model: Any, views: int) -> dict[str, NDArray[np.float64] | In
     similar = (unit @ unit.T).fill_diagonal_(-2)
     rank = effective_rank(vectors)
     spread = float(unit.std(0).mean() * np.sqrt(unit.shape[1]))
+    views_of = mojiworld.classification_pictures(mojiworld.World(), TRAIN_VIEWS + 1)
+    labels = views_of.drawings[:, 0].astype(np.int64)
+    test = np.arange(len(labels)) % (TRAIN_VIEWS + 1) == TRAIN_VIEWS
+    features = batched(lambda x: model(x).last_hidden_state[:, 0], views_of.images).numpy()
+    probe = linear_probe(
+        features[~test], labels[~test], features[test], labels[test], len(mojiworld.catalogue()), seeds=(0,)
+    )
     return {
+        "linear probe, drawing (%)": 100.0 * probe.top1[0],
         "nearest neighbour has the drawing (%)": 100.0 * (drawings[similar.argmax(1).numpy()] == drawings),
         f"effective rank of {vectors.shape[1]}": Interval(rank, rank, rank),
         "spread of unit vectors (1 = uniform, 0 = collapsed)": Interval(spread, spread, spread),
