@@ -119,9 +119,8 @@ def ablation_table(figures: Path) -> pd.DataFrame:
     """
     probes, layers, pooling = (_read(figures / f"01_{name}.csv") for name in ("probe_accuracy", "layers", "pooling"))
     linear = probes[(probes["probe"] == "linear") & probes["encoder"].isin(["sam", "random"])]
-    rows = _rows(
-        linear.assign(encoder="sam"), "training", linear["encoder"].map({"sam": "trained", "random": "untrained"})
-    )
+    setting = linear["encoder"].map({"random": "untrained", "sam": "trained"})
+    rows = _rows(linear.assign(encoder="sam").sort_index(ascending=False), "training", setting)
     for _, mine in layers[layers["encoder"].isin(["sam", "sam2"])].groupby(["encoder", "labels"], sort=False):
         rows += _rows(mine.iloc[-2:], "layer", pd.Series(["last trunk block", "neck"], mine.index[-2:]))
     kept = pooling[pooling["pooling"].isin(["mean", "object"])]
@@ -147,8 +146,8 @@ def _rows(table: pd.DataFrame, factor: str, setting: pd.Series) -> list[tuple[ob
 def ablation_figure(table: pd.DataFrame) -> Figure:
     """A row for each label level, a panel for each factor: both settings of every encoder, with 95 % intervals."""
     factors, levels = (list(dict.fromkeys(table[name])) for name in ("factor", "labels"))
-    ratios = [table.loc[table["factor"] == factor, "encoder"].nunique() for factor in factors]
-    size = (11, 3.1 * len(levels))
+    ratios = [1 + table.loc[table["factor"] == factor, "encoder"].nunique() for factor in factors]
+    size = (11, 3.3 * len(levels))
     figure, axes = plt.subplots(
         len(levels), len(factors), figsize=size, sharey="row", width_ratios=ratios, squeeze=False
     )
@@ -163,7 +162,7 @@ def ablation_figure(table: pd.DataFrame) -> Figure:
             axis.bar(place, row["top1"], 0.36, color=COLOURS[row["encoder"]], alpha=1.0 if which else 0.45)
             axis.errorbar(place, row["top1"], span, color="#222222", linewidth=1)
         axis.set_xticks(range(len(names)), [LABELS[name] for name in names])
-        axis.set_title(f"{factor}: {settings[0]} (pale)\nagainst {settings[1]}", fontsize=10)
+        axis.set_title(f"{factor}:\n{settings[0]} (pale)\n{settings[1]}", fontsize=10)
         axis.grid(axis="x", visible=False)
     for axis, level in zip(axes[:, 0], levels, strict=True):
         axis.set_ylabel(f"{level}, top-1 (%)")
