@@ -7,11 +7,13 @@ from pathlib import Path
 import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
+from PIL import Image
 
 from samantics.files import atomic_path, write_json
 from samantics.provenance import Run, provenance
 
 PIXELS_WIDE = 1400
+HEAVY = 400_000  # bytes; a larger picture (of many photographs) is kept in 256 colours
 NUMBERS = "%.6g"  # of a table's floats: more digits than any result has, few enough that reruns give equal bytes
 
 # Okabe and Ito's colour-blind safe hues, SAM's family warm and the semantic models cool; a model keeps its colour.
@@ -90,6 +92,10 @@ def save_figure(run: Run, fig: Figure, table: pd.DataFrame, name: str, caption: 
     path = run.figures / f"{name}.png"
     with atomic_path(path) as temporary:
         fig.savefig(temporary, dpi=PIXELS_WIDE / fig.get_figwidth(), metadata={"Software": None})
+        if temporary.stat().st_size > HEAVY:
+            with Image.open(temporary) as drawn:
+                few = drawn.convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG)
+            few.save(temporary, optimize=True)
     save_table(run, table, name, caption)
     return path
 
