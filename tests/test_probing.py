@@ -63,6 +63,29 @@ def test_features_of_some_rows_are_those_of_the_whole(tmp_path) -> None:
     np.testing.assert_allclose(probing.gathered(whole, rows), table[rows], atol=2e-3)
 
 
+def test_a_probe_is_trained_once_and_again_for_other_labels(tmp_path, monkeypatch) -> None:
+    rng = np.random.default_rng(0)
+    labels, rows = np.arange(60) % 3, np.arange(60)
+    encoded = _encoded(rng.normal(size=(60, 5)), tmp_path, shard_rows=32)
+    parts = [classification.Part("all", labels[part], rows[part]) for part in (rows < 40, rows >= 40)]
+    task = classification.Task("category", tuple("abc"), *parts)
+    first = probing.probe(encoded, task, seeds=2)
+    table = probing.few_shot({"sam": encoded}, task, (1, 2), 2)
+
+    def forbidden(*_args, **_named):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(probing, "linear_probe", forbidden)
+    again = probing.probe(encoded, task, seeds=2)
+    for field in dataclasses.fields(ProbeResult):
+        np.testing.assert_equal(getattr(again, field.name), getattr(first, field.name))
+    pd.testing.assert_frame_equal(probing.few_shot({"sam": encoded}, task, (1, 2), 2), table)
+    other = dataclasses.replace(task, train=dataclasses.replace(task.train, labels=task.train.labels[::-1].copy()))
+    for changed in (lambda: probing.probe(encoded, task, seeds=3), lambda: probing.probe(encoded, other, seeds=2)):
+        with pytest.raises(AssertionError, match="trained again"):
+            changed()
+
+
 def test_a_separable_task_is_probed_perfectly_and_shuffled_labels_are_not(tmp_path) -> None:
     rng = np.random.default_rng(0)
     labels = np.arange(80) % 4

@@ -107,8 +107,8 @@ def test_half_written_files_of_a_killed_run_go(tmp_path: Path) -> None:
     left = figures_dir() / "pocket" / "notebooks" / ".01_probing.ipynb.x7a.ipynb"
     left.parent.mkdir(parents=True)
     left.write_text("{")
-    kept = left.with_name("01_probing.ipynb")
-    kept.write_text("{}")
+    kept = left.with_name("01_notes.txt")
+    kept.write_text("mine")
     study.run_study("pocket", notebooks=tmp_path / "notebooks")
     assert kept.exists() and not left.exists()
 

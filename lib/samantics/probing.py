@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +19,13 @@ from samantics.architectures import Wanted
 from samantics.classification import ClassificationData, Part, Task
 from samantics.encoders import load_encoder
 from samantics.figures import LABELS
+from samantics.files import atomic_path, hash_value
 from samantics.probe import Features, ProbeResult, few_shot_rows, knn_probe, linear_probe
 from samantics.provenance import Run, available_cores
 from samantics.store import Column, FeatureStore, Images, encode_images
 from samantics.uncertainty import bootstrap_mean
 
+PROBES = 1  # of what is kept; raised when the same probe would give other numbers
 KNN = 10  # neighbours of the headline; 20 to 200 change no order (notebook 01 prints them)
 FEW_SHOT_RATE, FEW_SHOT_EPOCHS = 0.3, 60  # one image per class leaves nothing to choose settings on
 
@@ -114,14 +118,46 @@ class _Chosen:
 def probe(
     encoded: Encoded, task: Task, kind: str = "linear", wanted: Wanted | None = None, seeds: int = 1, k: int = KNN
 ) -> ProbeResult:
-    """One probe of one task: ``linear`` (its settings chosen on held-out train images) or ``knn``."""
-    train_x, train_y = encoded.features(task.train, wanted)
-    test_x, test_y = encoded.features(task.test, wanted)
-    if kind == "knn":
-        return knn_probe(train_x, train_y, test_x, test_y, len(task.classes), (k,))[k]
-    return linear_probe(
-        train_x, train_y, test_x, test_y, len(task.classes), seeds=tuple(range(seeds)), groups=task.groups
-    )
+    """One probe of one task: ``linear`` (its settings chosen on held-out train images) or ``knn``; kept on disk."""
+
+    def make() -> ProbeResult:
+        train_x, train_y = encoded.features(task.train, wanted)
+        test_x, test_y = encoded.features(task.test, wanted)
+        if kind == "knn":
+            return knn_probe(train_x, train_y, test_x, test_y, len(task.classes), (k,))[k]
+        return linear_probe(
+            train_x, train_y, test_x, test_y, len(task.classes), seeds=tuple(range(seeds)), groups=task.groups
+        )
+
+    path = _kept_path([encoded], task, [kind, list(wanted or encoded.headline), k if kind == "knn" else seeds], "npz")
+    if not path.is_file():
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **dataclasses.asdict(make()))
+    with np.load(path) as arrays:
+        found: dict[str, Any] = {
+            name: arrays[name] if arrays[name].ndim > 1 else tuple(arrays[name].tolist()) for name in arrays.files
+        }
+    return ProbeResult(**found)
+
+
+def _kept_path(encoded: Sequence[Encoded], task: Task, what: list[Any], kind: str) -> Path:
+    """Where the outcome of probes is kept: its name says what it depends on."""
+    digest = hashlib.sha256()
+    for part in (task.train, task.test):
+        for values in (part.labels, part.rows):
+            digest.update(b"all" if values is None else np.ascontiguousarray(values).tobytes())
+    digest.update(b"" if task.groups is None else np.ascontiguousarray(task.groups).tobytes())
+    stores = [{split: store.folder.name for split, store in e.stores.items()} for e in encoded]
+    key = hash_value([PROBES, stores, task.name, digest.hexdigest(), what])
+    return encoded[0].stores[task.train.split].folder.parent / "probes" / f"{key}.{kind}"
+
+
+def _kept_table(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """The table in that file, made and written first where it is not there."""
+    if not path.is_file():
+        with atomic_path(path) as temporary:
+            make().to_csv(temporary, index=False)
+    return pd.read_csv(path, float_precision="round_trip", keep_default_na=False)
 
 
 def row(encoded: Encoded, task: Task, kind: str, result: ProbeResult, wanted: Wanted | None = None) -> dict[str, Any]:
@@ -198,6 +234,11 @@ def possible_shots(task: Task, shots: Sequence[int]) -> tuple[int, ...]:
 
 def few_shot(features: Mapping[str, Encoded], task: Task, shots: Sequence[int], seeds: int) -> pd.DataFrame:
     """Linear probes on 1, 2, 4 ... images of every class; each seed draws other images."""
+    path = _kept_path(list(features.values()), task, ["few shot", list(shots), seeds], "csv")
+    return _kept_table(path, lambda: _few_shot(features, task, shots, seeds))
+
+
+def _few_shot(features: Mapping[str, Encoded], task: Task, shots: Sequence[int], seeds: int) -> pd.DataFrame:
     jobs = [(e, count) for e in features.values() for count in shots]
     results = on_all_cores(lambda job: _few_shot_hits(job[0], job[1], task, seeds), jobs)
     rows = []
@@ -250,6 +291,11 @@ def protocol_rows(features: Mapping[str, Encoded], task: Task, seeds: int) -> pd
 
     Few encoders have the same width: each is also projected to the narrowest one's.
     """
+    path = _kept_path(list(features.values()), task, ["protocol", seeds], "csv")
+    return _kept_table(path, lambda: _protocol(features, task, seeds))
+
+
+def _protocol(features: Mapping[str, Encoded], task: Task, seeds: int) -> pd.DataFrame:
     narrowest = min(e.stores[task.train.split].dims[e.headline] for e in features.values())
     parts = on_all_cores(lambda e: _protocol_lines(e, task, narrowest, tuple(range(seeds))), list(features.values()))
     rows = []
