@@ -251,7 +251,7 @@ def clean_notebook(path: Path) -> None:
             data = output.get("data", {})
             if "image/png" in data:
                 data["image/png"] = _few_colours(data["image/png"])
-    text = nbformat.writes(notebook).replace(f"{PROJECT}/", "")
+    text = nbformat.writes(notebook).replace(f"{figures_dir()}/", "figures/").replace(f"{PROJECT}/", "")
     path.write_text(text + "\n", encoding="utf-8")
 
 
