@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import html
 import io
 import json
@@ -55,7 +56,11 @@ nav ul { display: flex; flex-wrap: wrap; gap: .3rem 1rem; padding: 0; list-style
 
 
 def notebook_page(notebook: nbformat.NotebookNode, title: str) -> str:
-    """An executed notebook as one HTML page that asks the network for nothing."""
+    """An executed notebook as one HTML page that asks the network for nothing; widgets show as their text."""
+    notebook = copy.deepcopy(notebook)
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):  # a widget's script wants libraries that a page without a network lacks
+            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
     exporter = nbconvert.HTMLExporter(template_name="basic")
     body, _ = exporter.from_notebook_node(notebook)
     back = '<nav><a href="../index.html">the report of this run</a></nav>'
