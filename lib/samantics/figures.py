@@ -94,10 +94,15 @@ def save_figure(run: Run, fig: Figure, table: pd.DataFrame, name: str, caption: 
         fig.savefig(temporary, dpi=PIXELS_WIDE / fig.get_figwidth(), metadata={"Software": None})
         if temporary.stat().st_size > HEAVY:
             with Image.open(temporary) as drawn:
-                few = drawn.convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG)
+                few = few_colours(drawn)
             few.save(temporary, optimize=True)
     save_table(run, table, name, caption)
     return path
+
+
+def few_colours(picture: Image.Image) -> Image.Image:
+    """A picture in 256 colours: a third of its size as a file."""
+    return picture.convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG)
 
 
 def save_table(run: Run, table: pd.DataFrame, name: str, caption: str = "") -> Path:

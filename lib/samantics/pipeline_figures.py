@@ -86,7 +86,7 @@ def references_figure(pipeline: Pipeline, seed: int = 0) -> Figure:
     for axis in axes.ravel():
         axis.axis("off")
     for axis, (category, group) in zip(axes.ravel(), chosen.items(), strict=False):
-        title = "\n".join(textwrap.wrap(f"{pipeline.data.names[category]} ({len(group)})", 18))
+        title = "\n".join(textwrap.wrap(f"{pipeline.data.names[category]} ({len(group)})", 15))
         show_reference(axis, pipeline.data.references, group[0], title)
     _headline(figure, "One reference of each class; in brackets how many there are")
     return figure

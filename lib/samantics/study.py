@@ -47,6 +47,7 @@ from papermill.engines import NBClientEngine, NotebookExecutionManager, papermil
 from PIL import Image
 
 from samantics.errors import StudyError
+from samantics.figures import few_colours
 from samantics.files import PROJECT, atomic_path, cache_dir
 from samantics.provenance import available_cores, figures_dir
 from samantics.report import notebook_page, write_report
@@ -258,7 +259,7 @@ def clean_notebook(path: Path) -> None:
 def _few_colours(png: str) -> str:
     """A picture (base64) in 256 colours."""
     with Image.open(io.BytesIO(base64.b64decode(png))) as drawn:
-        few = drawn.convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG)
+        few = few_colours(drawn)
     small = io.BytesIO()
     few.save(small, "PNG", optimize=True)
     return base64.b64encode(small.getvalue()).decode()
