@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from samantics.agreement import differences, table_differences
+from samantics.agreement import differences, equal_tables, table_differences
 
 KEYS = ["encoder"]
 OLD = pd.DataFrame(
@@ -67,3 +67,13 @@ def test_folders_are_compared_table_by_table(tmp_path: Path) -> None:
     assert differences(old, new) == ["03_oracles: ('b', 'segm'): AP is 70, expected 56 to 64"]
     (new / "03_oracles.csv").unlink()
     assert differences(old, new) == [f"{new / '03_oracles.csv'} is missing"]
+
+
+def test_equal_tables_are_counted(tmp_path: Path) -> None:
+    folders = tmp_path / "old", tmp_path / "new"
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        OLD.to_csv(folder / "same.csv", index=False)
+        OLD.assign(top1=number).to_csv(folder / "other.csv", index=False)
+    OLD.to_csv(folders[0] / "alone.csv", index=False)
+    assert equal_tables(*folders) == (1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from samantics import coco, matching
+from samantics.coco import box_iou
 from samantics.errors import StudyError
 from samantics.matching import MatchSettings, MemoryBank
 from samantics.preprocessing import Geometry, Preprocessing
@@ -108,6 +110,18 @@ def test_scores(scoring: str) -> None:
         assert np.allclose(scores, expected, atol=1e-6)
 
 
+def test_centred_scores_do_not_see_a_direction_that_all_features_share() -> None:
+    bank, shared = small_bank(), np.array([0, 0, 50.0])
+    features = np.array([[1.0, 0.2, 0], [0, 0.6, 0.8]])
+    drowned = dataclasses.replace(bank, prototypes=matching.unit(bank.prototypes + shared))
+    plain, centred = (
+        matching.class_scores(drowned, matching.unit(features + shared), MatchSettings(scoring=scoring))
+        for scoring in ("prototype", "centred")
+    )
+    assert np.ptp(plain) < 0.01
+    assert (centred[[0, 1], [0, 1]] > 0.5).all() and (centred[[0, 1], [1, 0]] == 0).all()
+
+
 def test_match_takes_the_best_class_and_thins_out_per_class() -> None:
     boxes = [(0, 0, 20, 20), (1, 1, 21, 21), (0, 0, 20, 21), (30, 30, 50, 50)]
     features = np.array([[1, 0, 0], [1, 0, 0], [0, 1, 0], [1, 0, 0]], np.float32)
@@ -121,6 +135,27 @@ def test_match_takes_the_best_class_and_thins_out_per_class() -> None:
     assert all(r["image_id"] == 7 for r in found)
     few = matching.match(7, proposals_of(boxes), features, small_bank(), MatchSettings(max_detections=1))
     assert len(few) == 1
+
+
+def test_nms_keeps_what_a_plain_loop_keeps() -> None:
+    rng = np.random.default_rng(0)
+    corners = rng.integers(0, 60, (80, 2))
+    boxes = [
+        (int(x), int(y), int(x + w), int(y + h))
+        for (x, y), (w, h) in zip(corners, rng.integers(5, 40, (80, 2)), strict=True)
+    ]
+    quality = (rng.permutation(80) + 1) / 80
+    proposals = proposals_of(boxes, (100, 100), quality=quality.tolist())
+    classes = rng.integers(0, 3, 80)
+    found = matching.ranked(1, proposals, np.zeros((80, 1), np.float32), classes, quality, MatchSettings())
+    kept: list[int] = []
+    for row in np.argsort(-quality):
+        iou = box_iou(np.array([boxes[row]], float), [boxes[k] for k in kept if classes[k] == classes[row]])
+        if iou.max(initial=0) <= 0.5:
+            kept.append(int(row))
+    expected = {(int(classes[k]), float(quality[k])) for k in kept}
+    assert 10 < len(expected) < 80
+    assert {(r["category_id"], r["score"]) for r in found} == expected
 
 
 def test_no_proposals_no_results() -> None:

@@ -125,6 +125,16 @@ def test_stored_pictures_equal_rendered_ones(tmp_path, monkeypatch) -> None:
     assert isinstance(mojiworld.stored_pictures(make, 5, "test").images, np.memmap)
 
 
+def test_a_half_rendered_folder_is_cleared_away(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("SAMANTICS_CACHE", str(tmp_path))
+    left = tmp_path / "mojiworld" / ".test_2.unfinished"  # as a killed run leaves it
+    left.mkdir(parents=True)
+    (left / "images.npy").write_bytes(b"half")
+    make = functools.partial(mojiworld.pretraining_picture, WORLD)
+    assert len(mojiworld.stored_pictures(make, 2, "test", workers=1)) == 2
+    assert not left.exists()
+
+
 @pytest.mark.parametrize("settings", [{"theme_strength": 1.5}, {"image_size": 8}])
 def test_impossible_worlds_are_refused(settings) -> None:
     with pytest.raises(StudyError, match="choose"):

@@ -7,12 +7,15 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from samantics import classification, mojiworld, probing
+from samantics.encoders import load_encoder
 from samantics.errors import StudyError
-from samantics.probe import ProbeResult
+from samantics.probe import ProbeResult, knn_probe, linear_probe
 from samantics.store import encode_images
+from samantics.uncertainty import bootstrap_mean
 from stub_encoder import MEAN, LookUp
 
 
@@ -167,3 +170,27 @@ def test_a_folder_of_ones_own_is_one_task(tmp_path, pocket_run) -> None:
     task = found.tasks["class"]
     assert found.name == "own" and task.classes == ("cat", "dog")
     assert len(task.train.labels) + len(task.test.labels) == 10 and task.chance == 50
+
+
+@pytest.mark.parametrize("name", ["sam", "dinov2"])
+def test_half_precision_on_disk_changes_no_accuracy_beyond_its_interval(name: str, tmp_path) -> None:
+    """The zoo's features of 40 drawings, as they come and as the store keeps them."""
+    encoder, world = load_encoder(name), mojiworld.World()
+    views = mojiworld.render(lambda index: mojiworld.object_picture(world, "halves", index, index // 6), range(240))
+    labels, test = np.arange(240) // 6, np.arange(240) % 6 > 3
+    with torch.inference_mode():
+        pixels = encoder.inputs([Image.fromarray(image) for image in views.images])
+        whole = encoder.pooled(pixels, [encoder.headline])[encoder.headline].numpy()
+    half = encode_images(encoder, views.images, [encoder.headline], "data", folder=tmp_path).read(encoder.headline)
+    assert not np.array_equal(whole, half)
+    results = [
+        (
+            linear_probe(x[~test], labels[~test], x[test], labels[test], 40, seeds=(0,)),
+            knn_probe(x[~test], labels[~test], x[test], labels[test], 40, (10,))[10],
+        )
+        for x in (whole, half)
+    ]
+    for before, after in zip(*results, strict=True):
+        interval = bootstrap_mean(100.0 * before.top1)
+        assert interval.low <= 100 * after.top1.mean() <= interval.high
+        assert (before.predictions == after.predictions).mean() > 0.9

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from sklearn.metrics import normalized_mutual_info_score, silhouette_score
+from sklearn.model_selection import GroupKFold
 
 from samantics.errors import StudyError
 from samantics.separability import METRICS, knn_predictions, linear_predictions, nmi, separability, tsne_map
@@ -47,6 +48,17 @@ def test_neighbours_against_brute_force() -> None:
         for other in nearest:
             votes[LABELS[other]] += max(0.0, float(directions[point] @ directions[other]))
         assert predicted[point] == votes.argmax()
+
+
+def test_linear_predictions_are_those_of_the_normal_equations() -> None:
+    predicted = linear_predictions(MIXED, LABELS, GROUPS)
+    targets = np.where(LABELS[:, None] == np.arange(4), 1.0, -1.0)
+    for train, test in GroupKFold(5).split(MIXED, LABELS, GROUPS):
+        mean, deviation = MIXED[train].mean(0), MIXED[train].std(0)
+        x, wanted = (MIXED[train] - mean) / deviation, targets[train] - targets[train].mean(0)
+        weights = np.linalg.solve(x.T @ x + len(train) * np.eye(x.shape[1]), x.T @ wanted)
+        scores = (MIXED[test] - mean) / deviation @ weights + targets[train].mean(0)
+        np.testing.assert_array_equal(predicted[test], scores.argmax(1))
 
 
 def test_a_group_never_recognises_its_own_members() -> None:

@@ -81,14 +81,41 @@ def test_ablations_come_from_notebook_01(tmp_path: Path) -> None:
     pooling = [row("clip", "final", kind, v) for kind, v in (("cls", 50), ("mean", 30), ("object", 40))]
     for name, rows in (("probe_accuracy", probes), ("layers", layers), ("pooling", pooling)):
         pd.DataFrame(rows).to_csv(tmp_path / f"01_{name}.csv", index=False)
-    table = zoo_study.ablation_table(tmp_path)
+    table = zoo_study.ablation_table(tmp_path, pd.DataFrame(columns=["model"]))
     assert table.columns.tolist() == zoo_study.ABLATION
     found = {(r.encoder, r.setting): r.top1 for r in table.itertuples()}
     assert found == {
         ("sam", "trained"): 5, ("sam", "untrained"): 2, ("sam", "last trunk block"): 8, ("sam", "neck"): 6,
-        ("sam2", "last trunk block"): 8, ("sam2", "neck"): 6, ("clip", "mean"): 30, ("clip", "object"): 40,
+        ("sam2", "last trunk block"): 8, ("sam2", "neck"): 6, ("clip", "image"): 30, ("clip", "object"): 40,
     }  # fmt: skip
     plt.close(zoo_study.ablation_figure(table))
     (tmp_path / "01_layers.csv").unlink()
     with pytest.raises(StudyError, match="run notebook 01 first"):
-        zoo_study.ablation_table(tmp_path)
+        zoo_study.ablation_table(tmp_path, pd.DataFrame(columns=["model"]))
+
+
+def test_controls_stand_beside_the_encoder_that_they_differ_from_in_one_thing(tmp_path: Path) -> None:
+    def row(encoder: str, top1: float) -> dict[str, object]:
+        head = {"encoder": encoder, "labels": "drawing", "probe": "linear", "layer": "final", "pooling": "mean"}
+        return head | {"seeds": 3, "top1": top1, "top1_low": top1 - 1, "top1_high": top1 + 1}
+
+    probes = pd.DataFrame([row(name, value) for name, value in (("sam", 5), ("clip", 40), ("random", 1))])
+    for name in ("probe_accuracy", "layers", "pooling"):
+        probes[probes["encoder"] == "random" if name == "pooling" else slice(None)].to_csv(tmp_path / f"01_{name}.csv")
+    images = zoo.card("sam")["recipe"]["images"]
+    controls = pd.DataFrame(
+        [
+            row("", value) | {"model": model, "theme_strength": themes, "images": seen}
+            for model, themes, seen, value in (
+                ("supervised", 0.8, images, 60),
+                ("clip", 0.0, images, 30),
+                ("clip", 0.8, images, 41),  # another seed, perhaps, but no other world
+                ("simclr", 0.8, images // 2, 20),  # saw less than the zoo: no comparison
+            )
+        ]
+    )
+    table = zoo_study.ablation_table(tmp_path, controls)
+    found = {(f, e): dict(zip(r["setting"], r["top1"], strict=True)) for f, e, r in zoo_study.ablation_pairs(table)}
+    assert found["objective", "sam"] == {"masks": 5, "names of drawings": 60}
+    assert found["world", "clip"] == {"themes": 40, "no themes": 30}
+    assert ("last quarter", "dinov2") not in found

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from samantics import mojiworld
 from samantics.errors import StudyError
 from samantics.files import cache_dir
-from samantics.images import ImageFolder, class_names, image_folders, imagenette
+from samantics.images import ImageFolder, class_names, image_folders, imagenette, writable
 from samantics.provenance import Run
 from samantics.store import Images
 
@@ -86,7 +86,7 @@ def scale_data(run: Run, folder: Path | str = "") -> ClassificationData:
     """
     settings = run.scale.probing
     if folder:
-        return folder_data(Path(folder).name, image_folders(folder, run.seed))
+        return folder_data(writable(Path(folder).name), image_folders(folder, run.seed))
     if run.scale.name == "pocket":
         return mojiworld_data(mojiworld.World(), settings.views, settings.test_views)
     if run.scale.name == "lite":

@@ -24,7 +24,10 @@ from tqdm.auto import tqdm
 from samantics import mojiworld
 from samantics.errors import StudyError
 from samantics.files import atomic_path, hash_value, write_json
-from samantics.images import open_image
+from samantics.images import MAX_PIXELS, open_image, printable, writable
+
+LONGEST_OUTLINE = 1e6  # pixels, and the farthest from the origin: pycocotools walks it in steps of a fifth
+LARGEST_ID = 2**63 - 1
 
 Mask = NDArray[np.bool_]
 Box = tuple[float, float, float, float]
@@ -130,7 +133,7 @@ def load_coco(annotations: Path | str, images: Path | str) -> CocoDataset:
     if not records:
         raise StudyError(f"{path} lists no images: choose a COCO file with some")
     records = _located(path, folder, records)
-    categories = {c["id"]: str(c["name"]) for c in _entries(path, content, "categories", ("id", "name"))}
+    categories = {c["id"]: writable(str(c["name"])) for c in _entries(path, content, "categories", ("id", "name"))}
     notes: list[str] = []
     fields = ("id", "image_id", "category_id", "segmentation")
     instances = [
@@ -142,10 +145,10 @@ def load_coco(annotations: Path | str, images: Path | str) -> CocoDataset:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())  # of bytes it knows UTF-8, 16 and 32, with and without a mark
     except OSError as error:
         raise StudyError(f"{path} cannot be read ({error.strerror}): check the path") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StudyError(f"{path} is not valid JSON ({error}): repair or export it again") from error
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise StudyError(f'{path} is not COCO instance data (no list "images"): export it in COCO format')
@@ -167,12 +170,11 @@ def _entries(path: Path, content: dict[str, Any], key: str, fields: Sequence[str
                 else f"{what} at position {position}"
             )
             raise StudyError(f"{path}: {name} has no {lacking[0]}: add it or remove the {what}")
-        wrong = [
-            f for f in fields if f.endswith("id") and (not isinstance(entry[f], int) or isinstance(entry[f], bool))
-        ]
+        wrong = [f for f in fields if f.endswith("id") and not _is_id(entry[f])]
         if wrong:
             raise StudyError(
-                f"{path}: {what} {entry['id']!r}: {wrong[0]} is {entry[wrong[0]]!r}, not an integer: correct it"
+                f"{path}: {what} {entry['id']!r}: {wrong[0]} is {entry[wrong[0]]!r}, not an integer of 64 bits: "
+                "correct it"
             )
     repeated = [number for number, count in Counter(entry["id"] for entry in entries).items() if count > 1]
     if repeated:
@@ -182,12 +184,18 @@ def _entries(path: Path, content: dict[str, Any], key: str, fields: Sequence[str
     return entries
 
 
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST_ID
+
+
 def _image_record(path: Path, entry: dict[str, Any]) -> ImageRecord:
     width, height = entry["width"], entry["height"]
-    if not all(isinstance(side, int) and side > 0 for side in (width, height)):
+    if not all(_is_id(side) and side > 0 for side in (width, height)):
         raise StudyError(
             f"{path}: image {entry['id']} has size {width}x{height}: give width and height in whole pixels"
         )
+    if width * height > MAX_PIXELS:  # beyond 32 bits pycocotools miscounts
+        raise StudyError(f"{path}: image {entry['id']} has {width}x{height} pixels, over 100 million: shrink it")
     name = PurePosixPath(str(entry["file_name"]).replace("\\", "/"))
     if name.is_absolute() or ".." in name.parts or "\0" in str(name):
         raise StudyError(
@@ -199,12 +207,14 @@ def _image_record(path: Path, entry: dict[str, Any]) -> ImageRecord:
 
 def _located(path: Path, folder: Path, records: dict[int, ImageRecord]) -> dict[int, ImageRecord]:
     """The records, with the sub-folder in ``file`` where an image lies in one (``train2017``, ``val2017``)."""
-    missing = [record for record in records.values() if not (folder / record.file).is_file()]
+    # os.path: a name that is too long for a file is no file
+    missing = [record for record in records.values() if not os.path.isfile(folder / record.file)]
     if not missing:
         return records
     places: dict[str, list[Path]] = {}
     for place in sorted(folder.rglob("*")):
-        places.setdefault(place.name, []).append(place)
+        if place.is_file():  # no folder, no pipe, no broken link
+            places.setdefault(place.name, []).append(place)
     found = {record.id: places.get(Path(record.file).name, []) for record in missing}
     twice = next((number for number, hits in found.items() if len(hits) > 1), None)
     if twice is not None:
@@ -215,7 +225,7 @@ def _located(path: Path, folder: Path, records: dict[int, ImageRecord]) -> dict[
     missing = [record for record in missing if not found[record.id]]
     if missing:
         raise StudyError(
-            f"{folder / missing[0].file} is missing (image {missing[0].id} of {path}; {len(missing)} of "
+            f"{printable(folder / missing[0].file)} is missing (image {missing[0].id} of {path}; {len(missing)} of "
             f"{len(records)} are): add the files or give their folder"
         )
     moved = {n: dataclasses.replace(records[n], file=str(hits[0].relative_to(folder))) for n, hits in found.items()}
@@ -243,8 +253,11 @@ def _instance(
         return None
     if outside:
         notes.append(f"{path.name}: annotation {number} reaches outside image {image.id}: cut at the frame")
-    said = entry.get("area")
-    if not isinstance(said, (int, float)) or said <= 0 or outside:
+    crowd = entry.get("iscrowd")
+    if crowd not in (0, 1, None):
+        raise StudyError(f"{path}: annotation {number}: iscrowd is {crowd!r}, not 0 or 1: correct it")
+    said = entry.get("area", 0)
+    if outside or not _is_number(said) or not 0 < said <= image.width * image.height:
         said = area
     return Instance(
         id=number,
@@ -253,7 +266,7 @@ def _instance(
         box=_box(entry.get("bbox"), rle, image),
         area=float(said),
         rle=rle,
-        crowd=bool(entry.get("iscrowd", 0)),
+        crowd=bool(crowd),
         drawing=entry.get("drawing"),
         held_out=bool(entry.get("held_out", False)),
     )
@@ -269,6 +282,8 @@ def _rle(path: Path, number: int, segmentation: Any, image: ImageRecord) -> tupl
                 raise ValueError(f"its size is {segmentation['size']}, the image's is {size}")
             counts = segmentation["counts"]
             runs = counts if isinstance(counts, list) else _run_lengths(counts)
+            if not all(isinstance(run, int) for run in runs):
+                raise ValueError("its run lengths are not all integers")
             if min(runs, default=0) < 0 or sum(runs) != image.height * image.width:
                 raise ValueError("its run lengths do not fill the image")  # decoding them would read foreign memory
             rle = mask_tools.frPyObjects({"size": size, "counts": runs}, *size)
@@ -278,18 +293,26 @@ def _rle(path: Path, number: int, segmentation: Any, image: ImageRecord) -> tupl
                 p.ndim != 1 or p.size < 6 or p.size % 2 or not np.isfinite(p).all() for p in polygons
             ):
                 raise ValueError("a polygon needs three or more x, y pairs")
+            if max(_outline(p) for p in polygons) > LONGEST_OUTLINE:
+                raise ValueError("a polygon has over a million pixels of outline or lies as far away")
             # a pixel beyond the frame is the rounding of annotation tools, not a fault worth a line
             outside = any(
                 (p < -1).any() or (p[::2] > image.width + 1).any() or (p[1::2] > image.height + 1).any()
                 for p in polygons
             )
             rle = mask_tools.merge(mask_tools.frPyObjects([p.tolist() for p in polygons], *size))
-    except (IndexError, KeyError, TypeError, ValueError) as error:
+    except (IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise StudyError(
             f"{path}: annotation {number} has no usable segmentation ({error}): correct or remove it"
         ) from error
     counts = rle["counts"]
     return {"size": size, "counts": counts.decode() if isinstance(counts, bytes) else counts}, outside
+
+
+def _outline(polygon: NDArray[np.float64]) -> float:
+    """Pixels of the way from the origin along all points ``x, y, x, y, ...``."""
+    points = polygon.clip(-1e9, 1e9).reshape(-1, 2)
+    return float(np.abs(points[1:] - points[:-1]).sum() + np.abs(points[0]).sum())
 
 
 def _run_lengths(counts: str) -> list[int]:
@@ -300,6 +323,8 @@ def _run_lengths(counts: str) -> list[int]:
         bits = ord(character) - 48
         value |= (bits & 31) << shift
         shift += 5
+        if shift > 60:
+            raise ValueError("its run lengths are too large")
         if bits & 32:
             continue
         value -= (bits & 16) << (shift - 4)
@@ -311,14 +336,19 @@ def _run_lengths(counts: str) -> list[int]:
 
 
 def _box(said: Any, rle: Rle, image: ImageRecord) -> Box:
-    """The file's box cut at the frame; the mask's own where the file's is missing or empty."""
+    """The file's box cut at the frame; the mask's own where the file's is missing, empty or no four numbers."""
     for candidate in (said, mask_tools.toBbox(rle).tolist()):
-        if isinstance(candidate, list) and len(candidate) == 4:
+        if isinstance(candidate, list) and len(candidate) == 4 and all(_is_number(value) for value in candidate):
             x, y, width, height = (float(v) for v in candidate)
             x0, y0, x1, y1 = max(x, 0.0), max(y, 0.0), min(x + width, image.width), min(y + height, image.height)
             if x1 > x0 and y1 > y0:
                 return x0, y0, x1, y1
     raise AssertionError("a mask with pixels has a box")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value of JSON is a number that a pixel can have: no NaN, no infinity, no truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
 
 
 def read_image(dataset: CocoDataset, image_id: int) -> Image.Image:
@@ -443,7 +473,7 @@ def choose_references(
         raise StudyError(
             f"{dataset.path}: no instance can be a reference by {rule or ReferenceRule()}: add some or relax the rule"
         )
-    return {category_id: _draw(pools[category_id], shots, [seed, category_id]) for category_id in sorted(pools)}
+    return {c: _draw(pools[c], shots, [seed, c % 2**64]) for c in sorted(pools)}  # ids may be negative, seeds not
 
 
 def _draw(pool: Sequence[Instance], shots: int, seed: list[int]) -> tuple[Instance, ...]:

@@ -183,6 +183,25 @@ def load_encoder(
         if not architecture.any_size and image_size != preprocess.size:
             raise StudyError(f"encoder {name} takes {preprocess.size}-pixel images only: leave image_size out")
         preprocess = dataclasses.replace(preprocess, size=image_size, short=0)
+    if not all(bool(values.isfinite().all()) for values in model.parameters()):
+        raise StudyError(f"the weights of encoder {name} ({weights}) are not all finite numbers: use the official file")
+    return _encoder(name, architecture, model, weights_hash, preprocess, device, half)
+
+
+def zoo_encoder(name: str, model: nn.Module, weights_hash: str) -> Encoder:
+    """A model of the zoo's architecture ``name`` as an encoder, wherever its weights come from."""
+    return _encoder(name, ZOO[name], model, weights_hash, Preprocessing(zoo.DEFAULT.image_size, "squash"))
+
+
+def _encoder(
+    name: str,
+    architecture: Architecture,
+    model: nn.Module,
+    weights_hash: str,
+    preprocess: Preprocessing,
+    device: str | torch.device = "cpu",
+    half: bool = False,
+) -> Encoder:
     model = model.to(device).eval().requires_grad_(False)
     blocks = tuple(f"block_{number:02d}" for number in range(1, len(architecture.blocks(model)) + 1))
     return Encoder(

@@ -84,7 +84,8 @@ def evaluate(
         class_agnostic: treat all these categories as one.
 
     Raises:
-        StudyError: unknown ``iou_type``; a prediction of an image or category that the data does not have; NaN scores.
+        StudyError: unknown ``iou_type`` or category; a prediction of an image that the data does not have, with a mask
+            of another size, or with a score or box that is not finite.
     """
     if iou_type not in IOU_TYPES:
         raise StudyError(f"iou_type is {iou_type!r}: choose from {', '.join(IOU_TYPES)}")
@@ -115,12 +116,23 @@ def _check(dataset: CocoDataset, results: Sequence[Result], category_ids: tuple[
             raise StudyError(
                 f"a prediction of image {result['image_id']} has the score {result['score']}: scores must be finite"
             )
+        box, image = result.get("bbox", (0, 0, 0, 0)), dataset.images[result["image_id"]]
+        if len(box) != 4 or not np.isfinite(box).all() or min(box[2:]) < 0:
+            raise StudyError(
+                f"a prediction of image {image.id} has the box {list(box)}: give finite x, y, width, height"
+            )
+        size = result["segmentation"]["size"] if "segmentation" in result else [image.height, image.width]
+        if list(size) != [image.height, image.width]:
+            raise StudyError(
+                f"a prediction of image {image.id} has a mask of {size[0]}x{size[1]} (height x width), the image has "
+                f"{image.height}x{image.width}: predict at the image's size"
+            )
 
 
 def _annotations(dataset: CocoDataset, label: dict[int, int]) -> COCO:
     entries = [
         {
-            "id": i.id,
+            "id": number,  # not the file's own: COCOeval takes an object of id 0 for one that is never found
             "image_id": i.image_id,
             "category_id": label[i.category_id],
             "bbox": [i.box[0], i.box[1], i.box[2] - i.box[0], i.box[3] - i.box[1]],
@@ -128,7 +140,7 @@ def _annotations(dataset: CocoDataset, label: dict[int, int]) -> COCO:
             "iscrowd": int(i.crowd),
             "segmentation": i.rle,
         }
-        for i in dataset.instances
+        for number, i in enumerate(dataset.instances, start=1)
         if i.category_id in label
     ]
     return _coco(dataset, entries, label)

@@ -72,8 +72,14 @@ def style() -> None:
             "lines.linewidth": 2.0,
             "errorbar.capsize": 3.0,
             "svg.hashsalt": "samantics",
+            "text.parse_math": False,  # a class of the user's may have a dollar in its name
         }
     )
+
+
+def headline(figure: Figure, text: str) -> None:
+    """Write the message of a figure of several panels above them."""
+    figure.suptitle(text, fontweight="bold", fontsize=12, x=0.01, ha="left")
 
 
 def save_figure(run: Run, fig: Figure, table: pd.DataFrame, name: str, caption: str) -> Path:

@@ -6,6 +6,9 @@ import dataclasses
 import functools
 import os
 import re
+import stat
+import tarfile
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from samantics.files import hash_value
 
 MAX_PIXELS = 100_000_000  # a larger picture is a mistake or a decompression bomb
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"}
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")  # Pillow has EPS run a program
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
 
 
@@ -25,21 +29,34 @@ def open_image(path: Path | str) -> Image.Image:
     """The picture as RGB, turned as its EXIF says.
 
     CMYK, palettes and grey become RGB as Pillow converts them; an alpha channel is dropped, as the encoders' own
-    packages do; 16-bit grey is scaled to 8 bits (Pillow alone would clip it to white).
+    packages do; 16-bit grey is scaled to 8 bits (Pillow alone would clip it to white); an animation is its first frame.
 
     Raises:
-        StudyError: missing, not an image, damaged, cut short, or of more than ``MAX_PIXELS`` pixels.
+        StudyError: missing, not a file, not an image, damaged, cut short, or of more than ``MAX_PIXELS`` pixels.
     """
     try:
-        with Image.open(path) as image:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+            raise StudyError(f"{printable(path)} is a folder, pipe or device and not an image file: remove it")
+        with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise StudyError(f"{path} has {image.width}x{image.height} pixels, over 100 million: shrink it")
+                size = f"{image.width}x{image.height}"
+                raise StudyError(f"{printable(path)} has {size} pixels, over 100 million: shrink it")
             return _as_rgb(ImageOps.exif_transpose(image))
+    except StudyError:
+        raise
     except FileNotFoundError as error:
-        raise StudyError(f"{path} does not exist: check the path") from error
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise StudyError(f"{path} cannot be read as an image ({reason}): replace or remove it") from error
+        raise StudyError(f"{printable(path)} does not exist: check the path") from error
+    except Image.DecompressionBombError as error:
+        raise StudyError(f"{printable(path)} has far over 100 million pixels: shrink it") from error
+    except Exception as error:  # damaged files make Pillow raise nearly every kind
+        known = error.strerror if isinstance(error, OSError) else None  # without the path, which is named already
+        reason = known or (str(error) or type(error).__name__).splitlines()[0].replace(repr(str(path)), "it")
+        raise StudyError(f"{printable(path)} cannot be read as an image ({reason}): replace or remove it") from error
+
+
+def printable(path: Path | str) -> str:
+    """A path for a message: in quotes and escaped where it has line breaks, control characters or odd bytes."""
+    return str(path) if str(path).isprintable() else repr(str(path))
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -83,10 +100,17 @@ class ImageFolder:
     @functools.cached_property
     def hash(self) -> str:
         """Identifies the files by class, name, size and time of change (reading ImageNet takes an hour)."""
-        stats = [path.stat() for path in self.paths]
+        stats = [_stat(path) for path in self.paths]
         return hash_value(
             [[p.parent.name, p.name, s.st_size, s.st_mtime_ns] for p, s in zip(self.paths, stats, strict=True)]
         )
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError:  # a link that leads nowhere
+        return path.lstat()
 
 
 def image_folders(root: Path | str, seed: int = 0, val_share: float = 0.2) -> tuple[ImageFolder, ImageFolder]:
@@ -128,9 +152,9 @@ def read_folder(root: Path | str) -> ImageFolder:
     labels: list[int] = []
     for label, name in enumerate(classes):
         files = (root / name).rglob("[!.]*")
-        found = sorted(path for path in files if path.suffix.lower() in SUFFIXES)
+        found = sorted(path for path in files if path.suffix.lower() in SUFFIXES and not path.is_dir())
         if not found:
-            raise StudyError(f"{root / name} has no images: fill it or remove the folder")
+            raise StudyError(f"{printable(root / name)} has no images: fill it or remove the folder")
         paths += found
         labels += [label] * len(found)
     return ImageFolder(tuple(paths), np.array(labels, np.int64), tuple(classes))
@@ -165,17 +189,24 @@ def imagenette(root: Path | str) -> tuple[ImageFolder, ImageFolder]:
     """Train and validation images of Imagenette (320 px): ten classes of ImageNet, fetched and verified by torchvision.
 
     Raises:
-        StudyError: it is not in ``root`` and cannot be downloaded.
+        StudyError: it is not in ``root`` and cannot be downloaded, or what came is not it.
     """
     from torchvision.datasets import Imagenette
+    from torchvision.datasets.utils import download_url
 
     folder = Path(root) / "imagenette2-320"
     if not folder.is_dir():
+        source, md5 = Imagenette._ARCHIVES["320px"]
         try:
-            Path(root).mkdir(parents=True, exist_ok=True)
-            Imagenette(root, size="320px", download=True)
-        except (OSError, RuntimeError, EOFError) as error:
-            source = Imagenette._ARCHIVES["320px"][0]
+            download_url(source, root, md5=md5)
+            # torchvision would let an archive write outside the folder, and leave half of it when killed
+            with (
+                tarfile.open(Path(root) / Path(source).name) as archive,
+                tempfile.TemporaryDirectory(prefix=".imagenette.", dir=root) as unpacked,
+            ):
+                archive.extractall(unpacked, filter="data")
+                os.replace(Path(unpacked) / folder.name, folder)
+        except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:
             raise StudyError(f"cannot fetch Imagenette ({error}): unpack {source} into {root} yourself") from error
     return image_folders(folder)
 
@@ -189,7 +220,7 @@ def class_names(classes: Sequence[str]) -> tuple[str, ...]:
     The thousand ids are known by their order; of a part of them (Imagenette) those that torchvision names.
     """
     if not all(re.fullmatch(r"n\d{8}", name) for name in classes):
-        return tuple(classes)
+        return tuple(writable(name) for name in classes)
     if len(classes) == 1000:
         from open_clip import IMAGENET_CLASSNAMES  # heavy to import, and needed here only
 
@@ -197,3 +228,8 @@ def class_names(classes: Sequence[str]) -> tuple[str, ...]:
     from torchvision.datasets import Imagenette
 
     return tuple(Imagenette._WNID_TO_CLASS.get(name, (name,))[0] for name in classes)
+
+
+def writable(name: str) -> str:
+    """A name as tables and pictures can hold it: one line of proper Unicode; folders may be named by any bytes."""
+    return " ".join(name.encode("utf-8", "replace").decode().split()) or "(blank)"

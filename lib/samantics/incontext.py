@@ -40,7 +40,7 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
 
 from samantics.coco import CocoDataset
 from samantics.errors import StudyError
-from samantics.files import atomic_path
+from samantics.files import atomic_path, remove_leftovers
 from samantics.incontext_features import FeatureSource, Objects, SamMaps
 from samantics.scales import InContextSettings
 
@@ -136,7 +136,7 @@ class InContextModel(nn.Module):
         found = self.decoder(
             inputs_embeds=content + embeddings[:, None],
             object_queries_position_embeddings=self.place(box_waves(boxes, content.shape[1] // 2)),
-            encoder_hidden_states=memory[owner],
+            encoder_hidden_states=memory.index_select(0, owner),  # memory[owner] adds its gradients in any order
             encoder_attention_mask=inside[owner],
             reference_points=boxes,
             valid_ratios=torch.ones(pairs, levels, 2, device=memory.device),
@@ -523,6 +523,7 @@ def train(model: InContextModel, lesson: Lesson, checkpoint: Checkpoint) -> pd.D
     """
     settings, device = lesson.settings, next(model.parameters()).device
     optimiser = torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
+    remove_leftovers(checkpoint.path.parent)
     state = checkpoint.load(device)
     first, curve = 0, []
     if state is not None:

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from samantics.coco import CocoDataset, Instance, rles_of
 from samantics.errors import StudyError
 from samantics.evaluation import IOU_TYPES, Result, ap_interval, evaluate
-from samantics.files import atomic_path
+from samantics.files import atomic_path, reading
 from samantics.incontext import InContextModel, Split
 from samantics.incontext_features import FeatureSource, box_masks, input_scales
 from samantics.scales import InContextSettings
@@ -309,8 +309,12 @@ def save_trials(trials: Sequence[Trial], path: Path) -> None:
 
 
 def load_trials(path: Path) -> list[Trial]:
-    """What :func:`save_trials` wrote."""
-    with np.load(path) as arrays:
+    """What :func:`save_trials` wrote.
+
+    Raises:
+        StudyError: the file is damaged.
+    """
+    with reading(path), np.load(path) as arrays:
         return [
             Trial(int(shots), int(seed), *_half(arrays, f"{number}_found"), *_half(arrays, f"{number}_noise"))
             for number, (shots, seed) in enumerate(arrays["draws"])

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from samantics.architectures import listen
 from samantics.coco import CocoDataset, read_image
 from samantics.errors import StudyError
-from samantics.files import atomic_path, hash_value
+from samantics.files import atomic_path, hash_value, reading
 from samantics.preprocessing import Preprocessing
 
 SHARD = 512  # images whose mask tokens are one file
@@ -299,7 +299,10 @@ def stored_features(
         for part, values in parts.items():
             with atomic_path(paths[part]) as temporary:
                 np.save(temporary, values)
-    loaded = {part: np.load(path, mmap_mode="r") for part, path in paths.items()}
+    loaded = {}
+    for part, path in paths.items():
+        with reading(path):
+            loaded[part] = np.load(path, mmap_mode="r")
     return StoredFeatures(loaded["trunk"], loaded["neck"], loaded["inside"], sam.device)
 
 
@@ -324,7 +327,8 @@ def reference_tokens(
     decoder = sam.mask_decoder
     found = np.zeros((len(objects.image), decoder.num_mask_tokens, decoder.transformer_dim), np.float16)
     for (start, end), path in zip(spans, paths, strict=True):
-        found[(objects.image >= start) & (objects.image < end)] = np.load(path)
+        with reading(path):
+            found[(objects.image >= start) & (objects.image < end)] = np.load(path)
     return found
 
 

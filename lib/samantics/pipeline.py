@@ -26,7 +26,7 @@ from samantics.coco import (
 from samantics.encoders import Encoder, load_encoder
 from samantics.errors import StudyError
 from samantics.evaluation import IOU_TYPES, METRICS, Result, ap_interval, evaluate, perfect_results
-from samantics.files import hash_value, write_json
+from samantics.files import hash_value, reading, write_json
 from samantics.matching import (
     Features,
     MatchSettings,
@@ -226,7 +226,8 @@ def ap_table(pipeline: Pipeline, variants: Iterable[Variant], iou_types: Sequenc
 def _cached(pipeline: Pipeline, variant: Variant, iou_types: Sequence[str]) -> list[dict[str, Any]]:
     path = pipeline.run.cache / "pipeline" / f"{_key(pipeline, variant, iou_types)}.json"
     if path.is_file():
-        rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        with reading(path):
+            rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
         return rows
     runs = [pipeline.predict(variant, seed) for seed in pipeline.references]
     labels = {name: getattr(variant, name) for name in ("proposals", "source", "merging", "shots")}

@@ -15,7 +15,7 @@ from PIL import Image
 
 from samantics.coco import Box, CocoDataset, Instance, Mask, mask_of, read_image
 from samantics.evaluation import Result
-from samantics.figures import COLOURS, LABELS
+from samantics.figures import COLOURS, LABELS, headline
 from samantics.pipeline import Pipeline
 from samantics.proposals import Proposals
 
@@ -88,13 +88,8 @@ def references_figure(pipeline: Pipeline, seed: int = 0) -> Figure:
     for axis, (category, group) in zip(axes.ravel(), chosen.items(), strict=False):
         title = "\n".join(textwrap.wrap(f"{pipeline.data.names[category]} ({len(group)})", 15))
         show_reference(axis, pipeline.data.references, group[0], title)
-    _headline(figure, "One reference of each class; in brackets how many there are")
+    headline(figure, "One reference of each class; in brackets how many there are")
     return figure
-
-
-def _headline(figure: Figure, text: str) -> None:
-    """The message of a figure of several panels."""
-    figure.suptitle(text, fontweight="bold", fontsize=12, x=0.01, ha="left")
 
 
 def show_reference(axis: Axes, dataset: CocoDataset, instance: Instance, title: str) -> None:
@@ -122,7 +117,7 @@ def step_figure(pipeline: Pipeline, image_id: int, scores: NDArray[np.float32], 
     drawn = axes[2].imshow(best, cmap="viridis", vmin=0, vmax=1)
     figure.colorbar(drawn, ax=axes[2], shrink=0.7)
     show_instances(axes[3], pipeline, image_id, results, [HIT] * len(results), f"4 the best {len(results)} instances")
-    _headline(figure, "One image from a grid of points to named instances")
+    headline(figure, "One image from a grid of points to named instances")
     return figure
 
 
@@ -142,7 +137,7 @@ def gallery_figure(pipeline: Pipeline, image_ids: Sequence[int], found: pd.DataF
         right = int((rows["kind"] == "correct").sum())
         title = f"predicted: {right} of {len(truth)} right"
         show_instances(axes[1, column], pipeline, image_id, list(rows["result"]), colours, title)
-    _headline(figure, "The best and the worst images (green: right, orange: half right, red: wrong)")
+    headline(figure, "The best and the worst images (green: right, orange: half right, red: wrong)")
     return figure
 
 
@@ -322,7 +317,7 @@ def likeness_figure(image: Image.Image, point: tuple[float, float], maps: Mappin
         axis.imshow(values, cmap="magma", vmin=0, vmax=1)
         axis.set_title(LABELS[name], fontsize=9, color=COLOURS[name])
         axis.axis("off")
-    _headline(figure, "Which places resemble the clicked one?")
+    headline(figure, "Which places resemble the clicked one?")
     for axis in axes:
         axis.plot(*point, "+", color="black", markersize=13, markeredgewidth=4)
         axis.plot(*point, "+", color=OUTLINE, markersize=12, markeredgewidth=2)
@@ -339,5 +334,5 @@ def click_figure(
         if mask.any():
             outline(axis, mask, OUTLINE)
         axis.plot(*point, "*", color="white", markeredgecolor="black", markersize=13)
-    _headline(figure, "One click, three masks, and the class that each would get")
+    headline(figure, "One click, three masks, and the class that each would get")
     return figure

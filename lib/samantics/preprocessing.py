@@ -17,6 +17,7 @@ from samantics.zoo import MEAN, STD
 IMAGENET = (MEAN, STD)
 OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+LONGEST_SIDE = 100_000  # pixels after resizing: 10,000x1 pixels would become 2,560,000x256 before the crop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +99,10 @@ class Preprocessing:
         """``(3, size, size)`` float32 of an RGB image.
 
         Raises:
-            StudyError: the image is so narrow that nothing of its short side would be left.
+            StudyError: the image is so narrow that nothing of its short side would be left, or no memory for the long.
         """
         new_width, new_height = self.resized(image.width, image.height)
-        if min(new_width, new_height) < 1:
+        if min(new_width, new_height) < 1 or max(new_width, new_height) > LONGEST_SIDE:
             raise StudyError(f"an image of {image.width}x{image.height} pixels is too narrow to be resized: remove it")
         pixels = self._resize(image, new_width, new_height)
         if self.fit == "crop":

@@ -19,7 +19,7 @@ from samantics.architectures import Wanted
 from samantics.classification import ClassificationData, Part, Task
 from samantics.encoders import load_encoder
 from samantics.figures import LABELS
-from samantics.files import atomic_path, hash_value
+from samantics.files import atomic_path, hash_value, reading
 from samantics.probe import Features, ProbeResult, few_shot_rows, knn_probe, linear_probe
 from samantics.provenance import Run, available_cores
 from samantics.store import Column, FeatureStore, Images, encode_images
@@ -133,7 +133,7 @@ def probe(
     if not path.is_file():
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, **dataclasses.asdict(make()))
-    with np.load(path) as arrays:
+    with reading(path), np.load(path) as arrays:
         found: dict[str, Any] = {
             name: arrays[name] if arrays[name].ndim > 1 else tuple(arrays[name].tolist()) for name in arrays.files
         }
@@ -157,7 +157,8 @@ def _kept_table(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
     if not path.is_file():
         with atomic_path(path) as temporary:
             make().to_csv(temporary, index=False)
-    return pd.read_csv(path, float_precision="round_trip", keep_default_na=False)
+    with reading(path):
+        return pd.read_csv(path, float_precision="round_trip", keep_default_na=False)
 
 
 def row(encoded: Encoded, task: Task, kind: str, result: ProbeResult, wanted: Wanted | None = None) -> dict[str, Any]:

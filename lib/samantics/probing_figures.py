@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from samantics.classification import Task
-from samantics.figures import COLOURS, LABELS
+from samantics.figures import COLOURS, LABELS, headline
 from samantics.findings import PAPER_PROBE
 from samantics.store import Images
 
@@ -79,7 +79,7 @@ def layer_figure(table: pd.DataFrame, title: str) -> Figure:
         axis.set(xlabel="depth of the layer (0 = input, 1 = output)", title=LEVELS[level])
         axis.set_xlim(0, 1.25)
     axes[0][0].set_ylabel("top-1 of a linear probe (%)")
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
+    headline(figure, title)
     return figure
 
 
@@ -104,11 +104,12 @@ def few_shot_figure(table: pd.DataFrame, tasks: Mapping[str, Task], title: str) 
         axis.set_xscale("log", base=2)
         shots = sorted(set(table.loc[table["labels"] == level, "shots"]))
         axis.set_xticks(shots, [str(count) for count in shots])
+        axis.minorticks_off()
         axis.set(xlabel="train images per class", title=LEVELS[level])
         axis.set_ylim(bottom=0)
     axes[0][0].set_ylabel("top-1 of a linear probe (%)")
     axes[0][0].legend(fontsize=9)
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
+    headline(figure, title)
     return figure
 
 
@@ -142,7 +143,7 @@ def confusion_figure(matrices: Mapping[str, pd.DataFrame], title: str) -> Figure
         axis.set_xlabel("called")
     axes[0][0].set_ylabel("true category")
     figure.colorbar(axes[0][0].images[0], ax=axes[0].tolist(), label="share of the row (%)", shrink=0.7)
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
+    headline(figure, title)
     return figure
 
 
@@ -164,7 +165,7 @@ def samples_figure(rows: Mapping[str, tuple[Sequence[int], Sequence[str], Images
             axis.set_title(text, fontsize=8, fontweight="normal", loc="center")
         line[0].text(-0.08, 0.5, LABELS.get(name, name), transform=line[0].transAxes, rotation=90, va="center",
                      ha="right", color=COLOURS.get(name, "black"), fontweight="bold")  # fmt: skip
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
+    headline(figure, title)
     return figure
 
 

@@ -32,7 +32,7 @@ from samantics.coco import CocoDataset, Rle, load_coco, mask_of, read_image, rle
 from samantics.decoding import MASK_THRESHOLD, EncodedImage, PointDecoder, encode_image
 from samantics.encoders import Encoder, load_encoder
 from samantics.errors import StudyError
-from samantics.files import cache_dir, hash_value, write_json
+from samantics.files import cache_dir, hash_value, remove_leftovers, write_json
 
 FORMAT = 1  # of the files; raised when the same settings would give other proposals
 TOKENS_AT_ONCE = {"cpu": 4 * 4096, "cuda": 64 * 4096}  # on a CPU, what fits its cache; image tokens over all prompts
@@ -197,6 +197,7 @@ def compute_proposals(
         StudyError: an image cannot be read; the model has no mask decoder.
     """
     folder = proposals_folder(encoder, dataset, settings, root)
+    remove_leftovers(folder)
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     share = list(dataset.images)[rank::world]
     missing = [image_id for image_id in share if not _file(folder, image_id).is_file()]

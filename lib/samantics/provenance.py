@@ -74,17 +74,28 @@ class Run:
 
 def figures_dir() -> Path:
     """Folder of all results: ``$SAMANTICS_FIGURES``, else ``figures`` in the project."""
-    return Path(os.environ.get("SAMANTICS_FIGURES", PROJECT / "figures"))
+    return Path(os.environ.get("SAMANTICS_FIGURES") or PROJECT / "figures")
+
+
+def checked_seed(seed: int) -> int:
+    """The seed, if numpy, torch and scikit-learn all take it.
+
+    Raises:
+        StudyError: negative, or of more than 32 bits.
+    """
+    if not 0 <= seed < 2**32:
+        raise StudyError(f"seed is {seed}: choose one from 0 to {2**32 - 1}")
+    return seed
 
 
 def start_run(scale: str = "pocket", notebook: str = "", seed: int = 0) -> Run:
     """Begin a notebook: its settings, seeded torch, PyTorch limited to the cores at hand.
 
     Raises:
-        StudyError: no such scale.
+        StudyError: no such scale, or a seed out of range.
     """
     settings = get_scale(scale)
-    torch.manual_seed(seed)
+    torch.manual_seed(checked_seed(seed))
     torch.set_num_threads(available_cores())
     return Run(
         scale=settings,
@@ -106,7 +117,7 @@ def available_cores() -> int:
     """Processor cores that this process may use: its affinity, further limited by ``$OMP_NUM_THREADS``."""
     cores = len(os.sched_getaffinity(0))
     limit = os.environ.get("OMP_NUM_THREADS", "")
-    return min(cores, int(limit)) if limit.isdigit() and int(limit) > 0 else cores
+    return min(cores, int(limit)) if limit.isdecimal() and int(limit) > 0 else cores
 
 
 def provenance(run: Run) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from samantics.uncertainty import Interval
 
 EMBEDDED_WIDTH = 1100  # pixels of the pictures inside the report; the full ones lie beside it
 ROWS_SHOWN = 60  # of a table without a picture
+SHOWN = ("seed", "git_revision", "written", "machine", "python", "packages", "recorded")  # of a result's record
+FACTS = {"notebook", "caption", *SHOWN}
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --paper: #fff; --soft: #f3f5f8; --line: #d8dee6; --link: #0b5cad; }
@@ -74,9 +76,9 @@ def write_report(figures: Path) -> Path:
         figures: folder of one scale's figures.
 
     Raises:
-        StudyError: the folder cannot be written.
+        StudyError: the folder cannot be written, or holds a file among the results that is none.
     """
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(figures.glob("[0-9A-Z][0-9]_*.json"))]
+    results = [_record(path) for path in sorted(figures.glob("[0-9A-Z][0-9]_*.json"))]
     names = sorted(
         {path.stem for path in figures.glob("notebooks/*.ipynb")} | {result["notebook"] for result in results}
     )
@@ -94,6 +96,17 @@ def write_report(figures: Path) -> Path:
     with atomic_path(path) as temporary:
         temporary.write_text(page(f"SAMantics: {figures.name} run", body), encoding="utf-8")
     return path
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """What is known of a picture or table: the file that lies beside it."""
+    try:
+        record = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise StudyError(f"{path} is damaged: remove it and run its notebook again") from error
+    if record.get("name") != path.stem or FACTS - record.keys():
+        raise StudyError(f"{path} does not belong to a result of the study: remove it")
+    return record
 
 
 def _findings_section(figures: Path) -> str:
@@ -177,9 +190,7 @@ def _provenance_section(figures: Path, results: list[dict[str, Any]]) -> str:
         parts.append(_table(pd.read_csv(runs, keep_default_na=False)))
     newest = {result["notebook"]: result for result in sorted(results, key=lambda result: str(result["written"]))}
     for name, result in sorted(newest.items()):
-        facts = {
-            key: result[key] for key in ("seed", "git_revision", "written", "machine", "python", "packages", "recorded")
-        }
+        facts = {key: result[key] for key in SHOWN}
         text = html.escape(json.dumps(facts, indent=1))
         parts.append(
             f"<details><summary>{name}: seed, revision, machine, versions, hashes</summary><pre>{text}</pre></details>"

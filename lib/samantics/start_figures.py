@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from samantics import mojiworld, quality, zoo
 from samantics.encoders import Encoder
-from samantics.figures import COLOURS, LABELS
+from samantics.figures import COLOURS, LABELS, headline
 
 
 def world_figure(pictures: Mapping[str, Sequence[mojiworld.Picture]], title: str) -> Figure:
@@ -31,7 +31,7 @@ def world_figure(pictures: Mapping[str, Sequence[mojiworld.Picture]], title: str
                 axis.contour(picture.instances == number, [0.5], colors="white", linewidths=0.8)
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(name)
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
+    headline(figure, title)
     return figure
 
 
@@ -81,7 +81,7 @@ def clicks_figure(picture: mojiworld.Picture, found: pd.DataFrame, title: str) -
             axis.set_title(f"IoU {row['iou']:.0f} %", fontsize=9, loc="center")
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(LABELS[name], color=COLOURS[name], fontweight="bold")
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
+    headline(figure, title)
     return figure
 
 
@@ -112,7 +112,7 @@ def captions_figure(picture: mojiworld.Picture, ranked: pd.DataFrame, title: str
     for label in right.get_yticklabels():
         label.set_fontweight("bold" if label.get_text().removeprefix("a picture of ") in shown else "normal")
     right.set_xlabel("cosine with the picture (bold: shown)")
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
+    headline(figure, title)
     return figure
 
 
@@ -148,7 +148,7 @@ def similarity_figure(
         axis.set(xticks=[], yticks=[])
         axis.grid(visible=False)
     figure.colorbar(axes[-1].images[0], ax=axes.tolist(), label="cosine", shrink=0.75)
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
+    headline(figure, title)
     return figure
 
 
@@ -183,7 +183,7 @@ def pca_figure(pictures: Sequence[mojiworld.Picture], maps: Mapping[str, NDArray
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.grid(visible=False)
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
+    headline(figure, title)
     return figure
 
 

@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from samantics.architectures import Wanted
 from samantics.encoders import Encoder, load_encoder
 from samantics.errors import StudyError
-from samantics.files import atomic_path, cache_dir, hash_value, write_json
+from samantics.files import atomic_path, cache_dir, hash_value, remove_leftovers, write_json
 from samantics.images import image_folders
 from samantics.preprocessing import Geometry
 
@@ -228,6 +228,7 @@ def encode_images(
     job = _Job(encoder, images, masks, tuple(wanted), place, shard_rows, batch_size, workers)
     pending = [shard for shard in _own_first(job.shards) if not _is_done(place, shard)]
     if pending:
+        remove_leftovers(place)
         write_json(place / "key.json", {"format": FORMAT, **key, "wanted": [":".join(pair) for pair in wanted]})
         _encode_shards(job, pending, max_unreadable)
     return _open(place, len(images), shard_rows, max_unreadable)

@@ -48,8 +48,8 @@ from PIL import Image
 
 from samantics.errors import StudyError
 from samantics.figures import few_colours
-from samantics.files import PROJECT, atomic_path, cache_dir
-from samantics.provenance import available_cores, figures_dir
+from samantics.files import PROJECT, atomic_path, cache_dir, remove_leftovers
+from samantics.provenance import available_cores, checked_seed, figures_dir
 from samantics.report import notebook_page, write_report
 from samantics.scales import get_scale
 
@@ -124,12 +124,15 @@ def run_study(
     unknown = set(values) - {name for path in paths for name in parameter_names(path)} - {"scale"}
     if unknown:
         raise StudyError(f"no notebook of this run takes --{min(unknown)}: leave it out, or choose others by --only")
-    figures = figures_dir() / scale
+    figures = figures_dir().resolve() / scale
+    for variable, place in (("SAMANTICS_FIGURES", figures_dir()), ("SAMANTICS_CACHE", cache_dir())):
+        if place.exists() and not place.is_dir():
+            raise StudyError(f"{place} is a file and cannot hold results: let {variable} name a folder")
     with only_run(scale), _kernel_environment():
         if fresh:
             shutil.rmtree(cache_dir() / scale, ignore_errors=True)
-        for left in figures.rglob(".[0-9A-Z][0-9]_*"):  # half-written files of a run that was killed
-            left.unlink()
+        for folder in (figures, cache_dir() / scale):
+            remove_leftovers(folder, "**/.*")
         outcomes = []
         for path in paths:
             outcomes.append(execute(path, figures, values))
@@ -164,8 +167,11 @@ def parameter_names(path: Path) -> set[str]:
         notebook = nbformat.read(path, as_version=4)
         cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
         statements = [statement for cell in cells for statement in ast.parse(cell.source).body]
-    except (AttributeError, KeyError, SyntaxError, TypeError, ValueError) as error:
-        raise StudyError(f"{path} is damaged ({str(error).splitlines()[0]}): restore it with git checkout") from error
+    except OSError as error:
+        raise StudyError(f"{path} cannot be read ({error.strerror}): restore it with git checkout") from error
+    except Exception as error:  # what is no notebook makes nbformat raise nearly every kind
+        reason = (str(error) or type(error).__name__).splitlines()[0][:100]
+        raise StudyError(f"{path} is damaged ({reason}): restore it with git checkout") from error
     targets = [s.targets[0] if isinstance(s, ast.Assign) else getattr(s, "target", None) for s in statements]
     return {target.id for target in targets if isinstance(target, ast.Name)}
 
@@ -198,7 +204,7 @@ def execute(path: Path, figures: Path, parameters: Mapping[str, Any]) -> Outcome
     known = parameter_names(path)
     given = {name: value for name, value in parameters.items() if name in known}
     target = figures / "notebooks" / path.name
-    started, error = time.time(), ""
+    before, started, error = _pictures(figures, path), time.monotonic(), ""
     with Monitor(path.stem) as monitor, atomic_path(target) as temporary:
         try:
             papermill.execute_notebook(
@@ -221,10 +227,16 @@ def execute(path: Path, figures: Path, parameters: Mapping[str, Any]) -> Outcome
         clean_notebook(temporary)
     with atomic_path(target.with_suffix(".html")) as temporary:
         temporary.write_text(notebook_page(nbformat.read(target, as_version=4), path.stem), encoding="utf-8")
-    left = [picture for picture in figures.glob(f"{path.stem[:2]}*.png") if picture.stat().st_mtime >= started]
-    outcome = Outcome(path.stem, round(time.time() - started, 1), round(monitor.peak / 2**30, 2), len(left), error)
+    left, seconds = _pictures(figures, path) - before, round(time.monotonic() - started, 1)
+    outcome = Outcome(path.stem, seconds, round(monitor.peak / 2**30, 2), len(left), error)
     print(_row(outcome), flush=True)
     return outcome
+
+
+def _pictures(figures: Path, notebook: Path) -> set[tuple[str, int, int]]:
+    """A notebook's pictures, each with what changes when it is written again (the clock may go back meanwhile)."""
+    states = [(picture.name, picture.stat()) for picture in figures.glob(f"{notebook.stem[:2]}*.png")]
+    return {(name, state.st_ino, state.st_mtime_ns) for name, state in states}
 
 
 def _reason(failure: papermill.PapermillExecutionError) -> str:
@@ -248,6 +260,8 @@ def clean_notebook(path: Path) -> None:
     for cell in notebook.cells:
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            cell.id = "injected-parameters"  # papermill draws one at random
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             if "image/png" in data:
@@ -363,8 +377,10 @@ def only_run(scale: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _kernel_environment() -> Iterator[None]:
-    """Kernels inherit: as many threads as there are cores, and no debugger's warning."""
+    """Kernels inherit: the same folders, as many threads as there are cores, and no debugger's warning."""
     before = dict(os.environ)
+    # relative ones would be others there: kernels work in the notebooks' folder
+    os.environ.update(SAMANTICS_FIGURES=str(figures_dir().resolve()), SAMANTICS_CACHE=str(cache_dir().resolve()))
     cores = str(available_cores())
     os.environ.update(OMP_NUM_THREADS=cores, MKL_NUM_THREADS=cores, OPENBLAS_NUM_THREADS=cores)
     os.environ.update(PYDEVD_DISABLE_FILE_VALIDATION="1", JUPYTER_PREFER_ENV_PATH="1", TOKENIZERS_PARALLELISM="false")
@@ -429,14 +445,16 @@ def notebook_parameters(options: argparse.Namespace) -> dict[str, Any]:
     """The options that notebooks take as parameters, where given; paths made absolute.
 
     Raises:
-        StudyError: a path does not exist.
+        StudyError: a path does not exist, or the seed is out of range.
     """
+    if options.seed is not None:
+        checked_seed(options.seed)
     values = {name: value for name in VALUE_OPTIONS if (value := getattr(options, name)) is not None}
     for name in PATH_OPTIONS:
         path: Path | None = getattr(options, name)
         if path is None:
             continue
-        if not path.exists():
+        if not os.path.exists(path):  # nor does a name that is too long for a file
             raise StudyError(f"--{name} {path} does not exist: check the path")
         values[name] = str(path.resolve())
     return values

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from samantics import mojiworld, zoo
 from samantics.errors import StudyError
-from samantics.files import atomic_path, hash_file, hash_value, write_json
+from samantics.files import atomic_path, hash_file, hash_value, remove_leftovers, write_json
 from samantics.objectives import Batch, Objective, build_objective, normalised
 
 CONTROLS = ("simclr", "supervised", "sam_from_dinov2")
@@ -227,6 +227,7 @@ def train(
             raise StudyError("sam_from_dinov2 starts from a trained DINOv2: name its file with --start-from")
         copy_trunk(start_from, objective.model)
     optimiser = _optimiser(objective, recipe)
+    remove_leftovers(folder)
     state = _State(
         folder / f"{name}.ckpt", hash_value([name, dataclasses.asdict(recipe), dataclasses.asdict(zoo.DEFAULT)])
     )
@@ -381,7 +382,7 @@ def _export(name: str, recipe: Recipe, folder: Path, objective: Objective, state
     }
     path = folder / f"{name}.safetensors"
     with atomic_path(path) as temporary:
-        save_file(weights, temporary)
+        temporary.write_bytes(save(weights))  # save_file would hide that a disk is full
     with atomic_path(folder / f"{name}.csv") as temporary:
         pd.DataFrame(state.rows).to_csv(temporary, index=False, float_format="%.5g")
     device = next(objective.parameters()).device

@@ -126,7 +126,7 @@ def weight_file(name: str, path: Path | str | None = None) -> tuple[Path, str]:
         StudyError: no such file, damaged, or out of reach; says where it comes from and where to put it.
     """
     if path is not None:
-        if not Path(path).is_file():
+        if not os.path.isfile(path):
             raise StudyError(f"{path} does not exist: give the path of {FILES[name].file}")
         return Path(path), hash_file(path)
     known = FILES[name]
@@ -146,12 +146,16 @@ def weight_file(name: str, path: Path | str | None = None) -> tuple[Path, str]:
 @contextlib.contextmanager
 def _locked(place: Path) -> Iterator[None]:
     """One process downloads, the others wait."""
+    lock = FileLock(place.with_name(place.name + ".lock"))
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
     except OSError as error:
         raise StudyError(f"cannot write {place.parent}: make it writable or set SAMANTICS_CACHE") from error
-    with FileLock(place.with_name(place.name + ".lock")):
+    try:
         yield
+    finally:
+        lock.release()
 
 
 # ---------------------------------------------------------------------------------------------------- downloading
@@ -163,7 +167,10 @@ def download(known: WeightFile, place: Path) -> str:
     Raises:
         StudyError: no network, refused, or the file that came has another hash (it is deleted).
     """
-    url = known.url.replace("{hub}", os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"))
+    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    if not hub.startswith(("https://", "http://")):
+        raise StudyError(f"HF_ENDPOINT is {hub!r}, which is no address: begin it with https://, or unset it")
+    url = known.url.replace("{hub}", hub.rstrip("/"))
     part = place.with_name(place.name + ".part")
     stated = ""
     for attempt in range(TRIES):
@@ -179,8 +186,9 @@ def download(known: WeightFile, place: Path) -> str:
                 raise StudyError(f"no space left while writing {part}: free some space and run again") from error
             reason = error
         if attempt == TRIES - 1:
+            why = " ".join(str(reason).split())  # may hold what a server sent in place of a status line
             raise StudyError(
-                f"cannot download {known.file} ({reason}): go online, or fetch {url} elsewhere and put it at {place}"
+                f"cannot download {known.file} ({why}): go online, or fetch {url} elsewhere and put it at {place}"
             ) from reason
         time.sleep(WAIT * 2**attempt)
     found, expected = hash_file(part), known.sha256 or stated
@@ -203,8 +211,10 @@ def _fetch_rest(url: str, part: Path, known: WeightFile) -> str:
     """Append what is missing to ``part``; returns the SHA-256 that the server states, or nothing."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"User-Agent": "samantics", "Range": f"bytes={have}-"})  # noqa: S310
-    if known.url.startswith("{hub}") and os.environ.get("HF_TOKEN"):
-        request.add_unredirected_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")  # stays with the hub
+    if known.url.startswith("{hub}") and (token := os.environ.get("HF_TOKEN", "").strip()):
+        if not (token.isascii() and token.isprintable()):
+            raise StudyError("HF_TOKEN has characters that no token has: set it again")
+        request.add_unredirected_header("Authorization", f"Bearer {token}")  # stays with the hub
     catcher = _KeepHash()
     try:
         response = urllib.request.build_opener(catcher).open(request, timeout=TIMEOUT)
@@ -257,28 +267,31 @@ def read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        if _is_torchscript(path):
-            return _openai_weights(path, sha256)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                members = archive.infolist()
+            if any(member.filename.endswith("/constants.pkl") for member in members):
+                return _openai_weights(path, sha256)
+            if sum(member.file_size for member in members) > path.stat().st_size:
+                raise StudyError(f"{path} is refused: it is packed, which no checkpoint is; use the official file")
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except StudyError:
+        raise
     except SafetensorError as error:
         raise StudyError(f"{path} is damaged ({error}): delete it and fetch it again") from error
     except pickle.UnpicklingError as error:
         raise StudyError(
             f"{path} is refused: it holds more than tensors and could run code; use the official file"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # damaged files make torch and zipfile raise nearly every kind
         raise StudyError(f"{path} cannot be read as weights: delete it and fetch it again") from error
     content = content.get("model", content) if isinstance(content, dict) else content  # SAM 2 keeps them one level down
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
+        for name, value in content.items()
+    ):
         raise StudyError(f"{path} is not a table of tensors: use the official file")
     return content
-
-
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _openai_weights(path: Path, sha256: str) -> dict[str, Tensor]:

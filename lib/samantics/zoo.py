@@ -19,6 +19,7 @@ from typing import Any
 
 import open_clip
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from sam2.modeling.backbones.hieradet import Hiera
 from sam2.modeling.backbones.image_encoder import FpnNeck
@@ -227,12 +228,21 @@ def load(name: str, folder: Path = ASSETS) -> nn.Module:
     Raises:
         StudyError: no such model; its file or card is missing, damaged or of another architecture.
     """
-    model = build(name)
     path = folder / f"{name}.safetensors"
     verify(name, folder)
+    return filled(name, path)
+
+
+def filled(name: str, path: Path) -> nn.Module:
+    """A model of the zoo's architecture with the weights of a file, float32, in evaluation mode.
+
+    Raises:
+        StudyError: no such architecture, or the file is of another one.
+    """
+    model = build(name)
     try:
         model.load_state_dict({key: value.float() for key, value in load_file(path).items()})
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise StudyError(f"{path} does not fit the pocket {name} ({reason}): restore it with git checkout") from error
     return model
@@ -261,12 +271,15 @@ def card(name: str, folder: Path = ASSETS) -> dict[str, Any]:
     """What is known of a trained model: data, images seen, seconds, machine, losses, measurements, licence.
 
     Raises:
-        StudyError: the card is missing or not JSON.
+        StudyError: the card is missing or no card.
     """
     path = folder / f"{name}.json"
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+        content = dict(json.loads(path.read_text(encoding="utf-8")))
+        if not isinstance(content.get("sha256"), str):
+            raise ValueError("no hash of the weights")
+        return content
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise StudyError(f"{path} is missing or damaged: restore it with git checkout") from error
 
 

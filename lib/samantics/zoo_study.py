@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from samantics import mojiworld, zoo
 from samantics.errors import StudyError
-from samantics.figures import COLOURS, LABELS
+from samantics.figures import COLOURS, LABELS, headline
 from samantics.objectives import Batch, SelfDistillation, build_objective
 
 CURVES = ["encoder", "seed", "images", "objective", "probe_top1", "knn_top1"]
@@ -106,25 +105,39 @@ def curves_figure(curves: pd.DataFrame, flops: dict[str, float]) -> Figure:
 # ------------------------------------------------------------------------------------------------------- ablations
 
 ABLATION = ["encoder", "factor", "setting", "labels", "top1", "low", "high", "seeds"]
+CONTROLS = {  # a trained control: the encoder that it is compared with, the factor, that encoder's setting and its own
+    "supervised": ("sam", "objective", "masks", "names of drawings"),
+    "sam_from_dinov2": ("sam", "start", "from nothing", "from DINOv2's trunk"),
+    "simclr": ("dinov2", "last quarter", "self-distillation", "contrastive"),
+}
 
 
-def ablation_table(figures: Path) -> pd.DataFrame:
-    """One factor at a time, from the tables of notebook 01: :data:`ABLATION`, linear probes, percent.
+def ablation_table(figures: Path, controls: pd.DataFrame) -> pd.DataFrame:
+    """One factor at a time: :data:`ABLATION`, linear probes, percent; two settings of each factor and encoder.
 
-    ``training`` (SAM's architecture untrained against trained), ``layer`` (the last trunk block against the output)
-    and ``pooling`` (mean over the image against mean over the object).
+    From the tables of notebook 01 ``training`` (SAM's architecture untrained against trained), ``layer`` (the last
+    trunk block against the output) and ``pooling`` (mean over the image against mean over the object). From trained
+    controls (:func:`controls.control_table`) :data:`CONTROLS` and ``world`` (without themes), as far as they saw as
+    many images as the zoo.
 
     Raises:
         StudyError: notebook 01 was not run at this scale.
     """
     probes, layers, pooling = (_read(figures / f"01_{name}.csv") for name in ("probe_accuracy", "layers", "pooling"))
-    linear = probes[(probes["probe"] == "linear") & probes["encoder"].isin(["sam", "random"])]
-    setting = linear["encoder"].map({"random": "untrained", "sam": "trained"})
-    rows = _rows(linear.assign(encoder="sam").sort_index(ascending=False), "training", setting)
+    linear = probes[probes["probe"] == "linear"]
+    rows = _rows(linear[linear["encoder"] == "random"].assign(encoder="sam"), "training", "untrained")
+    rows += _rows(linear[linear["encoder"] == "sam"], "training", "trained")
+    for model, mine in controls.groupby("model", sort=False):
+        encoder, factor, setting, other = CONTROLS.get(str(model), (str(model), "world", "themes", "no themes"))
+        images = zoo.card(encoder)["recipe"]["images"]
+        kept = mine[(mine["images"] == images) & ((factor != "world") | (mine["theme_strength"] == 0))]
+        if len(kept):
+            rows += _rows(linear[linear["encoder"] == encoder], factor, setting)
+            rows += _rows(kept.assign(encoder=encoder), factor, other)
     for _, mine in layers[layers["encoder"].isin(["sam", "sam2"])].groupby(["encoder", "labels"], sort=False):
-        rows += _rows(mine.iloc[-2:], "layer", pd.Series(["last trunk block", "neck"], mine.index[-2:]))
-    kept = pooling[pooling["pooling"].isin(["mean", "object"])]
-    rows += _rows(kept, "pooling", kept["pooling"])
+        rows += _rows(mine.iloc[-2:-1], "layer", "last trunk block") + _rows(mine.iloc[-1:], "layer", "neck")
+    for setting, name in (("mean", "image"), ("object", "object")):
+        rows += _rows(pooling[pooling["pooling"] == setting], "pooling", name)
     return pd.DataFrame(rows, columns=ABLATION)
 
 
@@ -134,37 +147,36 @@ def _read(path: Path) -> pd.DataFrame:
     return pd.read_csv(path)
 
 
-def _rows(table: pd.DataFrame, factor: str, setting: pd.Series) -> list[tuple[object, ...]]:
-    columns = ["encoder", "labels", "top1", "top1_low", "top1_high", "seeds"]
-    found = table[columns].assign(setting=setting).to_dict("records")
-    return [
-        (r["encoder"], factor, r["setting"], r["labels"], r["top1"], r["top1_low"], r["top1_high"], r["seeds"])
-        for r in found
-    ]
+def _rows(table: pd.DataFrame, factor: str, setting: str) -> list[tuple[object, ...]]:
+    columns = ["labels", "top1", "top1_low", "top1_high", "seeds"]
+    return [(r["encoder"], factor, setting, *(r[name] for name in columns)) for r in table.to_dict("records")]
+
+
+def ablation_pairs(table: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
+    """``(factor, encoder, rows)`` of every comparison, its first setting's rows before its second's."""
+    found = table.groupby(["factor", "encoder"], sort=False)
+    return [(str(factor), str(encoder), rows) for (factor, encoder), rows in found if rows["setting"].nunique() == 2]
 
 
 def ablation_figure(table: pd.DataFrame) -> Figure:
-    """A row for each label level, a panel for each factor: both settings of every encoder, with 95 % intervals."""
-    factors, levels = (list(dict.fromkeys(table[name])) for name in ("factor", "labels"))
-    ratios = [1 + table.loc[table["factor"] == factor, "encoder"].nunique() for factor in factors]
-    size = (11, 3.3 * len(levels))
-    figure, axes = plt.subplots(
-        len(levels), len(factors), figsize=size, sharey="row", width_ratios=ratios, squeeze=False
-    )
-    for axis, (level, factor) in zip(axes.flat, itertools.product(levels, factors), strict=True):
-        mine = table[(table["factor"] == factor) & (table["labels"] == level)]
-        settings = list(dict.fromkeys(mine["setting"]))
-        names = list(dict.fromkeys(mine["encoder"]))
-        for row in mine.to_dict("records"):
-            which = settings.index(row["setting"])
-            place = names.index(row["encoder"]) + 0.38 * which - 0.19
-            span = np.abs([[row["top1"] - row["low"]], [row["high"] - row["top1"]]])
-            axis.bar(place, row["top1"], 0.36, color=COLOURS[row["encoder"]], alpha=1.0 if which else 0.45)
-            axis.errorbar(place, row["top1"], span, color="#222222", linewidth=1)
-        axis.set_xticks(range(len(names)), [LABELS[name] for name in names])
-        axis.set_title(f"{factor}:\n{settings[0]} (pale)\n{settings[1]}", fontsize=10)
-        axis.grid(axis="x", visible=False)
-    for axis, level in zip(axes[:, 0], levels, strict=True):
-        axis.set_ylabel(f"{level}, top-1 (%)")
-    figure.suptitle("One factor at a time: what does it change?", x=0.01, ha="left", fontweight="bold")
+    """A line for each comparison, a panel for each label level: both settings with their 95 % intervals."""
+    pairs, levels = ablation_pairs(table), list(dict.fromkeys(table["labels"]))
+    figure, axes = plt.subplots(1, len(levels), figsize=(11, 1.6 + 0.42 * len(pairs)), sharey=True, squeeze=False)
+    names = []
+    for line, (factor, encoder, rows) in enumerate(pairs):
+        settings = list(dict.fromkeys(rows["setting"]))
+        names.append(f"{factor}, {LABELS[encoder]}:\n{settings[0]} → {settings[1]}")
+        for axis, level in zip(axes[0], levels, strict=True):
+            mine = rows[rows["labels"] == level]
+            axis.plot(mine["top1"], [line] * len(mine), color="#C8C8C8", linewidth=3, zorder=1)
+            for row in mine.to_dict("records"):
+                second = row["setting"] == settings[1]
+                span = np.abs([[row["top1"] - row["low"]], [row["high"] - row["top1"]]])
+                place, fill = line + (0.12 if second else -0.12), COLOURS[encoder] if second else "white"
+                axis.errorbar(row["top1"], place, xerr=span, fmt="o", ms=6, color=COLOURS[encoder], mfc=fill, lw=1.2)
+    for axis, level in zip(axes[0], levels, strict=True):
+        axis.set(title=level, xlabel="linear probe, top-1 (%)", xlim=(0, None))
+    axes[0, 0].set_yticks(range(len(names)), names, fontsize=9)
+    axes[0, 0].invert_yaxis()
+    headline(figure, "One factor at a time: from the open to the filled mark")
     return figure

@@ -1,0 +1,83 @@
+"""Trained controls are probed as the zoo is, and entered in place of their earlier rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from samantics import controls, mojiworld, zoo
+from samantics.classification import ClassificationData, Part, Task
+from samantics.errors import StudyError
+from samantics.files import hash_file, write_json
+from samantics.probe import linear_probe
+from samantics.provenance import Run
+from samantics.uncertainty import bootstrap_mean
+
+VIEWS, DRAWINGS = 6, 10
+
+
+def trained(folder: Path, name: str, theme_strength: float = 0.8) -> Path:
+    """A file and card as the training leaves them; the weights are SAM's, untrained."""
+    path = folder / f"{name}.safetensors"
+    folder.mkdir(exist_ok=True)
+    save_file({key: value.half().contiguous() for key, value in zoo.build("sam").state_dict().items()}, path)
+    recipe = {"theme_strength": theme_strength, "seed": 0, "images": 640}
+    write_json(folder / f"{name}.json", {"sha256": hash_file(path), "recipe": recipe, "machine": "none"})
+    return path
+
+
+@pytest.fixture
+def data() -> ClassificationData:
+    world = mojiworld.World()
+    views = mojiworld.render(lambda i: mojiworld.object_picture(world, "controls", i, i // VIEWS), range(60))
+    labels, test = np.arange(60) // VIEWS, np.arange(60) % VIEWS > 3
+    parts = [Part("all", labels[chosen], np.flatnonzero(chosen)) for chosen in (~test, test)]
+    task = Task("drawing", tuple(map(str, range(DRAWINGS))), *parts)
+    return ClassificationData("views", {"all": views.images}, {"all": "views"}, {"drawing": task}, {})
+
+
+def test_a_control_is_probed_like_its_architecture(data: ClassificationData, pocket_run: Run, tmp_path: Path) -> None:
+    trained(tmp_path / "out", "supervised")
+    (row,) = controls.control_rows(pocket_run, data, "supervised", tmp_path / "out")
+    encoder, task = controls.control_encoder("supervised", tmp_path / "out"), data.tasks["drawing"]
+    with torch.inference_mode():
+        pixels = encoder.inputs([Image.fromarray(image) for image in data.splits["all"]])
+        vectors = encoder.pooled(pixels, [("final", "mean")])["final", "mean"].numpy().astype(np.float16)
+    parts = [(vectors[part.rows].astype(np.float32), part.labels) for part in (task.train, task.test)]
+    expected = bootstrap_mean(100.0 * linear_probe(*parts[0], *parts[1], DRAWINGS, seeds=(0, 1, 2)).top1)
+    assert (row["top1"], row["top1_low"], row["seeds"]) == (expected.value, expected.low, 3)
+    assert (row["model"], row["theme_strength"], row["images"]) == ("supervised", 0.8, 640)
+
+
+def test_rows_take_the_place_of_earlier_ones(
+    data: ClassificationData, pocket_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(controls, "TABLE", tmp_path / "controls.csv")
+    monkeypatch.setattr(controls, "scale_data", lambda _run: data)
+    assert controls.control_table().empty
+    trained(tmp_path / "one", "sam", theme_strength=0.0)
+    trained(tmp_path / "two", "sam_from_dinov2")
+    controls.main([str(tmp_path / "one"), str(tmp_path / "two")])
+    first = controls.control_table()
+    assert first["model"].tolist() == ["sam", "sam_from_dinov2"]
+    controls.main([str(tmp_path / "one")])
+    pd.testing.assert_frame_equal(controls.control_table(), first, check_dtype=False)
+
+
+def test_refusals(tmp_path: Path, pocket_run: Run) -> None:
+    with pytest.raises(StudyError, match="no model that is known"):
+        controls.control_encoder("other", tmp_path)
+    with pytest.raises(SystemExit, match="holds no model's card"):
+        controls.main([str(tmp_path)])
+    path = trained(tmp_path / "out", "simclr")
+    with pytest.raises(StudyError, match="does not fit the pocket dinov2"):
+        controls.control_encoder("simclr", tmp_path / "out")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(StudyError, match="is damaged"):
+        controls.control_encoder("simclr", tmp_path / "out")

@@ -1,0 +1,909 @@
+"""Hostile and odd input through the doors that a user's files come in by: a line that helps, or the right result.
+
+A table for each kind of file: what it is, how it is made, what is said. Refused means ``StudyError`` in one line and
+nothing else: no other exception, no wait without end, no code run, nothing written elsewhere. Below each table stands
+what looks odd and is good. More such cases are in ``test_images``, ``test_coco``, ``test_weights``, ``test_store``,
+``test_proposals`` and ``test_study``.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import hashlib
+import http.server
+import io
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import socket
+import struct
+import tarfile
+import threading
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save_file
+from torchvision import datasets
+
+from samantics import coco, evaluation, images, official, provenance, study, weights, zoo
+from samantics.encoders import load_encoder
+from samantics.errors import StudyError
+from samantics.figures import save_table
+from samantics.files import hash_file, reading
+from samantics.images import class_names, image_folders, open_image
+from samantics.matching import pooled_features
+from samantics.proposals import ProposalSettings, get_proposals
+from samantics.provenance import Run
+from samantics.report import notebook_page, write_report
+from samantics.store import encode_images
+from samantics.weights import WeightFile, read_weights, weight_file
+from stub_encoder import MEAN, LookUp
+from test_coco import SQUARE, content
+from test_study import write_notebook
+from test_weights import Hostile
+
+FOREVER = 20  # seconds
+SLOW = "SAMANTICS_SLOW" in os.environ
+NAN, INF = float("nan"), float("inf")
+PICTURE = Image.fromarray(np.linspace(0, 255, 40 * 30 * 3).reshape(30, 40, 3).astype(np.uint8))
+pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow and torch also warn of what is damaged
+searched = settings(
+    deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_waits_for_ever() -> Iterator[None]:
+    def hang(*_: Any) -> None:
+        pytest.fail("it hangs")  # no Exception, so that nobody catches it
+
+    signal.signal(signal.SIGALRM, hang)
+    signal.alarm(FOREVER * 30 if SLOW else FOREVER)
+    yield
+    signal.alarm(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An odd file.
+
+    Attributes:
+        what: it is.
+        file: its name.
+        write: makes it.
+        says: words of the message, a pattern.
+    """
+
+    what: str
+    file: str
+    write: Callable[[Path], Any]
+    says: str
+
+
+def table(*cases: Case) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", cases, ids=[case.what for case in cases])
+
+
+def refused(call: Callable[[], Any], says: str, where: Path | str = "") -> None:
+    """One line of a length that can be read, which names the place and says what is wrong."""
+    with pytest.raises(StudyError, match=says) as caught:
+        call()
+    message = str(caught.value)
+    assert message.isprintable() and len(message) < 1000
+    assert str(where) in message or repr(str(where)) in message
+
+
+def unless_refused(call: Callable[[], Any], where: Path) -> Any:
+    """What comes back; None where it is refused in words that name the place."""
+    try:
+        return call()
+    except StudyError as error:
+        message = str(error)
+    assert str(where) in message
+    return None
+
+
+def write(data: bytes) -> Callable[[Path], Any]:
+    return lambda path: path.write_bytes(data)
+
+
+# --------------------------------------------------------------------------------------------------------- images
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def black_png(side: int, *more: bytes) -> bytes:
+    """One bit a pixel: a thousandth of what it unpacks to."""
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
+    rows = zlib.compress(bytes((1 + -(-side // 8)) * side))
+    return b"".join([b"\x89PNG\r\n\x1a\n", head, *more, chunk(b"IDAT", rows), chunk(b"IEND", b"")])
+
+
+def encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def socket_at(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+def program(path: Path) -> None:
+    """A program in PostScript, for which Pillow calls Ghostscript; a stand-in for that leaves a proof."""
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
+    ghostscript = path.with_name("gs")
+    ghostscript.write_text(f"#!/bin/sh\necho > {path.with_name('proof')}\n")
+    ghostscript.chmod(0o755)
+
+
+TEXT_BOMB = chunk(b"zTXt", b"title\0\0" + zlib.compress(bytes(10**8)))
+
+
+@table(
+    Case("a bomb", "a.png", write(black_png(20_000)), "has far over 100 million pixels: shrink it"),
+    Case("a bomb of text", "a.png", write(black_png(8, TEXT_BOMB)), "cannot be read as an image .*too large"),
+    Case("a program named .jpg", "a.jpg", program, "cannot be read as an image .*cannot identify"),
+    Case("a pipe", "a.png", os.mkfifo, "is a folder, pipe or device and not an image file: remove it"),
+    Case("a socket", "a.png", socket_at, "is a folder, pipe or device"),
+    Case("a folder", "a.png", os.mkdir, "is a folder, pipe or device"),
+    Case("a link to zeros without end", "a.png", lambda p: p.symlink_to("/dev/zero"), "is a folder, pipe or device"),
+    Case("a link to itself", "a.png", lambda p: p.symlink_to(p), "Too many levels of symbolic links"),
+    Case("a link to nothing", "a.png", lambda p: p.symlink_to("gone"), "does not exist: check the path"),
+    Case("a link out to what is no image", "a.png", lambda p: p.symlink_to("/etc/passwd"), "cannot identify"),
+    Case("a GIF cut short", "a.gif", write(encoded(PICTURE, "GIF")[:-300]), "cannot be read"),
+    Case("a name of 256 bytes", "a" * 252 + ".png", lambda p: None, "File name too long"),
+    Case("a NUL byte in the name", "a\0.png", lambda p: None, r"a\\x00\.png' cannot be read .*null"),
+    Case("a terminal's commands in the name", "\x1b[2J\n.png", lambda p: p.touch(), r"\\x1b\[2J\\n\.png' cannot"),
+)
+def test_odd_image_files_are_refused(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    path = tmp_path / case.file
+    case.write(path)
+    refused(lambda: open_image(path), case.says, path)
+    assert not (tmp_path / "proof").exists()
+
+
+def turned(orientation: Any) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(PICTURE, "PNG", exif=exif)
+
+
+JPEG = encoded(PICTURE, "JPEG")
+GREY = np.arange(1200, dtype=np.uint16).reshape(30, 40) * 54  # 16 bits
+EIGHT_BITS = Image.fromarray((GREY / 257).round().astype(np.uint8))
+PALETTE = PICTURE.quantize(8)
+ODD_AND_GOOD = {
+    "a JPEG named .png": (JPEG, Image.open(io.BytesIO(JPEG))),
+    "the first frame of an animation": (
+        encoded(PALETTE, "GIF", save_all=True, append_images=[PALETTE.rotate(180)]),
+        PALETTE,
+    ),
+    "16 bits in a TIFF": (encoded(Image.fromarray(GREY), "TIFF"), EIGHT_BITS),
+    "a palette with transparent colours": (encoded(PALETTE, "PNG", transparency=b"\0\x80\xff"), PALETTE),
+    "turned by 0": (turned(0), PICTURE),
+    "turned by 9": (turned(9), PICTURE),
+    "turned by 65535": (turned(65535), PICTURE),
+    "EXIF of noise": (encoded(PICTURE, "PNG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff" + bytes(range(40))), PICTURE),
+    "a colour profile of noise": (encoded(PICTURE, "PNG", icc_profile=bytes(range(200))), PICTURE),
+}
+
+
+@pytest.mark.parametrize("what", ODD_AND_GOOD)
+def test_odd_image_files_that_are_good(what: str, tmp_path: Path) -> None:
+    data, expected = ODD_AND_GOOD[what]
+    path = tmp_path / ("a" * 251 + ".png")  # 255 bytes, all that a name may have
+    path.write_bytes(data)
+    assert np.array_equal(np.asarray(open_image(path)), np.asarray(expected.convert("RGB")))
+
+
+CHANGES = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=8)
+
+
+def damaged(data: bytes, changes: list[tuple[int, int]], keep: float) -> bytes:
+    """Some bytes changed, every second of them near the start where headers are, and the end cut off."""
+    changed = bytearray(data)
+    for number, (place, value) in enumerate(changes):
+        changed[place % (len(data) if number % 2 else min(len(data), 64))] = value
+    return bytes(changed[: int(keep * len(data))])
+
+
+FORMATS = [encoded(PICTURE, kind) for kind in ("JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP", "PPM")]
+
+
+@settings(searched, max_examples=300)
+@given(st.sampled_from([*FORMATS, turned(6)]), CHANGES, st.floats(0.1, 1))
+def test_damaged_image_files_open_or_are_named(
+    tmp_path: Path, data: bytes, changes: list[tuple[int, int]], keep: float
+) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(damaged(data, changes, keep))
+    image = unless_refused(lambda: open_image(path), path)
+    assert image is None or image.mode == "RGB"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (10_000, 50), (50, 10_000)])
+def test_pictures_of_extreme_shape_give_finite_inputs_features_and_masks(size: tuple[int, int], tmp_path: Path) -> None:
+    Image.new("RGB", size, (200, 30, 30)).save(tmp_path / "a.png")
+    entry = {"id": 7, "file_name": "a.png", "width": size[0], "height": size[1]}
+    (tmp_path / "x.json").write_text(json.dumps({"images": [entry]}))
+    dataset = coco.load_coco(tmp_path / "x.json", tmp_path)
+    encoders = {name: load_encoder(name, "zoo_random") for name in ("sam", "dinov2")}
+    found = get_proposals(encoders["sam"], dataset, ProposalSettings(2, 0.0, 0.0), tmp_path)[7]
+    assert len(found) and (found.boxes[:, 2:] <= size).all() and (found.boxes[:, 2:] > found.boxes[:, :2]).all()
+    features = pooled_features(encoders, dataset, {7: found.rles})
+    assert all(np.isfinite(vectors[7]).all() and vectors[7].any(axis=1).all() for vectors in features.values())
+    for name in ("sam", "sam2", "clip", "dinov2"):
+        assert official.OFFICIAL[name].own(open_image(tmp_path / "a.png")).isfinite().all()
+
+
+def test_a_line_of_pixels_is_refused_before_it_fills_the_memory() -> None:
+    line = Image.new("RGB", (10_000, 1))  # its short side to 224 makes the long one 2,240,000
+    refused(lambda: official.OFFICIAL["clip"].own(line), "10000x1 pixels is too narrow to be resized: remove it")
+
+
+# ------------------------------------------------------------------------------------------ class folders, archives
+
+
+def test_odd_things_in_a_class_folder_are_listed_as_unreadable(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        folder = tmp_path / name / "deeper"
+        folder.mkdir(parents=True)
+        for number in range(8):
+            PICTURE.save(folder / f"{number}.png")
+    os.mkfifo(folder / "pipe.png")
+    socket_at(folder / "socket.png")
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    (folder / "gone.png").symlink_to("nowhere")
+    (folder / "round").symlink_to(tmp_path)
+    (folder / "empty.jpg").touch()
+    (folder / "text.jpg").write_text("no picture")
+    (folder / "folder.jpg").mkdir()
+    encoder, skipped = load_encoder("dinov2", "zoo_random"), set()
+    for part in image_folders(tmp_path):
+        store = encode_images(encoder, part, [MEAN], part.hash, folder=tmp_path / "store", max_unreadable=0.7)
+        skipped |= {part.paths[row].name for row in store.skipped}
+        assert np.isfinite(store.read(MEAN)).all() and len(store.kept) + len(store.skipped) == len(part)
+    assert skipped == {"pipe.png", "socket.png", "loop.png", "gone.png", "empty.jpg", "text.jpg"}
+
+
+def test_class_folders_and_files_of_any_name_can_be_shown_and_written(tmp_path: Path, pocket_run: Run) -> None:
+    odd = (b"caf\xe9", b"two\nlines", b"<script>alert(1)<", b"-rf", b" ", b"n01440764", "猫".encode(), b"x" * 255)
+    for name in odd:
+        folder = os.path.join(os.fsencode(tmp_path), b"data", name)
+        os.makedirs(folder)
+        for file in (b"\xff\xfe.png", b"a\nb.png"):
+            with open(os.path.join(folder, file), "wb") as opened:
+                opened.write(JPEG)
+    train, val = image_folders(tmp_path / "data")
+    assert train.hash != val.hash and train[0].size == val[0].size == PICTURE.size
+    names = class_names(train.classes)
+    assert set(names) >= {"caf?", "two lines", "<script>alert(1)<", "-rf", "(blank)", "n01440764", "猫", "x" * 255}
+    save_table(pocket_run, pd.DataFrame({"class": names}), "99_classes", names[0])
+    assert set(pd.read_csv(pocket_run.figures / "99_classes.csv")["class"]) == set(names)
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, link, len(JPEG) if kind == tarfile.REGTYPE else 0
+    return info
+
+
+def pack(path: Path, *members: tarfile.TarInfo) -> str:
+    """An Imagenette with these members besides; its MD5."""
+    good = [member(f"imagenette2-320/{split}/{c}/{n}.JPEG") for split in ("train", "val") for c in "ab" for n in "01"]
+    with tarfile.open(path, "w:gz") as archive:
+        for info in (*good, *members):
+            archive.addfile(info, io.BytesIO(JPEG))
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+ARCHIVES = {  # members besides the good ones, what is said
+    "a name that leads out": ([member("../victim")], "outside the destination"),
+    "a name that leads out halfway": ([member("imagenette2-320/../../../victim")], "outside the destination"),
+    "a link that leads out": ([member("a", tarfile.SYMTYPE, "../.."), member("a/victim")], "outside the destination"),
+    "a link to a whole path": ([member("a", tarfile.SYMTYPE, "/"), member("a/tmp/victim")], "absolute path"),
+    "a hard link that leads out": ([member("a", tarfile.LNKTYPE, "../../victim"), member("a")], "outside the dest"),
+    "a device": ([member("a", tarfile.CHRTYPE)], "special file"),
+}
+
+
+@pytest.mark.parametrize("what", ARCHIVES)
+def test_an_archive_cannot_write_outside_its_folder(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, victim = tmp_path / "data", tmp_path / "victim"
+    root.mkdir()
+    victim.write_text("mine")
+    members, says = ARCHIVES[what]
+    md5 = pack(root / "imagenette2-320.tgz", *members)
+    monkeypatch.setattr(datasets.Imagenette, "_ARCHIVES", {"320px": ("http://x/imagenette2-320.tgz", md5)})
+    refused(lambda: images.imagenette(root), says, root)
+    assert [path.name for path in root.iterdir()] == ["imagenette2-320.tgz"] and victim.read_text() == "mine"
+
+
+def test_a_whole_path_in_an_archive_stays_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    victim = tmp_path / "victim"
+    (tmp_path / "data").mkdir()
+    md5 = pack(tmp_path / "data" / "imagenette2-320.tgz", member(str(victim)))
+    monkeypatch.setattr(datasets.Imagenette, "_ARCHIVES", {"320px": ("http://x/imagenette2-320.tgz", md5)})
+    assert [len(part) for part in images.imagenette(tmp_path / "data")] == [4, 4]
+    assert not victim.exists()
+
+
+def test_another_archive_than_imagenettes_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack(tmp_path / "imagenette2-320.tgz")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/imagenette2-320.tgz"
+        monkeypatch.setattr(datasets.Imagenette, "_ARCHIVES", {"320px": (url, "0" * 32)})
+        refused(lambda: images.imagenette(tmp_path / "data"), "cannot fetch Imagenette .*corrupted.*: unpack", url)
+        server.shutdown()
+    assert not (tmp_path / "data" / "imagenette2-320").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- COCO
+
+TEXT = json.dumps(content())
+
+
+def load(folder: Path, data: Any) -> coco.CocoDataset:
+    Image.new("RGB", (100, 80)).save(folder / "a.png")
+    (folder / "x.json").write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode())
+    return coco.load_coco(folder / "x.json", folder)
+
+
+@table(
+    Case("a list", "x.json", write(b"[1]"), "is not COCO instance data"),
+    Case("null", "x.json", write(b"null"), "is not COCO instance data"),
+    Case("NaN", "x.json", write(b"NaN"), "is not COCO instance data"),
+    Case("images under their names", "x.json", write(b'{"images": {"a.png": {}}}'), 'no list "images"'),
+    Case("annotations in a text", "x.json", write(TEXT.replace("[{", '["', 1).encode()), "is not valid JSON"),
+    Case("nested 100,000 deep", "x.json", write(b"[" * 100_000), "is not valid JSON .*recursion"),
+    Case("one image a line", "x.json", write(b'{"images": []}\n{"images": []}'), "is not valid JSON .*Extra data"),
+    Case("a number of 5,000 digits", "x.json", write(b'{"images": [%s]}' % (b"9" * 5000)), "is not valid JSON"),
+    Case("in Latin-1", "x.json", write(TEXT.replace("cat", "chât").encode("latin-1")), "is not valid JSON .*utf-8"),
+    Case("UTF-16 cut short", "x.json", write(TEXT.encode("utf-16")[:-1]), "is not valid JSON"),
+    Case("a pickle", "x.json", lambda p: p.write_bytes(pickle.dumps(Hostile(p.with_name("proof")))), "not valid JSON"),
+    Case("a folder", "x.json", os.mkdir, "cannot be read .Is a directory.: check the path"),
+)
+def test_odd_json_files_are_refused(case: Case, tmp_path: Path) -> None:
+    case.write(tmp_path / case.file)
+    refused(lambda: coco.load_coco(tmp_path / case.file, tmp_path), case.says, tmp_path / case.file)
+    assert not (tmp_path / "proof").exists()
+
+
+@pytest.mark.parametrize("code", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_json_of_other_programs_is_read(code: str, tmp_path: Path) -> None:
+    more = {**content(), "info": {"rate": NAN, "note": "chât"}, "licenses": None}
+    assert load(tmp_path, json.dumps(more, ensure_ascii=False).encode(code)).hash == load(tmp_path, content()).hash
+
+
+RUNS = {"size": [80, 100]}
+OUTLINE = [0, 0, 1e5, 1e5] * 100
+ENTRIES = {  # where, what is different there, what is said
+    "an image's id with a fraction": ("images", {"id": 7.0}, "image 7.0: id is 7.0, not an integer"),
+    "an image's id of true": ("images", {"id": True}, "id is True, not an integer"),
+    "an image's id of 80 bits": ("images", {"id": 2**80}, "not an integer of 64 bits"),
+    "a category's id in a list": ("categories", {"id": [3]}, r"category \[3\]: id is \[3\], not an integer"),
+    "an annotation's image as text": ("annotations", {"image_id": "7"}, "annotation 1: image_id is '7', not an int"),
+    "no width": ("images", {"width": None}, "image 7 has no width: add it"),
+    "width below zero": ("images", {"width": -100}, "image 7 has size -100x80: give width and height in whole"),
+    "width of true": ("images", {"width": True}, "image 7 has size Truex80"),
+    "width as text": ("images", {"width": "100"}, "image 7 has size 100x80"),
+    "a size that overflows": ("images", {"width": 2**17, "height": 2**17}, "image 7 has 131072x131072 pixels, over"),
+    "a name that leads out in Windows' way": ("images", {"file_name": "b\\..\\..\\a.png"}, "leads out of the images'"),
+    "a name on another computer": ("images", {"file_name": "\\\\server\\a.png"}, "leads out of the images' folder"),
+    "a NUL byte in the name": ("images", {"file_name": "a.png\0.txt"}, r"'a.png\\x00.txt', which leads out"),
+    "no name": ("images", {"file_name": ""}, "is missing .image 7"),
+    "a name of 5,000 letters": ("images", {"file_name": "a" * 500}, "is missing .image 7"),
+    "a name that is half a letter": ("images", {"file_name": "\ud800"}, "is missing .image 7"),
+    "a pipe for an image": ("images", {"file_name": "pipe.png"}, "pipe.png is missing .image 7"),
+    "a folder for an image": ("images", {"file_name": "folder.png"}, "folder.png is missing .image 7"),
+    "a link to itself for an image": ("images", {"file_name": "loop.png"}, "loop.png is missing .image 7"),
+    "iscrowd as text": ("annotations", {"iscrowd": "0"}, "annotation 1: iscrowd is '0', not 0 or 1"),
+    "a polygon of 7 numbers": ("annotations", {"segmentation": [SQUARE[:7]]}, "three or more x, y pairs"),
+    "a polygon of pairs": ("annotations", {"segmentation": [[[1, 2], [3, 4], [5, 6]]]}, "three or more x, y pairs"),
+    "a polygon of letters": ("annotations", {"segmentation": [list("abcdef")]}, "annotation 1 has no usable segm"),
+    "a polygon of 1e308": ("annotations", {"segmentation": [[1e308, -1e308] * 3]}, "a million pixels of outline"),
+    "a polygon 10 million pixels away": (
+        "annotations",
+        {"segmentation": [[1e7 + n for n in SQUARE]]},
+        "or lies as far away",
+    ),
+    "an outline without end": ("annotations", {"segmentation": [OUTLINE]}, "a million pixels of outline"),
+    "a coordinate of 400 digits": ("annotations", {"segmentation": [[10**400, *SQUARE[1:]]]}, "annotation 1 has no us"),
+    "no polygon": ("annotations", {"segmentation": []}, "three or more x, y pairs"),
+    "a mask of a text": ("annotations", {"segmentation": "a mask"}, "annotation 1 has no usable segmentation"),
+    "run lengths below zero": ("annotations", {"segmentation": {**RUNS, "counts": [-9, 8009]}}, "do not fill the im"),
+    "run lengths with fractions": ("annotations", {"segmentation": {**RUNS, "counts": [0.5] * 16_000}}, "not all int"),
+    "run lengths of NaN": ("annotations", {"segmentation": {**RUNS, "counts": [NAN]}}, "are not all integers"),
+    "run lengths in a table": ("annotations", {"segmentation": {**RUNS, "counts": {"a": 8000}}}, "no usable segm"),
+    "no run lengths": ("annotations", {"segmentation": {**RUNS, "counts": None}}, "annotation 1 has no usable segm"),
+    "a run without end": ("annotations", {"segmentation": {**RUNS, "counts": "o" * 10**6}}, "lengths are too large"),
+    "text that is no run lengths": ("annotations", {"segmentation": {**RUNS, "counts": "\0é~ 0"}}, "no usable segm"),
+    "a mask of no size": ("annotations", {"segmentation": {"counts": [8000]}}, "annotation 1 has no usable segm"),
+}
+
+
+@pytest.mark.parametrize("what", ENTRIES)
+def test_odd_entries_are_refused(what: str, tmp_path: Path) -> None:
+    key, fields, says = ENTRIES[what]
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    data = content()
+    data[key][0] |= fields
+    refused(lambda: load(tmp_path, data), says)
+
+
+BOXES = (
+    [NAN, 10, 40, 40], [10, 10, INF, 40], [-INF, 10, INF, 40], [50, 50, -40, -40], [10, 10, 0, 0], [900, 900, 40, 40],
+    [10, 10, 40], [10**400, 10, 40, 40], ["10", 10, 40, 40], [True, True, True, True], "box", {}, None,
+)  # fmt: skip
+AREAS = (NAN, INF, -1, 0, 1e9, 10**400, "1600", True, None)
+
+
+@pytest.mark.parametrize(
+    "fields", [*({"bbox": box} for box in BOXES), *({"area": area} for area in AREAS)], ids=lambda f: str(f)[:30]
+)
+def test_an_odd_box_or_area_gives_way_to_the_masks_own(fields: dict[str, Any], tmp_path: Path) -> None:
+    data = content()
+    data["annotations"][0] |= fields
+    (instance,) = load(tmp_path, data).instances
+    assert instance.box == (10, 10, 50, 50) and instance.area == 1600
+
+
+def test_a_link_out_of_the_folder_is_followed_to_an_image(tmp_path: Path) -> None:
+    """Folders of links are usual, and only the user can have made them; JSON cannot."""
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (100, 80), (9, 8, 7)).save(tmp_path / "kept elsewhere.png")
+    (tmp_path / "images" / "a.png").symlink_to(tmp_path / "kept elsewhere.png")
+    (tmp_path / "x.json").write_text(TEXT)
+    dataset = coco.load_coco(tmp_path / "x.json", tmp_path / "images")
+    assert coco.read_image(dataset, 7).getpixel((0, 0)) == (9, 8, 7)
+
+
+def test_any_name_of_a_category_is_shown_and_never_run(tmp_path: Path, pocket_run: Run) -> None:
+    script, half = "<script>alert(1)</script>", "half \ud800\na letter"
+    data = content()
+    data["categories"] = [{"id": 3, "name": script}, {"id": 4, "name": half}, {"id": 5, "name": 5}]
+    names = load(tmp_path, data).categories
+    assert names == {3: script, 4: "half ? a letter", 5: "5"}
+    frame = pd.DataFrame({"category": list(names.values())})
+    save_table(pocket_run, frame, "99_table", f"The category {script}.")
+    cell = notebook_cell(frame.to_html(), f"category 3 ({script}) has no reference")
+    page = notebook_page(nbformat.v4.new_notebook(cells=[cell]), script)
+    for text in (write_report(pocket_run.figures).read_text(), page):
+        assert script not in text and "&lt;script&gt;alert(1)" in text
+
+
+def notebook_cell(shown: str, printed: str) -> nbformat.NotebookNode:
+    cell = nbformat.v4.new_code_cell("data.notes")
+    cell.outputs = [
+        nbformat.v4.new_output("display_data", {"text/html": shown}),
+        nbformat.v4.new_output("stream", name="stdout", text=printed),
+    ]
+    return cell
+
+
+def test_ids_below_and_of_zero_count_like_others(tmp_path: Path) -> None:
+    """pycocotools alone takes an object of id 0 for one that nobody found."""
+    data = content()
+    data["images"][0] |= {"id": -7, "width": 100}
+    data["categories"][0]["id"] = -(2**63) + 1
+    data["annotations"][0] |= {"id": 0, "image_id": -7, "category_id": -(2**63) + 1, "area": 1600}
+    dataset = load(tmp_path, data)
+    for iou_type in evaluation.IOU_TYPES:
+        found = evaluation.evaluate(dataset, evaluation.perfect_results(dataset), iou_type)
+        assert found.ap == pytest.approx(100) and evaluation.ap_interval(found, 10).value == pytest.approx(100)
+    rule = coco.ReferenceRule(inset=1)
+    assert [i.id for i in coco.choose_references(dataset, 1, rule=rule)[-(2**63) + 1]] == [0]
+
+
+PREDICTIONS = {  # what is different there, what is said
+    "a box of NaN": ({"bbox": [NAN, 10, 40, 40]}, "image 7 has the box .nan, 10, 40, 40.: give finite"),
+    "a box without end": ({"bbox": [10, 10, INF, 40]}, "image 7 has the box"),
+    "a box of less than no width": ({"bbox": [10, 10, -40, 40]}, "image 7 has the box"),
+    "a box of three numbers": ({"bbox": [10, 10, 40]}, "image 7 has the box"),
+    "an infinite score": ({"score": INF}, "image 7 has the score inf: scores must be finite"),
+    "a mask of another size": ({"segmentation": {"size": [8, 10], "counts": "0P2"}}, "mask of 8x10 .*has 80x100"),
+}
+
+
+@pytest.mark.parametrize("what", PREDICTIONS)
+def test_odd_predictions_are_refused(what: str, tmp_path: Path) -> None:
+    dataset = load(tmp_path, content())
+    change, says = PREDICTIONS[what]
+    results = [evaluation.perfect_results(dataset)[0] | change]
+    refused(lambda: evaluation.evaluate(dataset, results, "bbox"), says)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=6)
+    | st.sampled_from([7, 3, 1, 0, 80, 100, "a.png", "../a.png"]),
+    lambda inner: st.lists(inner, max_size=8) | st.dictionaries(st.sampled_from(["size", "counts", "id"]), inner),
+    max_leaves=8,
+)  # fmt: skip
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The way to everything in a JSON value."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [way for key, part in inside for way in ((*at, key), *places(part, (*at, key)))]
+
+
+@st.composite
+def mutations(draw: st.DrawFn) -> Any:
+    """A good file with one to three things in it replaced, doubled or taken out."""
+    data = content()
+    runs = [
+        {**RUNS, "counts": [800, 900, 6300]},
+        {**RUNS, "counts": coco.rles_of(np.ones((1, 80, 100), bool))[0]["counts"]},
+    ]
+    data["annotations"] += [{**data["annotations"][0], "id": n, "segmentation": s} for n, s in enumerate(runs, start=2)]
+    data = json.loads(json.dumps(data))  # its own, all through
+    for _ in range(draw(st.integers(1, 3))):
+        *way, key = draw(st.sampled_from(places(data)))
+        owner = data
+        for step in way:
+            owner = owner[step]
+        match draw(st.sampled_from(["set", "set", "set", "delete", "double"])):
+            case "set":
+                owner[key] = draw(VALUES)
+            case "delete":
+                del owner[key]
+            case "double" if isinstance(owner, list):
+                owner.append(copy.deepcopy(owner[key]))
+    return data
+
+
+@settings(searched, max_examples=200)
+@given(mutations())
+def test_a_changed_coco_file_is_refused_or_measured_rightly(tmp_path: Path, data: Any) -> None:
+    dataset = unless_refused(lambda: load(tmp_path, data), tmp_path)
+    if dataset is None:
+        return
+    for i in dataset.instances:
+        record = dataset.images[i.image_id]
+        assert 0 <= i.box[0] < i.box[2] <= record.width and 0 <= i.box[1] < i.box[3] <= record.height
+        assert 0 < i.area <= record.width * record.height
+        assert coco.mask_of(i.rle).shape == (record.height, record.width)
+    for iou_type in evaluation.IOU_TYPES:
+        ap = evaluation.evaluate(dataset, evaluation.perfect_results(dataset), iou_type).metrics["AP"]
+        assert ap is None or ap == pytest.approx(100)
+
+
+@settings(searched, max_examples=100)
+@given(CHANGES, st.floats(0.1, 1))
+def test_damaged_json_is_refused_or_read(tmp_path: Path, changes: list[tuple[int, int]], keep: float) -> None:
+    unless_refused(lambda: load(tmp_path, damaged(TEXT.encode(), changes, keep)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "count", [20_000, pytest.param(10**6, marks=pytest.mark.skipif(not SLOW, reason="a minute: set SAMANTICS_SLOW=1"))]
+)
+def test_a_million_tiny_annotations_take_time_and_memory_in_proportion(count: int, tmp_path: Path) -> None:
+    """Measured for a million (127 MB of JSON): 29 s of processor time, 1.4 GB of memory."""
+    entry = '{"id": %d, "image_id": 7, "category_id": 3, "segmentation": [[1, 5, 4, 5, 4, 8]], "bbox": [1, 5, 3, 3]}'
+    head = json.dumps({**content(), "annotations": []}).replace('"annotations": []', '"annotations": [')
+    data = (head.removesuffix("}") + ", ".join(entry % n for n in range(count)) + "]}").encode()
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    dataset = load(tmp_path, data)
+    assert len(dataset.instances) == len(dataset.by_image[7]) == count
+    assert time.process_time() - started < count * 150e-6
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000 + 2 * count  # KiB
+
+
+# ---------------------------------------------------------------------------------------------------------- weights
+
+
+def tensors_file(header: Any, data: bytes = bytes(16), claimed: int | None = None) -> Callable[[Path], Any]:
+    """A safetensors file as its header says, or as it lies."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return write(struct.pack("<Q", len(text) if claimed is None else claimed) + text + data)
+
+
+def entry(start: int, stop: int, shape: tuple[int, ...] = (2,), kind: str = "F32") -> dict[str, Any]:
+    return {"dtype": kind, "shape": shape, "data_offsets": [start, stop]}
+
+
+def zipped(path: Path, **members: bytes) -> None:
+    """By hand what torch.save would write."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(f"archive/{name.replace('_', '.')}", data)
+
+
+def hostile(path: Path) -> bytes:
+    return pickle.dumps({"model": {"weight": {"deeper": Hostile(path.with_name("proof"))}}})
+
+
+def old_archive(path: Path) -> None:
+    """The form of torch before 0.4."""
+    with tarfile.open(path, "w:") as archive:
+        for name in ("storages", "tensors", "pickle", "../../proof"):
+            info = tarfile.TarInfo(name)
+            info.size = len(hostile(path))
+            archive.addfile(info, io.BytesIO(hostile(path)))
+
+
+def packed_twice(path: Path) -> None:
+    inner = path.with_name("inner.pth")
+    zipped(inner, data_pkl=hostile(path))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(inner, "archive/data.pkl")
+
+
+def whole_and_changed(path: Path, old: bytes, new: bytes) -> None:
+    torch.save({"a": torch.zeros(9)}, path)
+    path.write_bytes(path.read_bytes().replace(old, new))
+
+
+def npy(values: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, values, allow_pickle=True)
+    return buffer.getvalue()
+
+
+def object_array(path: Path) -> None:
+    path.write_bytes(npy(np.array([Hostile(path.with_name("proof"))], object)))
+
+
+LINEAR = torch.nn.Linear(2, 2)
+
+
+@table(
+    Case("a pickle named .safetensors", "w.safetensors", lambda p: p.write_bytes(hostile(p)), "is damaged"),
+    Case("a pickle in a zip", "w.pth", lambda p: zipped(p, data_pkl=hostile(p), version=b"3"), "holds more than tens"),
+    Case("a pickle in a zip in a zip", "w.pth", packed_twice, "is refused|cannot be read as weights"),
+    Case("a pickle in torch's form of old", "w.pth", old_archive, "is refused|cannot be read as weights"),
+    Case("an array of objects", "w.pth", object_array, "is refused|cannot be read as weights"),
+    Case("other people's TorchScript", "w.pth", lambda p: torch.jit.save(torch.jit.script(LINEAR), p), "carries code"),
+    Case("a zip bomb", "w.pth", lambda p: zipped(p, data_pkl=bytes(10**8)), "is packed, which no checkpoint is"),
+    Case("a zip of two minds", "w.pth", lambda p: whole_and_changed(p, b"PK\1\2", b"PK\0\0"), "cannot be read as wei"),
+    Case("a table of numbers", "w.pth", lambda p: torch.save({1: torch.ones(1)}, p), "is not a table of tensors"),
+    Case("sparse tensors", "w.pth", lambda p: torch.save({"a": torch.ones(2).to_sparse()}, p), "not a table of tens"),
+    Case("a folder", "w.safetensors", os.mkdir, "cannot be read as weights|is damaged"),
+    Case("a header over all bounds", "w.safetensors", tensors_file({}, claimed=2**63), "is damaged .*header"),
+    Case("a header longer than the file", "w.safetensors", tensors_file({}, claimed=10_000), "is damaged .*header"),
+    Case("offsets that overlap", "w.safetensors", tensors_file({"a": entry(0, 8), "b": entry(4, 12)}), "is damaged"),
+    Case("offsets past the end", "w.safetensors", tensors_file({"a": entry(0, 4000, (1000,))}), "is damaged"),
+    Case("offsets backwards", "w.safetensors", tensors_file({"a": entry(16, 0, (4,))}), "is damaged"),
+    Case("a hole", "w.safetensors", tensors_file({"a": entry(8, 16)}), "is damaged"),
+    Case("a shape that overflows", "w.safetensors", tensors_file({"a": entry(0, 16, (2**62, 16))}), "is damaged"),
+    Case("numbers of no kind", "w.safetensors", tensors_file({"a": entry(0, 16, (4,), "F7")}), "is damaged"),
+    Case("a header 100,000 deep", "w.safetensors", tensors_file(b'{"a":' * 10**5), "is damaged"),
+)
+def test_hostile_weights_are_refused_and_not_run(case: Case, tmp_path: Path) -> None:
+    path = tmp_path / case.file
+    case.write(path)
+    refused(lambda: read_weights(path, hash_file(path) if path.is_file() else ""), case.says, path)
+    assert not (tmp_path / "proof").exists() and not (tmp_path.parent / "proof").exists()
+
+
+def test_the_path_of_weights_is_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pth")
+    for path in (tmp_path, tmp_path / "pipe.pth", tmp_path / ("a" * 300)):
+        refused(lambda path=path: weight_file("sam", path), "does not exist: give the path of sam_vit_b", path)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_weights_that_are_no_numbers_never_reach_a_result(
+    value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = zoo.build_sam()
+    with torch.no_grad():
+        model.image_encoder.neck[0].weight[0, 0, 0, 0] = value
+    torch.save(model.state_dict(), tmp_path / "sam.pth")
+    small = dataclasses.replace(official.OFFICIAL["sam"], build=zoo.build_sam)
+    monkeypatch.setitem(official.OFFICIAL, "sam", small)
+    refused(lambda: load_encoder("sam", tmp_path / "sam.pth"), "are not all finite numbers", tmp_path / "sam.pth")
+
+
+@pytest.fixture(scope="module")
+def good_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder, tensors = tmp_path_factory.mktemp("good"), {"a": torch.ones(3, 4), "b": torch.zeros(2).half()}
+    torch.save(tensors, folder / "w.pth")
+    save_file(tensors, folder / "w.safetensors")
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@settings(searched, max_examples=200)
+@given(st.sampled_from(["w.pth", "w.safetensors"]), CHANGES, st.floats(0.1, 1))
+def test_damaged_weights_are_tables_of_tensors_or_refused(
+    tmp_path: Path, good_weights: dict[str, bytes], name: str, changes: list[tuple[int, int]], keep: float
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(damaged(good_weights[name], changes, keep))
+    found = unless_refused(lambda: read_weights(path, ""), path) or {}
+    assert all(isinstance(value, torch.Tensor) for value in found.values())
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("HF_ENDPOINT", "huggingface.co", "HF_ENDPOINT is 'huggingface.co', which is no address: begin it with https"),
+        ("HF_ENDPOINT", "file:///etc", "HF_ENDPOINT is 'file:///etc', which is no address"),
+        ("HF_TOKEN", "secret\r\nHost: evil", "HF_TOKEN has characters that no token has: set it again"),
+    ],
+)
+def test_odd_settings_of_the_hub_are_named(
+    variable: str, value: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv(variable, value)
+    wanted = WeightFile("w.safetensors", "{hub}/w.safetensors", "", 1, "none")
+    refused(lambda: weights.download(wanted, tmp_path / "w.safetensors"), says)
+    assert not list(tmp_path.iterdir())
+
+
+@table(
+    Case("a list", "sam.json", write(b"[1]"), "sam.json is missing or damaged: restore it"),
+    Case("null", "sam.json", write(b"null"), "sam.json is missing or damaged: restore it"),
+    Case("nested 100,000 deep", "sam.json", write(b"[" * 100_000), "sam.json is missing or damaged"),
+    Case("no hash", "sam.json", write(b'{"images": 5}'), "sam.json is missing or damaged"),
+    Case("a hash of a number", "sam.json", write(b'{"sha256": 5}'), "sam.json is missing or damaged"),
+    Case("the hash of a program", "sam.json", lambda p: card_of(p, hostile(p)), "sam.safetensors does not fit"),
+    Case("the hash of noise", "sam.json", lambda p: card_of(p, b"noise" * 99), "sam.safetensors does not fit"),
+)
+def test_odd_cards_of_the_zoo_are_refused(case: Case, tmp_path: Path) -> None:
+    shutil.copy(zoo.ASSETS / "sam.safetensors", tmp_path)
+    case.write(tmp_path / case.file)
+    refused(lambda: zoo.load("sam", tmp_path), case.says, tmp_path)
+    assert not (tmp_path / "proof").exists()
+
+
+def card_of(path: Path, model: bytes) -> None:
+    path.with_suffix(".safetensors").write_bytes(model)
+    path.write_text(json.dumps({"sha256": hashlib.sha256(model).hexdigest()}))
+
+
+def lying_shape(path: Path) -> None:
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": (10**12,)})
+
+
+@table(
+    Case("objects", "", lambda p: p.write_bytes(npy(np.array([Hostile(p.with_name("proof"))] * 10, object))), ""),
+    Case("a shape that lies", "", lying_shape, ""),
+    Case("numbers of another kind", "", lambda p: p.write_bytes(npy(np.ones(10))), ""),
+    Case("numbers in a table", "", lambda p: p.write_bytes(npy(np.ones((10, 1, 3), np.float16))), ""),
+)
+def test_a_shard_that_is_no_table_of_features_is_refused_and_not_run(case: Case, tmp_path: Path) -> None:
+    stub = LookUp(np.ones((5, 2), np.float32))
+    store = encode_images(stub.encoder, stub.images, [MEAN], "data", folder=tmp_path)
+    (shard,) = store.folder.glob("*.npy")
+    case.write(shard)
+    refused(lambda: store.read(MEAN), "is damaged: delete it and run again", shard)
+    assert not shard.with_name("proof").exists()
+
+
+# --------------------------------------------------------------------------------------- notebooks, options, results
+
+
+@table(
+    Case("a list", "00_a.ipynb", write(b"[]"), "is damaged"),
+    Case("null", "00_a.ipynb", write(b"null"), "is damaged"),
+    Case("COCO", "00_a.ipynb", write(TEXT.encode()), "is damaged"),
+    Case("of the future", "00_a.ipynb", write(b'{"nbformat": 99, "nbformat_minor": 0, "cells": []}'), "is damaged"),
+    Case("cells of nothing", "00_a.ipynb", write(b'{"nbformat": 4, "nbformat_minor": 5, "cells": [null]}'), "is damag"),
+    Case("nested 100,000 deep", "00_a.ipynb", write(b"[" * 100_000), "is damaged"),
+    Case("UTF-16", "00_a.ipynb", write("{}".encode("utf-16")), "is damaged"),
+    Case("parameters of no Python", "00_a.ipynb", lambda p: write_notebook(p.parent, p.stem, settings="a ="), "is dam"),
+    Case("a NUL byte in Python", "00_a.ipynb", lambda p: write_notebook(p.parent, p.stem, settings="a\0"), "is dam"),
+    Case("a link to nothing", "00_a.ipynb", lambda p: p.symlink_to("gone"), "cannot be read .No such file"),
+)
+def test_json_that_is_no_notebook_is_refused(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAMANTICS_FIGURES", str(tmp_path / "figures"))
+    case.write(tmp_path / case.file)
+    refused(lambda: study.run_study("pocket", notebooks=tmp_path), case.says, tmp_path / case.file)
+    assert not (tmp_path / "figures").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--scale", "../x"], "no scale is called '../x': choose from pocket, lite, paper"),
+        (["--scale", "/etc"], "no scale is called '/etc'"),
+        (["--scale", ""], "no scale is called ''"),
+        (["--only", "../00_a"], "no notebook is called '../00_a'"),
+        (["--seed", "-1"], "seed is -1: choose one from 0 to 4294967295"),
+        (["--seed", str(2**32)], "seed is 4294967296"),
+        (["--references", "a" * 300], "does not exist: check the path"),
+        (["FIGURES"], "is a file and cannot hold results: let SAMANTICS_FIGURES name a folder"),
+        (["CACHE"], "is a file and cannot hold results: let SAMANTICS_CACHE name a folder"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_odd_options_are_one_line_and_leave_nothing(
+    arguments: list[str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_notebook(tmp_path / "notebooks", "00_a")
+    (tmp_path / "file").write_text("mine")
+    for name in ("FIGURES", "CACHE"):
+        monkeypatch.setenv(f"SAMANTICS_{name}", str(tmp_path / ("file" if arguments == [name] else name)))
+    monkeypatch.setattr(study.run_study, "__defaults__", ((), False, None, tmp_path / "notebooks"))
+    assert study.main([] if arguments[0] in ("FIGURES", "CACHE") else arguments) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and says in message and message.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "notebooks"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_notebook_refuses_a_seed_that_numpy_would_not_take() -> None:
+    for seed in (-1, 2**32, 10**30):
+        refused(lambda seed=seed: provenance.start_run("pocket", "99_test", seed), f"seed is {seed}")
+
+
+def test_odd_numbers_of_threads_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("", "0", "-2", "many", "²", "1e3"):
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        assert provenance.available_cores() == len(os.sched_getaffinity(0))
+
+
+def test_kernels_write_where_the_run_says_also_by_a_relative_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = "from samantics.provenance import figures_dir\n(figures_dir() / 'here').write_text('')"
+    write_notebook(tmp_path / "notebooks", "00_a", cell)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SAMANTICS_FIGURES", "figures")
+    monkeypatch.setenv("SAMANTICS_CACHE", "cache")
+    (outcome,) = study.run_study("pocket", notebooks=tmp_path / "notebooks")
+    assert outcome.error == "" and (tmp_path / "figures" / "here").exists()
+    assert [path.name for path in (tmp_path / "notebooks").iterdir()] == ["00_a.ipynb"]
+
+
+@table(
+    Case("notes of the user", "01_notes.json", write(b'{"mine": 1}'), "does not belong to a result of the study"),
+    Case("a list", "01_list.json", write(b"[1]"), "is damaged: remove it and run its notebook again"),
+    Case("cut short", "01_cut.json", write(b'{"name'), "is damaged: remove it and run its notebook again"),
+    Case("another file's name", "01_a.json", write(b'{"name": "../../secret", "notebook": "01_a"}'), "does not belong"),
+)
+def test_odd_files_among_the_results_are_named(case: Case, tmp_path: Path) -> None:
+    case.write(tmp_path / case.file)
+    refused(lambda: write_report(tmp_path), case.says, tmp_path / case.file)
+
+
+@pytest.mark.parametrize("ending", ["npz", "csv", "json", "npy"])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x93NUMPY\x01\x00", b"{", b"\xff\xfe\x00"])
+def test_a_damaged_cache_is_named(ending: str, content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / f"kept.{ending}"
+    path.write_bytes(content)
+
+    def read() -> None:
+        with reading(path):
+            if ending == "csv":
+                assert len(pd.read_csv(path)), "no rows"
+            elif ending == "json":
+                json.loads(path.read_text(encoding="utf-8"))
+            else:
+                np.load(path)["x"]
+
+    with pytest.raises(StudyError, match=r"kept\.\w+ is damaged: delete it, and it is computed again"):
+        read()
