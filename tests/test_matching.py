@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -182,6 +183,19 @@ def test_unknown_settings() -> None:
         MatchSettings(merging="firm")
     with pytest.raises(StudyError, match="scoring is 'best': choose from prototype"):
         MatchSettings(scoring="best")
+
+
+def test_features_on_the_shelf_come_back_by_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAMANTICS_CACHE", str(tmp_path / "cache"))
+    shelf, rng = matching._Shelf(), np.random.default_rng(0)
+    put = {7: rng.random((3, 5), dtype=np.float32), 9: np.empty((0, 5), np.float32), 4: np.ones((2, 5), np.float32)}
+    for image_id, features in put.items():
+        shelf.put(image_id, features)
+    found = shelf.features()
+    del shelf  # the file has no name and lives on in its arrays
+    assert not list((tmp_path / "cache").iterdir())
+    assert list(found) == list(put) and all(np.array_equal(found[n], features) for n, features in put.items())
+    assert matching._Shelf().features() == {}
 
 
 def test_geometry_is_hashable() -> None:

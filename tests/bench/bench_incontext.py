@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import resource
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from measuring import peak_gib
 
 from samantics import mojiworld
 from samantics.coco import CocoDataset, load_coco, write_mojiworld
@@ -85,12 +85,11 @@ def measure(dataset: CocoDataset, scale: str, steps: int, folder: Path) -> None:
     started = time.perf_counter()
     curve = train(model, lesson, Checkpoint(folder / "model.pt", {}))
     seconds = (time.perf_counter() - started) / lesson.steps
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     loss = curve["loss"].iloc[-1]
     print(f"{scale}: {millions:.1f} M trained parameters, batch {settings.batch}, last loss {loss:.2f}")
     print(f"{seconds:.2f} s per step; mask tokens {tokens_seconds / len(dataset.images):.2f} s per image")
-    print(f"peak memory {memory:.1f} GiB")
+    print(f"peak memory {peak_gib():.1f} GiB")
 
 
 if __name__ == "__main__":

@@ -10,21 +10,24 @@ python tests/bench/bench_probing.py gpu        # bfloat16 on a GPU against the f
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
+import itertools
 import json
-import resource
 import subprocess
 import sys
 import tempfile
-import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from measuring import peak_gib, timed
 from numpy.typing import NDArray
+from PIL import Image
 
 from samantics import mojiworld, store
 from samantics.encoders import Encoder, load_encoder
@@ -32,6 +35,7 @@ from samantics.probe import linear_probe, paper_probe
 from samantics.store import FeatureStore, encode_images
 
 POCKET = ("sam", "sam2", "clip", "dinov2")
+IMAGENET = 1_281_167  # train images
 
 
 def say(part: str, **figures: Any) -> None:
@@ -39,64 +43,73 @@ def say(part: str, **figures: Any) -> None:
     print(json.dumps({"part": part, "threads": torch.get_num_threads(), **rounded}), flush=True)
 
 
-def timed(work: Callable[..., Any], *arguments: Any) -> tuple[float, float]:
-    """Wall and processor seconds: on a busy machine the second says more."""
-    start, begun = time.perf_counter(), time.process_time()
-    work(*arguments)
-    return time.perf_counter() - start, time.process_time() - begun
-
-
-def peak_gigabytes() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 # ---------------------------------------------------------------------------------------------------------- ratio
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """MojiWorld's classification pictures with their category; those from ``cut`` on are for validation."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    cut: int
+
+
+def pictures(count: int) -> Pictures:
+    """``count`` of them, drawn at random from as many views of each drawing as that takes."""
+    drawings = len(mojiworld.catalogue())
+    views = -(-count // drawings)
+    chosen = np.random.default_rng(0).permutation(views * drawings)[:count]
+    make = functools.partial(mojiworld.classification_picture, mojiworld.World(), views)
+    images = mojiworld.render(make, chosen.tolist()).images
+    return Pictures(images, mojiworld.category_of_drawing()[chosen // views], count * 4 // 5)
 
 
 def ratio(images: int, epochs: int = 10) -> None:
     """The published script encodes all images, train and validation, in every epoch; ours encodes them once."""
-    world = mojiworld.World()
-    count = len(mojiworld.catalogue())
-    pictures = mojiworld.render(functools.partial(mojiworld.classification_picture, world, 1), range(images))
-    labels = mojiworld.category_of_drawing()[np.arange(images) % count]
-    cut = images * 4 // 5
+    data = pictures(images)
     for name in POCKET:
         encoder = load_encoder(name, "zoo_random")
         encoder.encode(torch.zeros(8, 3, encoder.image_size, encoder.image_size))
-        again, again_cpu = timed(re_encoding, encoder, pictures.images, labels, cut, epochs)
-        with tempfile.TemporaryDirectory() as folder:
-            once, once_cpu = timed(from_store, encoder, pictures.images, labels, cut, epochs, Path(folder))
+        again, again_cpu = timed(re_encoding, encoder, data, epochs)
+        once, once_cpu = timed(from_store, encoder, data, epochs)
         figures = {"again": again, "once": once, "ratio": again / once, "cpu_ratio": again_cpu / once_cpu}
         say("ratio", encoder=name, images=images, epochs=epochs, **figures)
 
 
-def re_encoding(encoder: Encoder, images: NDArray[Any], labels: NDArray[Any], cut: int, epochs: int) -> None:
-    """The published loop: per batch of 128 the frozen encoder, then a step of the linear layer; validation likewise."""
-    from PIL import Image
+def re_encoding(encoder: Encoder, data: Pictures, epochs: int) -> None:
+    """The published loop: per batch of 128 the frozen encoder, then a step of the linear layer; validation likewise.
 
-    head: torch.nn.Module = torch.nn.LazyLinear(int(labels.max()) + 1)
+    Two threads prepare the images ahead, as its data loader does and as the store does.
+    """
+    head: torch.nn.Module = torch.nn.LazyLinear(int(data.labels.max()) + 1)
     optimiser = None
-    for _ in range(epochs):
-        order = np.random.default_rng(0).permutation(cut)
-        for rows in [*np.array_split(order, -(-cut // 128)), *np.array_split(np.arange(cut, len(labels)), 2)]:
-            pixels = encoder.inputs([Image.fromarray(images[row]) for row in rows])
-            vectors = encoder.pooled(pixels, [encoder.headline])[encoder.headline]
-            loss = torch.nn.functional.cross_entropy(head(vectors), torch.from_numpy(labels[rows]))
-            if rows[0] < cut:
-                optimiser = optimiser or torch.optim.Adam(head.parameters(), lr=1e-3)
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(epochs):
+            order = np.random.default_rng(0).permutation(data.cut)
+            rest = np.arange(data.cut, len(data.labels))
+            ready = pool.map(lambda row: encoder.preprocess(Image.fromarray(data.images[row])), [*order, *rest])
+            for rows in [*np.split(order, range(128, data.cut, 128)), *np.split(rest, range(128, len(rest), 128))]:
+                pixels = torch.stack(list(itertools.islice(ready, len(rows))))
+                vectors = encoder.pooled(pixels, [encoder.headline])[encoder.headline]
+                loss = torch.nn.functional.cross_entropy(head(vectors), torch.from_numpy(data.labels[rows]))
+                if rows[0] < data.cut:
+                    optimiser = optimiser or torch.optim.Adam(head.parameters(), lr=1e-3)
+                    optimiser.zero_grad()
+                    loss.backward()
+                    optimiser.step()
 
 
-def from_store(
-    encoder: Encoder, images: NDArray[Any], labels: NDArray[Any], cut: int, epochs: int, folder: Path
-) -> None:
-    parts = [
-        encode_images(encoder, part, [encoder.headline], name, folder=folder, batch_size=128).read(encoder.headline)
-        for name, part in (("train", images[:cut]), ("val", images[cut:]))
-    ]
-    paper_probe(parts[0], labels[:cut], parts[1], labels[cut:], int(labels.max()) + 1, epochs=epochs)
+def from_store(encoder: Encoder, data: Pictures, epochs: int) -> None:
+    """The same probe as the study has it: everything is encoded once, then the layer is trained on the store."""
+    x, cut, labels = data.images, data.cut, data.labels
+    with tempfile.TemporaryDirectory() as folder:
+        train, val = (
+            encode_images(encoder, part, [encoder.headline], name, folder=Path(folder), batch_size=128)
+            for name, part in (("train", x[:cut]), ("val", x[cut:]))
+        )
+        vectors = [features.read(encoder.headline) for features in (train, val)]
+    paper_probe(vectors[0], labels[:cut], vectors[1], labels[cut:], int(labels.max()) + 1, epochs=epochs)
 
 
 # ---------------------------------------------------------------------------------------------------------- speed
@@ -133,7 +146,7 @@ def extraction(images: int) -> None:
     encoder = load_encoder("dinov2", "zoo_random", image_size=32)  # a small input: many images in little time
     with tempfile.TemporaryDirectory() as folder:
         took, _ = timed(encode_images, encoder, Noise(images), [("final", "cls")], "noise", None, Path(folder))
-    say("memory", images=images, seconds=took, peak_gb=peak_gigabytes())
+    say("memory", images=images, seconds=took, peak_gib=peak_gib())
 
 
 def memory() -> None:
@@ -160,12 +173,12 @@ def synthetic_store(folder: Path, labels: NDArray[Any], dim: int, shard_rows: in
     return FeatureStore(folder, len(labels), shard_rows, {("final", "mean"): dim}, {})
 
 
-def solver(images: int, epochs: int, device: str) -> None:
+def solver(images: int, epochs: int, device: str, folder: Path | None = None) -> None:
     labels = np.random.default_rng(1).integers(0, 1000, images)
     test_labels = np.random.default_rng(2).integers(0, 1000, 50_000)
-    with tempfile.TemporaryDirectory() as folder:
-        train, test = (synthetic_store(Path(folder) / n, y, 768) for n, y in (("train", labels), ("test", test_labels)))
-        before = peak_gigabytes()
+    with tempfile.TemporaryDirectory(dir=folder) as home:
+        train, test = (synthetic_store(Path(home) / n, y, 768) for n, y in (("train", labels), ("test", test_labels)))
+        before = peak_gib()
         data = (train.column(("final", "mean")), labels, test.column(("final", "mean")), test_labels, 1000)
         linear = functools.partial(linear_probe, seeds=(0,), rates=(0.1,), max_epochs=epochs, device=device)
         for name, probe in (
@@ -173,7 +186,7 @@ def solver(images: int, epochs: int, device: str) -> None:
             ("paper", functools.partial(paper_probe, epochs=epochs, device=device)),
         ):
             wall, cpu = timed(probe, *data)
-            figures = {"seconds": wall, "cpu_seconds": cpu, "before_gb": before, "peak_gb": peak_gigabytes()}
+            figures = {"seconds": wall, "cpu_seconds": cpu, "before_gib": before, "peak_gib": peak_gib()}
             say("solver", probe=name, images=images, epochs=epochs, **figures)
 
 
@@ -214,7 +227,7 @@ def main() -> None:
         "official": lambda: speed(official=True),
         "memory": memory,
         "extraction": lambda: extraction(options.images or 1_000),
-        "solver": lambda: solver(options.images or 1_281_167, options.epochs, options.device),
+        "solver": lambda: solver(options.images or IMAGENET, options.epochs, options.device),
         "gpu": gpu,
     }
     parts[options.part]()

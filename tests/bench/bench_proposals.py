@@ -1,6 +1,6 @@
 """How much faster proposals are than SAM's own automatic mask generator: same weights, settings, photograph and cores.
 
-    python tests/bench/bench_proposals.py PHOTOGRAPH [--points 32] [--threads 2]
+    python tests/bench/bench_proposals.py [PHOTOGRAPH] [--points 32] [--threads 2]     # default: a made picture
 
 The official ViT-B architecture at random weights. Its masks are noise, which is dear to encode: so the thresholds are
 set, from a coarse grid, to let half of the masks pass by predicted IoU and one in fifty of those by stability as well.
@@ -11,16 +11,15 @@ Each side runs in its own process, so that peak memory is its own.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import subprocess
 import sys
-import time
-from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
+from measuring import forget_peak, made_photo, peak_gib, timed
 from PIL import Image
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
 from segment_anything.modeling import Sam
@@ -28,6 +27,7 @@ from segment_anything.modeling import Sam
 from samantics.decoding import encode_image
 from samantics.proposals import ProposalSettings, propose_encoded
 
+SIDES = ("ours", "package")
 OFFSET = 0.02  # logits of random weights are of the order of 0.1
 
 
@@ -48,28 +48,26 @@ def thresholds(photo: Image.Image) -> tuple[float, float]:
 
 def measured(side: str, photo: Image.Image, settings: ProposalSettings) -> dict[str, Any]:
     """Seconds (wall and processor) to encode and to do all, peak memory (GiB) over the model's own, masks found."""
-    model = random_vit_b()
+    model, encode, found = random_vit_b(), [], []
+    forget_peak()
     before = peak_gib()
-    clocks = [(time.perf_counter(), time.process_time())]
-    if side == "ours":
-        encoded = encode_image(model, photo)
-        clocks.append((time.perf_counter(), time.process_time()))
-        count = len(propose_encoded(encoded, settings))
-    else:
-        SamPredictor(model).set_image(np.asarray(photo))
-        clocks.append((time.perf_counter(), time.process_time()))
-        count = len(generator(model, settings).generate(np.asarray(photo)))  # encodes again, which is taken off below
-    clocks.append((time.perf_counter(), time.process_time()))
-    encode, rest = (np.subtract(b, a) for a, b in itertools.pairwise(clocks))
-    whole = encode + rest if side == "ours" else rest
+
+    def ours() -> None:
+        images: list[Any] = []
+        encode.append(timed(lambda: images.append(encode_image(model, photo))))
+        found.extend(propose_encoded(images[0], settings).rles)
+
+    def package() -> None:
+        with mock.patch.object(SamPredictor, "set_image", set_image):
+            found.extend(generator(model, settings).generate(np.asarray(photo)))
+
+    def set_image(predictor: SamPredictor, *arguments: Any) -> None:
+        encode.append(timed(package_set_image, predictor, *arguments))
+
+    package_set_image = SamPredictor.set_image
+    whole = timed(ours if side == "ours" else package)
     memory = peak_gib() - before
-    return {"side": side, "encode": encode.tolist(), "whole": whole.tolist(), "peak_gib": memory, "masks": count}
-
-
-def peak_gib() -> float:
-    """Highest memory of this process so far (getrusage would start from its parent's)."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
+    return {"side": side, "encode": encode[0], "whole": whole, "peak_gib": memory, "masks": len(found)}
 
 
 def generator(model: Sam, settings: ProposalSettings) -> SamAutomaticMaskGenerator:
@@ -86,26 +84,30 @@ def generator(model: Sam, settings: ProposalSettings) -> SamAutomaticMaskGenerat
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("photograph")
+    parser.add_argument("photograph", nargs="?")
     parser.add_argument("--points", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--side", choices=("ours", "package"), help="internal: measure one side in this process")
+    parser.add_argument("--side", choices=SIDES, help="internal: measure one side in this process")
     parser.add_argument("--thresholds", type=float, nargs=2, help="internal")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    photo = Image.open(options.photograph).convert("RGB")
-    predicted_iou, stability = options.thresholds or thresholds(photo)
+    photo = Image.open(options.photograph).convert("RGB") if options.photograph else made_photo()
     if options.side:
-        settings = ProposalSettings(options.points, predicted_iou, stability, OFFSET, box_nms=1.0)
+        settings = ProposalSettings(options.points, *options.thresholds, OFFSET, box_nms=1.0)
         print(json.dumps(measured(options.side, photo, settings)))
         return 0
-    rows = [one_side(side, predicted_iou, stability) for side in ("ours", "package")]
-    report(*rows)
+    limits = thresholds(photo)
+    report(*(one_side(side, options.photograph, options.points, options.threads, limits) for side in SIDES))
     return 0
 
 
-def one_side(side: str, predicted_iou: float, stability: float) -> dict[str, Any]:
-    command = [sys.executable, *sys.argv, "--side", side, "--thresholds", str(predicted_iou), str(stability)]
+def one_side(
+    side: str, photograph: str | None, points: int, threads: int, limits: tuple[float, float]
+) -> dict[str, Any]:
+    """:func:`measured`, in a process of its own."""
+    command = [sys.executable, __file__, *([photograph] if photograph else [])]
+    command += ["--points", str(points), "--threads", str(threads), "--side", side]
+    command += ["--thresholds", *map(str, limits)]
     row: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     return row
 
