@@ -163,10 +163,10 @@ def _bars(axis: Axes, rows: pd.DataFrame, names: Sequence[str], colours: Sequenc
     errors = np.clip([value - low, high - value], 0, None)
     axis.errorbar(value, places, xerr=errors, fmt="none", ecolor="black", elinewidth=1, capsize=2)
     for place, number, end in zip(places, value, high, strict=True):
-        axis.text(max(end, number) + 0.5, place, f"{number:.1f}", va="center", fontsize=9)
+        axis.text(max(end, number), place, f"  {number:.1f}", va="center", fontsize=9)
     axis.set_yticks(places, names)
     axis.grid(axis="y", visible=False)
-    axis.set_xlim(0, max(float(np.nanmax(high)), 5) * 1.2)
+    axis.set_xlim(0, max(float(np.nanmax(high)), 0.1) * 1.2)
 
 
 def sources_figure(table: pd.DataFrame, with_paper: bool) -> Figure:
@@ -267,23 +267,19 @@ def shots_figure(table: pd.DataFrame) -> Figure:
 
 
 def grid_figure(table: pd.DataFrame) -> Figure:
-    """Mask AP and recall of the proposals against the seconds they take."""
-    figure, axis = plt.subplots(figsize=(7, 4))
+    """Recall of the proposals, and mask AP, against the seconds they take."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharex=True)
+    axes[0].plot(table["seconds"], table["recall"], "s--", color="#5A5A5A")
     errors = np.clip([table["AP"] - table["low"], table["high"] - table["AP"]], 0, None)
-    axis.errorbar(table["seconds"], table["AP"], yerr=errors, fmt="o-", color=COLOURS["dinov2"])
-    axis.plot(table["seconds"], table["recall"], "s--", color="#5A5A5A")
-    for row in table.itertuples():
-        axis.annotate(
-            f"{row.points_per_side}²", (row.seconds, row.recall), (0, 7), textcoords="offset points", ha="center"
-        )
-    last = table.iloc[-1]
-    for value, words, colour in ((last["AP"], "mask AP", COLOURS["dinov2"]), (last["recall"], "recall", "#5A5A5A")):
-        axis.annotate(words, (last["seconds"], value), (8, 0), textcoords="offset points", va="center", color=colour)
-    axis.set_xlabel("seconds per image for the proposals")
-    axis.set_ylabel("percent")
-    axis.set_ylim(0, 100)
-    axis.margins(x=0.15)
-    axis.set_title("A denser grid of points: what it finds and what it costs")
+    axes[1].errorbar(table["seconds"], table["AP"], yerr=errors, fmt="o-", color=COLOURS["dinov2"])
+    for axis, column, words in zip(axes, ("recall", "AP"), ("recall of the proposals (%)", "mask AP (%)"), strict=True):
+        for row in table.to_dict("records"):
+            place = (row["seconds"], row[column])
+            axis.annotate(f"{row['points_per_side']}²", place, (5, 6), textcoords="offset points", fontsize=9)
+        axis.set(xlabel="seconds per image for the proposals", title=words)
+        axis.margins(x=0.15)
+        axis.set_ylim(0, 1.15 * axis.dataLim.ymax)
+    headline(figure, "A denser grid of points: what it finds, and what that is worth")
     return figure
 
 

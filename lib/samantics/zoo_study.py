@@ -81,7 +81,7 @@ def training_flops(name: str, pictures: int = 4) -> float:
 
 def curves_figure(curves: pd.DataFrame, flops: dict[str, float]) -> Figure:
     """Objective (relative to its start), linear probe and kNN against images seen, and the probe against compute."""
-    figure, axes = plt.subplots(1, 4, figsize=(11, 3.4))
+    figure, axes = plt.subplots(1, 4, figsize=(11, 3.8))
     for name, curve in curves.groupby("encoder", sort=False):
         colour = COLOURS[str(name)]
         late = second_stage(str(name), curve)
@@ -99,6 +99,7 @@ def curves_figure(curves: pd.DataFrame, flops: dict[str, float]) -> Figure:
     for axis in axes:
         axis.set_ylim(bottom=0)
     figure.legend(loc="outside lower center", ncols=len(curves["encoder"].unique()))
+    headline(figure, "Have the models come to rest?")
     return figure
 
 
