@@ -42,12 +42,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision import datasets
 
-from samantics import coco, evaluation, images, official, provenance, study, weights, zoo
+from samantics import coco, evaluation, images, mojiworld, official, probing, provenance, study, weights, zoo
 from samantics.encoders import load_encoder
 from samantics.errors import StudyError
 from samantics.figures import save_table
-from samantics.files import hash_file, reading
+from samantics.files import hash_file
 from samantics.images import class_names, image_folders, open_image
+from samantics.incontext_eval import load_trials
 from samantics.matching import pooled_features
 from samantics.proposals import ProposalSettings, get_proposals
 from samantics.provenance import Run
@@ -890,20 +891,21 @@ def test_odd_files_among_the_results_are_named(case: Case, tmp_path: Path) -> No
     refused(lambda: write_report(tmp_path), case.says, tmp_path / case.file)
 
 
-@pytest.mark.parametrize("ending", ["npz", "csv", "json", "npy"])
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x93NUMPY\x01\x00", b"{", b"\xff\xfe\x00"])
-def test_a_damaged_cache_is_named(ending: str, content: bytes, tmp_path: Path) -> None:
-    path = tmp_path / f"kept.{ending}"
-    path.write_bytes(content)
+def test_a_damaged_cache_is_named(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of notebooks 02 and 03 and of the world, each read where the study reads it."""
+    monkeypatch.setenv("SAMANTICS_CACHE", str(tmp_path))
+    trials, pictures = tmp_path / "trials.npz", tmp_path / "mojiworld" / "kept_2"
+    pictures.mkdir(parents=True)
+    for path in (trials, *(pictures / f"{part}.npy" for part in mojiworld.PARTS)):
+        path.write_bytes(content)
+    again = "is damaged: delete it, and it is computed again"
+    refused(lambda: load_trials(trials), again, trials)
+    render: Any = None  # never called: the pictures are there
+    refused(lambda: mojiworld.stored_pictures(render, 2, "kept"), again, pictures)
 
-    def read() -> None:
-        with reading(path):
-            if ending == "csv":
-                assert len(pd.read_csv(path)), "no rows"
-            elif ending == "json":
-                json.loads(path.read_text(encoding="utf-8"))
-            else:
-                np.load(path)["x"]
 
-    with pytest.raises(StudyError, match=r"kept\.\w+ is damaged: delete it, and it is computed again"):
-        read()
+def test_a_kept_table_that_is_empty_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "kept.csv"
+    path.write_bytes(b"")
+    refused(lambda: probing._kept_table(path, pd.DataFrame), "is damaged: delete it", path)

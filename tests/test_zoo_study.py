@@ -105,12 +105,14 @@ def test_controls_stand_beside_the_encoder_that_they_differ_from_in_one_thing(tm
     images = zoo.card("sam")["recipe"]["images"]
     controls = pd.DataFrame(
         [
-            row("", value) | {"model": model, "theme_strength": themes, "images": seen}
-            for model, themes, seen, value in (
-                ("supervised", 0.8, images, 60),
-                ("clip", 0.0, images, 30),
-                ("clip", 0.8, images, 41),  # another seed, perhaps, but no other world
-                ("simclr", 0.8, images // 2, 20),  # saw less than the zoo: no comparison
+            row("", value) | {"model": model, "theme_strength": themes, "images": seen, "seed": seed}
+            for model, themes, seen, seed, value in (
+                ("supervised", 0.8, images, 0, 60),
+                ("supervised", 0.0, images, 0, 61),  # differs in two things
+                ("clip", 0.0, images, 0, 30),
+                ("clip", 0.0, images, 1, 31),  # so does this
+                ("clip", 0.8, images, 1, 41),  # another seed, but no other world
+                ("simclr", 0.8, images // 2, 0, 20),  # saw less than the zoo: no comparison
             )
         ]
     )

@@ -118,8 +118,8 @@ def ablation_table(figures: Path, controls: pd.DataFrame) -> pd.DataFrame:
 
     From the tables of notebook 01 ``training`` (SAM's architecture untrained against trained), ``layer`` (the last
     trunk block against the output) and ``pooling`` (mean over the image against mean over the object). From trained
-    controls (:func:`controls.control_table`) :data:`CONTROLS` and ``world`` (without themes), as far as they saw as
-    many images as the zoo.
+    controls (:func:`controls.control_table`) :data:`CONTROLS` and ``world`` (without themes), those of the
+    zoo's own number of images and seed.
 
     Raises:
         StudyError: notebook 01 was not run at this scale.
@@ -130,8 +130,10 @@ def ablation_table(figures: Path, controls: pd.DataFrame) -> pd.DataFrame:
     rows += _rows(linear[linear["encoder"] == "sam"], "training", "trained")
     for model, mine in controls.groupby("model", sort=False):
         encoder, factor, setting, other = CONTROLS.get(str(model), (str(model), "world", "themes", "no themes"))
-        images = zoo.card(encoder)["recipe"]["images"]
-        kept = mine[(mine["images"] == images) & ((factor != "world") | (mine["theme_strength"] == 0))]
+        recipe = zoo.card(encoder)["recipe"]
+        themes = 0.0 if factor == "world" else recipe["theme_strength"]
+        alike = (mine["images"] == recipe["images"]) & (mine["seed"] == recipe["seed"])
+        kept = mine[alike & (mine["theme_strength"] == themes)]
         if len(kept):
             rows += _rows(linear[linear["encoder"] == encoder], factor, setting)
             rows += _rows(kept.assign(encoder=encoder), factor, other)
