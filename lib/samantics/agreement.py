@@ -1,10 +1,9 @@
 """Do two runs agree? Compares the tables of a fresh run with the committed ones: python -m samantics.agreement OLD NEW.
 
 Tolerances. Where a number has an interval, the new number must lie within the old interval widened by half its width
-on either side (by twice its width in notebook 02, whose model is trained within the run: its threads add in any order,
-and two trainings on one machine ended a width and more apart). Numbers without
-an interval (AP50 beside AP, say) may move as far as their row's number with one, in proportion, or by a tenth of
-themselves, whichever is more. Counts, rows and columns must be the same.
+on either side (by twice its width in notebook 02, whose model is trained within the run: the least difference in
+rounding between two machines, or two numbers of threads, grows in it). Numbers without an interval (AP50 beside AP,
+say) may move as far as their row's number with one, in proportion, or by a tenth of themselves, whichever is more. Counts, rows and columns must be the same.
 """
 
 from __future__ import annotations
