@@ -3,7 +3,8 @@
 Tolerances. Where a number has an interval, the new number must lie within the old interval widened by half its width
 on either side (by twice its width in notebook 02, whose model is trained within the run: the least difference in
 rounding between two machines, or two numbers of threads, grows in it). Numbers without an interval (AP50 beside AP,
-say) may move as far as their row's number with one, in proportion, or by a tenth of themselves, whichever is more. Counts, rows and columns must be the same.
+say) may move as far as their row's number with one, in proportion, or by a tenth of themselves, whichever is more.
+Counts, rows and columns must be the same.
 """
 
 from __future__ import annotations
