@@ -1,6 +1,6 @@
 """Every claim of speed, measured again: the study's code side by side with what it replaces.
 
-    .venv/bin/python tests/bench/speed.py                   # at most 12 minutes on two quiet cores
+    .venv/bin/python tests/bench/speed.py                   # about 12 minutes on two quiet cores
     .venv/bin/python tests/bench/speed.py --photo FILE      # proposals on your own photograph
     .venv/bin/python tests/bench/speed.py --quick           # a rehearsal of a minute; leaves its files in .cache/bench
 
@@ -34,7 +34,7 @@ from samantics import figures
 from samantics.encoders import load_encoder
 
 Sample = dict[str, float]  # of one turn of one side: seconds (wall, processor) and memory (GiB)
-POINTS = 24  # along a photograph's side; SAM's own 32 take twice as long and favour us a little more
+POINTS = 32  # along a photograph's side: the default of SAM's own generator
 UNITS = {"wall": "s", "processor": "s", "memory": "GiB"}
 
 
