@@ -22,10 +22,11 @@ class LookUp:
     def __init__(self, table: NDArray[np.float32]) -> None:
         self.table = torch.from_numpy(table)
         self.images = [np.full((4, 4, 3), (i // 65536, i // 256 % 256, i % 256), np.uint8) for i in range(len(table))]
-        self.calls = 0
+        self.calls, self.largest_batch = 0, 0
 
     def forward(self, _model: Any, pixels: Tensor) -> dict[str, LayerOutput]:
         self.calls += len(pixels)
+        self.largest_batch = max(self.largest_batch, len(pixels))
         digits = (pixels[:, :, 0, 0] * 255).round().long()
         rows = digits @ torch.tensor([65536, 256, 1])
         dense = self.table[rows][:, :, None, None].expand(-1, -1, 4, 4)

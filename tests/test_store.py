@@ -54,6 +54,15 @@ def test_a_second_call_encodes_nothing(stub: LookUp, tmp_path: Path) -> None:
     assert stub.calls == 0
 
 
+@pytest.mark.parametrize(("side", "batch"), [(4, 32), (224, 20), (1024, 1)])
+def test_large_inputs_go_through_in_small_batches(side: int, batch: int, tmp_path: Path) -> None:
+    """32 of SAM's would take 80 GB of memory."""
+    stub = LookUp(np.zeros((33, 2), np.float32))
+    large = dataclasses.replace(stub.encoder, preprocess=dataclasses.replace(stub.encoder.preprocess, size=side))
+    encode_images(large, stub.images, [MEAN], "data", folder=tmp_path)
+    assert stub.largest_batch == batch
+
+
 def test_another_encoder_data_or_preprocessing_is_another_store(stub: LookUp, tmp_path: Path) -> None:
     first = encode(stub, tmp_path)
     folders = {first.folder, encode(stub, tmp_path, data_hash="other").folder}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,19 @@ Features = NDArray[np.float32]  # (N, C)
 SCORINGS = ("prototype", "nearest", "softmax", "centred")
 MASK_PIXELS_AT_ONCE = 2**24
 PIXELS_AT_ONCE = 2**20  # of model input: 28 pocket images, one of SAM's
-MERGINGS = ("none", "hard", "soft", "semantic_soft")
+
+
+def _shrunk(most: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.sqrt((1 - most).clip(min=0))
+
+
+# What a mask's score is multiplied by, from the largest share of it inside a better mask of its class.
+MERGINGS: Mapping[str, Callable[[NDArray[np.float64]], NDArray[Any]]] = {
+    "none": np.ones_like,
+    "hard": lambda most: most <= 0.5,
+    "soft": _shrunk,
+    "semantic_soft": _shrunk,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,15 +312,14 @@ def merged_scores(
     """
     final = scores.astype(np.float64)
     if merging == "none":
-        return final
+        return final  # without asking which mask lies in which
     for category in np.unique(categories):
         rows = np.flatnonzero(categories == category)
         chosen = [rles[row] for row in rows.tolist()]
         inside = np.tril(np.asarray(mask_tools.iou(chosen, chosen, [1] * len(chosen))), -1)  # "crowd": divides by |M_i|
         if merging == "semantic_soft":
             inside = inside * (features[rows] @ features[rows].T).clip(0, 1)
-        most = inside.max(1)
-        final[rows] *= (most <= 0.5) if merging == "hard" else np.sqrt((1 - most).clip(min=0))
+        final[rows] *= MERGINGS[merging](inside.max(1))
     return final
 
 

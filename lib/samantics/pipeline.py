@@ -334,7 +334,7 @@ def ranked_images(pipeline: Pipeline, found: pd.DataFrame, least: int = 3) -> pd
     """``image_id, objects, right, share``, best first: images of at least ``least`` objects by the share found right.
 
     An image with G objects is judged by its G best-scored results, so neither many nor few predictions help. Ties go
-    to the lower id.
+    to the lower id. Where no image has ``least`` objects, those with the most are ranked.
     """
     rows = []
     for image_id in pipeline.data.targets.images:
@@ -342,7 +342,7 @@ def ranked_images(pipeline: Pipeline, found: pd.DataFrame, least: int = 3) -> pd
         right = int((found.loc[found["image_id"] == image_id, "kind"] == "correct").sum())
         rows.append((image_id, count, right, right / max(1, count)))
     table = pd.DataFrame(rows, columns=["image_id", "objects", "right", "share"])
-    return table[table["objects"] >= least].sort_values(["share", "image_id"], ascending=[False, True])
+    return table[table["objects"] >= min(least, table["objects"].max())].sort_values(["share", "image_id"], ascending=[False, True])
 
 
 def confusions(pipeline: Pipeline, variant: Variant) -> pd.DataFrame:

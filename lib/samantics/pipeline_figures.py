@@ -278,7 +278,7 @@ def grid_figure(table: pd.DataFrame) -> Figure:
             axis.annotate(f"{row['points_per_side']}²", place, (5, 6), textcoords="offset points", fontsize=9)
         axis.set(xlabel="seconds per image for the proposals", title=words)
         axis.margins(x=0.15)
-        axis.set_ylim(0, 1.15 * axis.dataLim.ymax)
+        axis.set_ylim(0, 1.15 * axis.dataLim.ymax or 1)  # all may be 0
     headline(figure, "A denser grid of points: what it finds, and what that is worth")
     return figure
 

@@ -41,6 +41,7 @@ from samantics.preprocessing import Geometry
 FORMAT = 1  # of the files below; a store of another format is refused
 SHARD_ROWS = 1024
 PREFETCH = 2  # batches decoded ahead
+PIXELS_AT_ONCE = 2**20  # of a batch, where its size is not given: one image of SAM's, whose attention takes 2.5 GB
 
 
 class Images(Protocol):
@@ -198,7 +199,7 @@ def encode_images(
     data_hash: str,
     masks: Images | None = None,
     folder: Path | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     workers: int = 2,
     max_unreadable: float = 0.01,
     shard_rows: int = SHARD_ROWS,
@@ -211,6 +212,7 @@ def encode_images(
         data_hash: identifies the images in their order (and the masks): ``World.hash``, ``ImageFolder.hash`` ...
         masks: ``(H, W)`` object masks in the images' own pixels, for the pooling ``object``.
         folder: parent of the stores; default ``features`` in the cache folder.
+        batch_size: images at once; default: 32, or fewer where the encoder's input is large.
         workers: threads that decode and resize.
         max_unreadable: share of the images that may be unreadable; they are skipped and listed in the store.
 
@@ -225,6 +227,7 @@ def encode_images(
     key = {"encoder": encoder.key, "data": data_hash, "images": len(images), "shard_rows": shard_rows}
     parent = (folder or cache_dir() / "features") / f"{encoder.name}_{hash_value(key)}"
     place = _covering(parent, wanted) or parent / hash_value(sorted(wanted))
+    batch_size = batch_size or max(1, min(32, PIXELS_AT_ONCE // encoder.image_size**2))
     job = _Job(encoder, images, masks, tuple(wanted), place, shard_rows, batch_size, workers)
     pending = [shard for shard in _own_first(job.shards) if not _is_done(place, shard)]
     if pending:
@@ -425,7 +428,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--encoder", default="sam")
     parser.add_argument("--weights", default="zoo")
     parser.add_argument("--layers", nargs="+", default=None, metavar="LAYER:POOLING", help="default: the headline row")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, help="images at once (default: by the size of the input)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 2)
     parser.add_argument("--half", action="store_true", help="compute in bfloat16")
     parser.add_argument("--max-unreadable", type=float, default=0.01)
