@@ -87,6 +87,8 @@ def test_gallery_order(small: Pipeline) -> None:
     assert all(counts[n] <= len(small.data.targets.by_image[n]) for n in counts.index)
     order = pipelines.ranked_images(small, found)
     assert order["share"].is_monotonic_decreasing and (order["objects"] >= 3).all()
+    most = pipelines.ranked_images(small, found, least=99)  # no image has so many: those with the most stand for them
+    assert len(most) and (most["objects"] == order["objects"].max()).all()
     confused = pipelines.confusions(small, Variant(proposals="truth", shots=2))
     assert (confused["true"] != confused["predicted"]).all()
 
@@ -94,7 +96,7 @@ def test_gallery_order(small: Pipeline) -> None:
 def test_figures_can_be_drawn(small: Pipeline) -> None:
     image_id = next(iter(small.data.targets.images))
     results = small.predict(Variant(shots=2))
-    table = pipelines.ap_table(small, [Variant(source=s, shots=k) for s in ("dinov2", "sam") for k in (1, 2)])
+    table = pipelines.ap_table(small, [Variant(source=s, shots=k) for s in ("dinov2", "random") for k in (1, 2)])
     judged = diagnosis.verdicts(small.data.targets, results)
     found = pipelines.top_results(small, results, judged)
     scores = np.random.default_rng(0).random((len(small.proposals("sam")[image_id]), 3)).astype(np.float32)

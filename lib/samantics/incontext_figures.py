@@ -145,10 +145,18 @@ def curve_figure(curve: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     titles = {"loss": "whole loss", "loss_ce": "class (focal)", "loss_bbox": "box (L1)", "loss_giou": "box (GIoU)"}
     for axes, (name, title) in zip(grid, titles.items(), strict=True):
         axes.plot(curve["step"], curve[name], color="#BBBBBB", linewidth=1)
-        axes.plot(curve["step"], curve[name].rolling(5, min_periods=1).mean(), color=COLOURS["sam"])
+        axes.plot(curve["step"], _smooth(curve[name]), color=COLOURS["sam"])
         axes.set(title=title, xlabel="step", ylim=(0, None))
-    headline(fig, "Has the tuning come to rest?")
+    loss = _smooth(curve["loss"])
+    late = 100 * (loss.iloc[-1] / loss.iloc[int(0.8 * len(loss))] - 1)
+    headline(
+        fig, f"The loss went from {loss.iloc[0]:.1f} to {loss.iloc[-1]:.1f}; its last fifth changed it by {late:+.0f} %"
+    )
     return fig, curve
+
+
+def _smooth(loss: pd.Series) -> pd.Series:
+    return loss.rolling(5, min_periods=1).mean()
 
 
 def ap_figure(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
@@ -168,7 +176,9 @@ def ap_figure(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         axes.set(title=VARIANT_LABELS[variant], xlabel="shots", xticks=np.arange(len(shots)), xticklabels=shots)
         axes.set_xlim(-0.4, len(shots) - 0.3)
     grid[0].set(ylabel="box AP (%)", ylim=(0, None))
-    headline(fig, "Is the reference used, and for which categories?")
+    last = boxes[(boxes["shots"] == shots[-1]) & (boxes["split"] == "base")].set_index("variant")["AP"]
+    right, wrong = last["class_oracle"], last["wrong_reference"]
+    headline(fig, f"Base categories: box AP {right:.1f} with {shots[-1]} right references, {wrong:.1f} with wrong ones")
     return fig, boxes
 
 
@@ -181,6 +191,7 @@ def control_figure(ap: pd.DataFrame, control: pd.DataFrame) -> tuple[Figure, pd.
     table = pd.concat([ap.assign(maps="SAM's"), control.assign(maps="class planted")])
     table = table[(table["iou_type"] == "bbox") & (table["shots"] == ap["shots"].max())]
     variants = ("class_oracle", "wrong_reference", "random_reference")
+    planted = table[table["maps"] == "class planted"].set_index(["variant", "split"])
     fig, grid = plt.subplots(1, 2, figsize=(10, 3.5), sharey=True)
     for axes, (maps, rows) in zip(grid, table.groupby("maps", sort=False), strict=True):
         rows = rows.set_index(["variant", "split"])
@@ -196,7 +207,11 @@ def control_figure(ap: pd.DataFrame, control: pd.DataFrame) -> tuple[Figure, pd.
         axes.grid(visible=False, axis="x")
     grid[0].set_ylabel("box AP (%)")
     grid[1].legend()
-    headline(fig, "The same network on SAM's maps, and on maps in which the class can be read")
+    right, wrong = (planted.loc[(variant, "base"), "AP"] for variant in variants[:2])
+    headline(
+        fig,
+        f"Where the class can be read in the maps, wrong references cost base AP {right - wrong:.1f} of {right:.1f}",
+    )
     return fig, table
 
 
@@ -228,7 +243,11 @@ def separability_figure(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     handles: list[Any] = [Rectangle((0, 0), 1, 1, color=STAGE_COLOURS[stage]) for stage in STAGE_LABELS]
     handles.append(Line2D([], [], color="#222222", linestyle=(0, (2, 1)), linewidth=1.5))
     fig.legend(handles, [*STAGE_LABELS.values(), "shuffled labels"], loc="outside lower center", ncols=5, fontsize=9)
-    headline(fig, "Class structure before and behind the MLP, beside DINOv2's")
+    knn = 100 * table[(table["metric"] == "knn") & (table["split"] == "base")].set_index("stage")["value"]
+    stages = (
+        f"{knn['before']:.0f} % before the MLP, {knn['after']:.0f} % behind it, {knn['dinov2']:.0f} % in DINOv2's map"
+    )
+    headline(fig, f"Base categories by nearest neighbours: {stages}")
     return fig, table
 
 
@@ -271,7 +290,7 @@ def tsne_figure(study: InContextStudy) -> tuple[Figure, pd.DataFrame]:
             axes.spines[:].set_visible(False)
     for axes in grid[:, 1]:
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9, handletextpad=0.2, markerscale=1.6)
-    headline(fig, "Do the colours gather behind the MLP, and for which categories?")
+    headline(fig, "Do the colours gather? kNN over a panel says in numbers what the eye may imagine")
     return fig, main.assign(category=main["category_id"].map(names))
 
 
@@ -331,7 +350,9 @@ def fate_figure(fates: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     axes.set(xlim=(0, 100), xlabel="share of the objects (%)")
     axes.grid(visible=False)
     fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(FATES), fontsize=9)
-    headline(fig, "What became of every object when all classes were asked for")
+    novel = table[table["group"] == "novel categories"].set_index("fate")["share"]
+    headline(fig, f"All classes asked for: of the novel objects, {novel.max():.0f} % are {novel.idxmax()}" if len(novel)
+             else "What became of every object when all classes were asked for")  # fmt: skip
     return fig, table
 
 

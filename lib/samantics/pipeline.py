@@ -342,7 +342,9 @@ def ranked_images(pipeline: Pipeline, found: pd.DataFrame, least: int = 3) -> pd
         right = int((found.loc[found["image_id"] == image_id, "kind"] == "correct").sum())
         rows.append((image_id, count, right, right / max(1, count)))
     table = pd.DataFrame(rows, columns=["image_id", "objects", "right", "share"])
-    return table[table["objects"] >= min(least, table["objects"].max())].sort_values(["share", "image_id"], ascending=[False, True])
+    return table[table["objects"] >= min(least, table["objects"].max())].sort_values(
+        ["share", "image_id"], ascending=[False, True]
+    )
 
 
 def confusions(pipeline: Pipeline, variant: Variant) -> pd.DataFrame:

@@ -179,14 +179,24 @@ def sources_figure(table: pd.DataFrame, with_paper: bool) -> Figure:
     for axis, iou_type, name in zip(axes, ("segm", "bbox"), ("mask", "box"), strict=False):
         rows = table[table["iou_type"] == iou_type].sort_values("AP", ascending=False, kind="stable")
         _bars(axis, rows, [LABELS[s] for s in rows["source"]], [COLOURS[s] for s in rows["source"]])
-        axis.set_title(f"{name} AP by source of meaning")
+        axis.set_title(f"{name} AP by source of meaning", fontsize=10)
         axis.set_xlabel("AP (%)")
     if with_paper:
         rows = pd.DataFrame({"AP": PAPER.values(), "low": PAPER.values(), "high": PAPER.values()})
         _bars(axes[2], rows, ["box AP", "mask AP"], [COLOURS["dinov2"]] * 2)
-        axes[2].set_title("the paper (COCO)")
+        axes[2].set_title("the paper (COCO)", fontsize=10)
         axes[2].set_xlabel("AP (%), other data and classes")
+    rows = table[table["iou_type"] == "segm"].set_index("source")
+    best, floor = rows["AP"].idxmax(), rows.loc["random"]
+    headline(
+        figure,
+        f"Masks named by {LABELS[best]}: AP {_interval(rows.loc[best])}; by an untrained encoder: {_interval(floor)}",
+    )
     return figure
+
+
+def _interval(row: pd.Series) -> str:
+    return f"{row['AP']:.1f} [{row['low']:.1f}, {row['high']:.1f}]"
 
 
 def merging_figure(table: pd.DataFrame) -> Figure:
@@ -194,7 +204,9 @@ def merging_figure(table: pd.DataFrame) -> Figure:
     figure, axis = plt.subplots(figsize=(8, 2.8))
     rows = table[table["iou_type"] == "segm"]
     _bars(axis, rows, [str(name).replace("_", " ") for name in rows["merging"]], [COLOURS["dinov2"]] * len(rows))
-    axis.set_title("Mask AP by what becomes of masks inside better ones")
+    plain, best = rows[rows["merging"] == "none"].iloc[0], rows.sort_values("AP", kind="stable").iloc[-1]
+    name = str(best["merging"]).replace("_", " ")
+    headline(figure, f"Mask AP without merging {_interval(plain)}, at best {_interval(best)} ({name})")
     axis.set_xlabel("AP (%)")
     return figure
 
@@ -214,7 +226,9 @@ def oracle_figure(table: pd.DataFrame) -> Figure:
     axis.set_ylim(0, 112)
     axis.grid(axis="x", visible=False)
     axis.set_ylabel("mask AP (%); recall for the fifth")
-    axis.set_title("What each difficulty costs")
+    ap = rows.set_index("oracle")["AP"]
+    gains = f"true masks {ap['true_masks']:.1f}, with true classes {ap['true_classes']:.1f}"
+    axis.set_title(f"What each difficulty costs: mask AP {ap['none']:.1f}, with {gains}")
     return figure
 
 
@@ -237,8 +251,12 @@ def error_figure(table: pd.DataFrame) -> Figure:
         axis.set_xlabel(words)
         axis.grid(axis="y", visible=False)
         axis.set_xlim(min(0.0, float(low.min())), max(1.0, float(high.max())) * 1.25)
-    axes[0].set_title("Which errors there are")
-    axes[1].set_title("Which errors cost points")
+    most, dearest = (table.loc[table[column].idxmax()] for column in ("share", "gain"))
+    headline(
+        figure,
+        f"Most errors are of kind “{most['kind']}” ({most['share']:.0f} %); "
+        f"mending “{dearest['kind']}” wins most ({dearest['gain']:.1f} points)",
+    )
     return figure
 
 
@@ -262,7 +280,10 @@ def shots_figure(table: pd.DataFrame) -> Figure:
     axis.set_ylim(bottom=0)
     axis.set_xlabel("references per class")
     axis.set_ylabel("mask AP (%)")
-    axis.set_title("Mask AP by number of references")
+    best = (
+        table[(table["iou_type"] == "segm") & (table["shots"] == shots[-1])].sort_values("AP", kind="stable").iloc[-1]
+    )
+    axis.set_title(f"{shots[-1]} references per class: mask AP {_interval(best)} at best ({LABELS[best['source']]})")
     return figure
 
 
@@ -279,7 +300,12 @@ def grid_figure(table: pd.DataFrame) -> Figure:
         axis.set(xlabel="seconds per image for the proposals", title=words)
         axis.margins(x=0.15)
         axis.set_ylim(0, 1.15 * axis.dataLim.ymax or 1)  # all may be 0
-    headline(figure, "A denser grid of points: what it finds, and what that is worth")
+    (first, last), points = (table.iloc[0], table.iloc[-1]), table["points_per_side"]
+    recall = f"recall {first['recall']:.0f} to {last['recall']:.0f} %"
+    headline(
+        figure,
+        f"From {points.iloc[0]}² to {points.iloc[-1]}² points: {recall}, mask AP {first['AP']:.1f} to {last['AP']:.1f}",
+    )
     return figure
 
 
@@ -296,7 +322,8 @@ def size_figure(table: pd.DataFrame) -> Figure:
     axis.set_yticks(range(0, 101, 20))
     axis.set_xlabel("object's share of the image")
     axis.set_ylabel("recall (%), IoU 0.5 to 0.95")
-    axis.set_title("Which objects have a proposal at all")
+    found = table["recall"].to_numpy()
+    axis.set_title(f"Proposals find {found[0]:.0f} % of the smallest objects, {found[-1]:.0f} % of the largest")
     return figure
 
 

@@ -99,7 +99,9 @@ def curves_figure(curves: pd.DataFrame, flops: dict[str, float]) -> Figure:
     for axis in axes:
         axis.set_ylim(bottom=0)
     figure.legend(loc="outside lower center", ncols=len(curves["encoder"].unique()))
-    headline(figure, "Have the models come to rest?")
+    rest = rest_table(curves)
+    spans = [f"{rest[column].abs().min():.1f} to {rest[column].abs().max():.1f}" for column in rest.columns[1:]]
+    headline(figure, f"The last third of training changed objectives by {spans[0]} %, probes by {spans[1]} points")
     return figure
 
 
