@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch.nn import functional as F
 
-from samantics import coco, matching
-from samantics.coco import box_iou
+from samantics import coco, matching, mojiworld
+from samantics.coco import Rle, box_iou, write_mojiworld
+from samantics.encoders import Encoder, load_encoder
 from samantics.errors import StudyError
 from samantics.matching import MatchSettings, MemoryBank
 from samantics.preprocessing import Geometry, Preprocessing
@@ -185,17 +188,42 @@ def test_unknown_settings() -> None:
         MatchSettings(scoring="best")
 
 
-def test_features_on_the_shelf_come_back_by_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SAMANTICS_CACHE", str(tmp_path / "cache"))
-    shelf, rng = matching._Shelf(), np.random.default_rng(0)
-    put = {7: rng.random((3, 5), dtype=np.float32), 9: np.empty((0, 5), np.float32), 4: np.ones((2, 5), np.float32)}
-    for image_id, features in put.items():
-        shelf.put(image_id, features)
-    found = shelf.features()
-    del shelf  # the file has no name and lives on in its arrays
-    assert not list((tmp_path / "cache").iterdir())
-    assert list(found) == list(put) and all(np.array_equal(found[n], features) for n, features in put.items())
-    assert matching._Shelf().features() == {}
+def test_features_are_kept_by_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second run encodes nothing, one that was killed only what is missing; other masks have other features."""
+    dataset = write_mojiworld(mojiworld.World(image_size=64, seed=1), "kept", 3, tmp_path)
+    masks: dict[int, list[Rle]] = {n: [i.rle for i in dataset.by_image[n]] for n in dataset.images}
+    masks[next(iter(masks))] = []
+    encoders = {name: load_encoder(name, "zoo_random") for name in ("sam", "dinov2")}
+    monkeypatch.setattr(matching, "PIXELS_AT_ONCE", 1)  # one image at a time
+    encoded: list[str] = []
+    whole = matching.dense_maps
+
+    def told(encoder: Encoder, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        encoded.append(encoder.name)
+        return whole(encoder, images)
+
+    monkeypatch.setattr(matching, "dense_maps", told)
+
+    def pooled() -> dict[str, dict[int, Any]]:
+        encoded.clear()
+        return {k: dict(f) for k, f in matching.pooled_features(encoders, dataset, masks, tmp_path / "files").items()}
+
+    first = pooled()
+    assert len(encoded) == 6 and [len(f) for f in first["sam"].values()] == [len(rles) for rles in masks.values()]
+    again = pooled()
+    assert not encoded and all(np.array_equal(again[k][n], f) for k, kept in first.items() for n, f in kept.items())
+    next((tmp_path / "files").iterdir()).unlink()
+    again = pooled()
+    assert len(encoded) == 2 and all(
+        np.array_equal(again[k][n], f) for k, kept in first.items() for n, f in kept.items()
+    )
+    masks[max(masks)] = masks[max(masks)][::-1]
+    turned = pooled()["sam"][max(masks)]
+    assert len(encoded) == 2 and np.array_equal(turned, first["sam"][max(masks)][::-1])
+    for path in (tmp_path / "files").iterdir():
+        path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(StudyError, match="safetensors is damaged: delete it, and it is computed again"):
+        pooled()
 
 
 def test_geometry_is_hashable() -> None:

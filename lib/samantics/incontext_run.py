@@ -55,7 +55,7 @@ from samantics.incontext_features import (
     reference_tokens,
     stored_features,
 )
-from samantics.matching import pooled_features
+from samantics.matching import reference_features
 from samantics.pipeline import load_data
 from samantics.provenance import Run, start_run
 from samantics.scales import InContextSettings
@@ -263,24 +263,10 @@ class InContextStudy:
             "dinov2": load_encoder("dinov2", self.run.scale.weights, self.run.device),
         }
         self.run.record("dinov2_weights", encoders["dinov2"].weights_hash)
-        dataset = self.references.dataset
-        key = hash_value([FORMAT, [encoder.key for encoder in encoders.values()], dataset.hash, rows.tolist()])
-        path = self.folder / f"pooled_{key}.npz"
-        if not path.is_file():
-            chosen: dict[int, list[int]] = {}
-            for row in rows.tolist():
-                chosen.setdefault(dataset.instances[row].image_id, []).append(row)
-            masks = {image_id: [dataset.instances[r].rle for r in mine] for image_id, mine in chosen.items()}
-            found: dict[str, Any] = {}
-            for name, by_image in pooled_features(encoders, dataset, masks).items():
-                by_row = {
-                    r: f for image_id, mine in chosen.items() for r, f in zip(mine, by_image[image_id], strict=True)
-                }
-                found[name] = np.stack([by_row[row] for row in rows.tolist()])
-            with atomic_path(path) as temporary, open(temporary, "wb") as file:
-                np.savez(file, **found)
-        with reading(path), np.load(path) as arrays:
-            return {name: arrays[name] for name in encoders}
+        dataset, folder = self.references.dataset, self.folder / "mask_features"
+        objects = [dataset.instances[row] for row in rows.tolist()]
+        found = reference_features(encoders, dataset, objects, folder)
+        return {name: np.stack([vectors[i.id] for i in objects]) for name, vectors in found.items()}
 
     @functools.cached_property
     def separability(self) -> pd.DataFrame:

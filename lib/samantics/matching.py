@@ -8,8 +8,8 @@ still weighs on its nearest tokens: no reference vanishes and nothing becomes Na
 from __future__ import annotations
 
 import dataclasses
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,18 +17,22 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as mask_tools
+from safetensors import safe_open
+from safetensors.numpy import save
 from torchvision.ops import batched_nms
 from tqdm.auto import tqdm
+from typing_extensions import override
 
 from samantics.coco import CocoDataset, Instance, Rle, mask_of, read_image
 from samantics.encoders import Encoder
 from samantics.errors import StudyError
 from samantics.evaluation import Result
-from samantics.files import FULL, cache_dir
+from samantics.files import atomic_path, cache_dir, hash_value, reading, remove_leftovers
 from samantics.preprocessing import Geometry
 from samantics.proposals import Proposals
 
 Features = NDArray[np.float32]  # (N, C)
+FORMAT = 1  # of the files of features
 SCORINGS = ("prototype", "nearest", "softmax", "centred")
 MASK_PIXELS_AT_ONCE = 2**24
 PIXELS_AT_ONCE = 2**20  # of model input: 28 pocket images, one of SAM's
@@ -124,64 +128,78 @@ def dense_maps(encoder: Encoder, images: Sequence[Image.Image]) -> NDArray[np.fl
 
 
 def pooled_features(
-    encoders: Mapping[str, Encoder], dataset: CocoDataset, masks: Mapping[int, Sequence[Rle]]
-) -> dict[str, dict[int, Features]]:
+    encoders: Mapping[str, Encoder],
+    dataset: CocoDataset,
+    masks: Mapping[int, Sequence[Rle]],
+    folder: Path | None = None,
+) -> dict[str, Mapping[int, Features]]:
     """``(N, C)`` features of unit length of the masks of each image, by encoder and image id.
 
     Every image is opened once and its masks are weighed once for all encoders of one geometry and grid. The features
-    lie in files, not in memory, which those of all masks of COCO's images would fill.
+    lie in files, not in memory, which those of all masks of COCO's images would fill; a rerun finds them there.
+
+    Args:
+        folder: of those files; default ``mask_features`` in the cache folder.
 
     Raises:
-        StudyError: an image cannot be read, a mask is empty, or no space is left.
+        StudyError: an image cannot be read, a mask is empty, or no space is left. What was encoded stays.
     """
-    shelves = {name: _Shelf() for name in encoders}
-    ids = list(masks)
+    folder = folder or cache_dir() / "mask_features"
+    remove_leftovers(folder)
+    ids, places = list(masks), dict[int, Path]()
+    key = [FORMAT, {name: encoder.key for name, encoder in encoders.items()}, dataset.hash]
     batch = max(1, PIXELS_AT_ONCE // max(encoder.image_size for encoder in encoders.values()) ** 2)
     for start in tqdm(range(0, len(ids), batch), desc="features of masks", mininterval=1, leave=False):
-        chosen = ids[start : start + batch]
-        images = [read_image(dataset, image_id) for image_id in chosen]
-        maps = {name: dense_maps(encoder, images) for name, encoder in encoders.items()}
-        for row, (image_id, image) in enumerate(zip(chosen, images, strict=True)):
-            weights: dict[tuple[Geometry, tuple[int, int]], NDArray[np.float32]] = {}
-            for name, encoder in encoders.items():
-                tokens = maps[name][row]
-                key = (uncropped(encoder).preprocess.geometry(*image.size), (tokens.shape[1], tokens.shape[2]))
-                if key not in weights:
-                    weights[key] = _weights(masks[image_id], *key)
-                shelves[name].put(image_id, unit(weights[key] @ tokens.reshape(len(tokens), -1).T))
-    return {name: shelf.features() for name, shelf in shelves.items()}
+        chosen = {image_id: masks[image_id] for image_id in ids[start : start + batch]}
+        counts = [(image_id, [rle["counts"] for rle in rles]) for image_id, rles in chosen.items()]
+        path = folder / f"{hash_value([*key, counts])}.safetensors"
+        if not path.is_file():
+            pooled = _pooled(encoders, dataset, chosen)
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(save(pooled))
+        places |= dict.fromkeys(chosen, path)
+    return {name: KeptFeatures(name, places) for name in encoders}
 
 
-class _Shelf:
-    """Features by image id in a file without a name, which is gone with the last array that is read from it."""
+def _pooled(
+    encoders: Mapping[str, Encoder], dataset: CocoDataset, masks: Mapping[int, Sequence[Rle]]
+) -> dict[str, Features]:
+    """Features of the masks of a few images, named as :class:`KeptFeatures` looks them up."""
+    images = {image_id: read_image(dataset, image_id) for image_id in masks}
+    maps = {name: dense_maps(encoder, list(images.values())) for name, encoder in encoders.items()}
+    pooled: dict[str, Features] = {}
+    for row, (image_id, image) in enumerate(images.items()):
+        weights: dict[tuple[Geometry, tuple[int, int]], NDArray[np.float32]] = {}
+        for name, encoder in encoders.items():
+            tokens = maps[name][row]
+            key = (uncropped(encoder).preprocess.geometry(*image.size), (tokens.shape[1], tokens.shape[2]))
+            if key not in weights:
+                weights[key] = _weights(masks[image_id], *key)
+            pooled[f"{name}/{image_id}"] = unit(weights[key] @ tokens.reshape(len(tokens), -1).T)
+    return pooled
 
-    def __init__(self) -> None:
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        self.file = tempfile.TemporaryFile(dir=cache_dir())  # noqa: SIM115 - it lives as long as its arrays
-        self.counts: dict[int, int] = {}
-        self.width = 0
 
-    def put(self, image_id: int, features: Features) -> None:
-        """Add the ``(N, C)`` features of one image.
+@dataclasses.dataclass(frozen=True)
+class KeptFeatures(Mapping[int, Features]):
+    """``(N, C)`` features by image id, read from the images' files when they are asked for."""
 
-        Raises:
-            StudyError: no space is left.
-        """
-        try:
-            self.file.write(features.tobytes())
-            self.file.flush()
-        except OSError as error:
-            if error.errno in FULL:
-                raise StudyError(f"no space left in {cache_dir()}: free some space and run again") from error
-            raise
-        self.counts[image_id], self.width = len(features), features.shape[1]
+    name: str
+    places: Mapping[int, Path]
 
-    def features(self) -> dict[int, Features]:
-        """All that was put, as arrays that are read when they are used; writing to them does not reach the file."""
-        shape = (sum(self.counts.values()), self.width)
-        whole = np.asarray(np.memmap(self.file, np.float32, "c", shape=shape)) if shape[0] else np.empty(shape, "f4")
-        ends = np.cumsum(list(self.counts.values()))
-        return dict(zip(self.counts, np.split(whole, ends[:-1]), strict=False))
+    @override
+    def __getitem__(self, image_id: int) -> Features:
+        path = self.places[image_id]
+        with reading(path), safe_open(path, "numpy") as file:
+            found: Features = file.get_tensor(f"{self.name}/{image_id}")
+        return found
+
+    @override
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.places)
+
+    @override
+    def __len__(self) -> int:
+        return len(self.places)
 
 
 def unit(vectors: NDArray[Any]) -> Features:
@@ -226,16 +244,20 @@ def remember(references: Mapping[int, Sequence[Instance]], features: Mapping[int
 
 
 def reference_features(
-    encoders: Mapping[str, Encoder], dataset: CocoDataset, instances: Sequence[Instance]
+    encoders: Mapping[str, Encoder], dataset: CocoDataset, instances: Sequence[Instance], folder: Path | None = None
 ) -> dict[str, dict[int, Features]]:
-    """``(C,)`` feature of each instance, by encoder and instance id."""
+    """``(C,)`` feature of each instance, by encoder and instance id (see :func:`pooled_features`)."""
     by_image: dict[int, list[Instance]] = {}
     for instance in instances:
         by_image.setdefault(instance.image_id, []).append(instance)
     rles = {image_id: [i.rle for i in found] for image_id, found in by_image.items()}
-    features = pooled_features(encoders, dataset, rles)
-    places = {i.id: (image_id, row) for image_id, found in by_image.items() for row, i in enumerate(found)}
-    return {name: {n: f[image_id][row] for n, (image_id, row) in places.items()} for name, f in features.items()}
+    features = pooled_features(encoders, dataset, rles, folder)
+    return {
+        name: {
+            i.id: vector for image_id, found in by_image.items() for i, vector in zip(found, f[image_id], strict=True)
+        }
+        for name, f in features.items()
+    }
 
 
 def class_scores(bank: MemoryBank, features: Features, settings: MatchSettings) -> NDArray[np.float32]:

@@ -7,6 +7,7 @@ import functools
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,11 @@ class Pipeline:
     models: dict[str, Encoder]
     proposal_settings: ProposalSettings
 
+    @property
+    def feature_files(self) -> Path:
+        """Folder of the features of masks."""
+        return self.run.cache / "mask_features"
+
     @functools.cached_property
     def references(self) -> dict[int, dict[int, tuple[Instance, ...]]]:
         """By seed, then category: the headline's references, of which fewer shots take the first."""
@@ -135,7 +141,7 @@ class Pipeline:
         """``(C,)`` features by source and instance id, of the references of all seeds."""
         groups = [group for chosen in self.references.values() for group in chosen.values()]
         instances = {i.id: i for group in groups for i in group}
-        return reference_features(self.models, self.data.references, list(instances.values()))
+        return reference_features(self.models, self.data.references, list(instances.values()), self.feature_files)
 
     @functools.cache  # noqa: B019 - one pipeline lives as long as its notebook
     def proposals(self, proposer: str) -> dict[int, Proposals]:
@@ -146,10 +152,11 @@ class Pipeline:
         return get_proposals(self.models[proposer], self.data.targets, self.proposal_settings, root)
 
     @functools.cache  # noqa: B019
-    def features(self, proposer: str) -> dict[str, dict[int, Features]]:
+    def features(self, proposer: str) -> dict[str, Mapping[int, Features]]:
         """``(N, C)`` features of those proposals, by source and image."""
         found = self.proposals(proposer)
-        return pooled_features(self.models, self.data.targets, {n: p.rles for n, p in found.items()})
+        rles = {n: p.rles for n, p in found.items()}
+        return pooled_features(self.models, self.data.targets, rles, self.feature_files)
 
     def bank(self, source: str, shots: int, seed: int = 0) -> MemoryBank:
         """The memory bank of one source, seed and number of shots."""
@@ -372,7 +379,7 @@ def grid_table(pipeline: Pipeline, source: str = "dinov2") -> pd.DataFrame:
         sparse = dataclasses.replace(pipeline.proposal_settings, points_per_side=per_side)
         found = get_proposals(pipeline.models["sam"], targets, sparse, pipeline.run.cache / "proposals")
         rles = {image_id: p.rles for image_id, p in found.items()}
-        features = pooled_features({source: pipeline.models[source]}, targets, rles)[source]
+        features = pooled_features({source: pipeline.models[source]}, targets, rles, pipeline.feature_files)[source]
         runs = [[r for n, p in found.items() for r in match(n, p, features[n], bank)] for bank in banks]
         row = ap_row(targets, runs, "segm")
         rows.append(
