@@ -133,16 +133,18 @@ def class_figure(table: pd.DataFrame, title: str, most: int = 24) -> Figure:
 
 def confusion_figure(matrices: Mapping[str, pd.DataFrame], title: str) -> Figure:
     """Confusion matrices side by side: rows are true classes, columns what they are called, shares in percent."""
-    figure, axes = plt.subplots(1, len(matrices), figsize=(4.2 * len(matrices), 6.0), squeeze=False)
+    figure, axes = plt.subplots(1, len(matrices), figsize=(3.1 * len(matrices) + 0.6, 4.7), squeeze=False)
+    most = max(float(matrix.to_numpy().max()) for matrix in matrices.values())
     for place, (axis, (name, matrix)) in enumerate(zip(axes[0], matrices.items(), strict=True)):
-        axis.imshow(matrix, vmin=0, vmax=100, cmap="viridis")
-        axis.set_title(LABELS[name], color=COLOURS[name])
+        axis.imshow(matrix, vmin=0, vmax=most, cmap="viridis")
+        right = np.diag(matrix).mean()
+        axis.set_title(f"{LABELS[name]}: {right:.0f} % right", color=COLOURS[name], fontsize=10)
         axis.set_xticks(range(len(matrix)), matrix.columns, rotation=90, fontsize=7)
         axis.set_yticks(range(len(matrix)), matrix.index if place == 0 else [], fontsize=7)
         axis.grid(visible=False)
         axis.set_xlabel("called")
     axes[0][0].set_ylabel("true category")
-    figure.colorbar(axes[0][0].images[0], ax=axes[0].tolist(), label="share of the row (%)", shrink=0.7)
+    figure.colorbar(axes[0][-1].images[0], ax=axes[0][-1], label="share of the row (%)", fraction=0.05, pad=0.03)
     headline(figure, title)
     return figure
 
