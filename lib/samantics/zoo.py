@@ -53,7 +53,8 @@ class ZooConfig:
         dim: channels of SAM's and SAM 2's neck, of CLIP's joint space, and the width of DINOv2's class token, so that
             no probe sees more numbers than another.
         hiera_width, hiera_stages: of SAM 2's trunk; chosen for the ViTs' number of parameters.
-        text_width, text_layers: of CLIP's text tower.
+        text_width, text_layers: of CLIP's text tower. One layer reads captions that only name things, and learns words
+            early: with three, the image tower had learned a quarter as much after 24,000 pictures.
     """
 
     image_size: int = mojiworld.World().image_size
@@ -65,7 +66,7 @@ class ZooConfig:
     hiera_width: int = 40
     hiera_stages: tuple[int, ...] = (1, 2, 3, 1)
     text_width: int = 128
-    text_layers: int = 3
+    text_layers: int = 1
 
     @property
     def grid(self) -> int:
