@@ -132,7 +132,7 @@ def pooled_features(
     dataset: CocoDataset,
     masks: Mapping[int, Sequence[Rle]],
     folder: Path | None = None,
-) -> dict[str, Mapping[int, Features]]:
+) -> dict[str, KeptFeatures]:
     """``(N, C)`` features of unit length of the masks of each image, by encoder and image id.
 
     Every image is opened once and its masks are weighed once for all encoders of one geometry and grid. The features
@@ -181,17 +181,24 @@ def _pooled(
 
 @dataclasses.dataclass(frozen=True)
 class KeptFeatures(Mapping[int, Features]):
-    """``(N, C)`` features by image id, read from the images' files when they are asked for."""
+    """``(N, C)`` features by image id, read from the images' files when they are asked for.
+
+    Attributes:
+        name: of the encoder.
+        places: file of each image.
+        rows: which of an image's features; all where it does not say.
+    """
 
     name: str
     places: Mapping[int, Path]
+    rows: Mapping[int, slice] = dataclasses.field(default_factory=dict)
 
     @override
     def __getitem__(self, image_id: int) -> Features:
         path = self.places[image_id]
         with reading(path), safe_open(path, "numpy") as file:
             found: Features = file.get_tensor(f"{self.name}/{image_id}")
-        return found
+        return found[self.rows.get(image_id, slice(None))]
 
     @override
     def __iter__(self) -> Iterator[int]:

@@ -30,6 +30,7 @@ from samantics.evaluation import IOU_TYPES, METRICS, Result, ap_interval, evalua
 from samantics.files import hash_value, reading, write_json
 from samantics.matching import (
     Features,
+    KeptFeatures,
     MatchSettings,
     MemoryBank,
     match,
@@ -42,6 +43,7 @@ from samantics.provenance import Run, own_data
 
 FORMAT = 1  # of cached tables; raised when the same settings would give other numbers
 SOURCES = ("dinov2", "clip", "sam2", "sam", "random")
+PROPOSERS = ("sam", "sam2", "truth")
 
 
 # ----------------------------------------------------------------------------------------------------------- data
@@ -151,12 +153,21 @@ class Pipeline:
         root = self.run.cache / "proposals"
         return get_proposals(self.models[proposer], self.data.targets, self.proposal_settings, root)
 
-    @functools.cache  # noqa: B019
-    def features(self, proposer: str) -> dict[str, Mapping[int, Features]]:
-        """``(N, C)`` features of those proposals, by source and image."""
-        found = self.proposals(proposer)
-        rles = {n: p.rles for n, p in found.items()}
+    @functools.cached_property
+    def all_features(self) -> dict[str, KeptFeatures]:
+        """Features of the masks of all :data:`PROPOSERS`, one after another: an image is encoded once for all."""
+        found = [self.proposals(proposer) for proposer in PROPOSERS]
+        rles = {n: [rle for proposals in found for rle in proposals[n].rles] for n in self.data.targets.images}
         return pooled_features(self.models, self.data.targets, rles, self.feature_files)
+
+    def features(self, proposer: str) -> dict[str, KeptFeatures]:
+        """``(N, C)`` features of those proposals, by source and image."""
+        earlier = PROPOSERS[: PROPOSERS.index(proposer)]
+        rows = {}
+        for image_id, mine in self.proposals(proposer).items():
+            start = sum(len(self.proposals(other)[image_id]) for other in earlier)
+            rows[image_id] = slice(start, start + len(mine))
+        return {source: dataclasses.replace(kept, rows=rows) for source, kept in self.all_features.items()}
 
     def bank(self, source: str, shots: int, seed: int = 0) -> MemoryBank:
         """The memory bank of one source, seed and number of shots."""
