@@ -76,6 +76,23 @@ def test_run_leaves_executed_notebooks_figures_and_times_although_one_fails(
     assert times["error"].tolist() == ["", "", outcomes[2].error]
 
 
+def test_results_of_own_data_lie_beside_those_of_pocket(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, own = (
+        tmp_path / "notebooks",
+        "from samantics.provenance import own_data\nif references: run = own_data(run)",
+    )
+    write_notebook(folder, "00_good", f'NAME = "00_good"\n{SAVE}'.replace("fig, axes", f"{own}\nfig, axes"))
+    study.run_study("pocket", notebooks=folder)
+    figures = figures_dir() / "pocket"
+    before = {path: path.read_bytes() for path in figures.rglob("*") if path.is_file()}
+    (outcome,) = study.run_study("pocket", parameters={"references": "mine.json"}, notebooks=folder)
+    assert outcome.figures == 1 and capsys.readouterr().out.splitlines()[-1].endswith("pocket/own_data/index.html")
+    beside = figures / "own_data"
+    names = ("00_picture.png", "run.csv", "index.html", "notebooks/00_good.ipynb")
+    assert all((beside / name).is_file() and figures / name in before for name in names)
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
 def test_notebook_whose_kernel_dies_is_named(tmp_path: Path) -> None:
     write_notebook(tmp_path / "notebooks", "00_dies", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     (outcome,) = study.run_study("pocket", notebooks=tmp_path / "notebooks")

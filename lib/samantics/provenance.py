@@ -109,8 +109,13 @@ def start_run(scale: str = "pocket", notebook: str = "", seed: int = 0) -> Run:
 
 
 def own_data(run: Run) -> Run:
-    """The same run on the user's own data: its figures go beside the scale's, which stay as they are."""
-    return dataclasses.replace(run, figures=run.figures / "own_data")
+    """The same run on the user's own data. Where the scale has data of its own, figures go beside the scale's."""
+    return dataclasses.replace(run, figures=own_figures(run.scale.name))
+
+
+def own_figures(scale: str) -> Path:
+    """Folder of what a run on the user's own data leaves: only ``pocket`` has results of its own that must stay."""
+    return figures_dir() / scale / ("own_data" if scale == "pocket" else "")
 
 
 def available_cores() -> int:

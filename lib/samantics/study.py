@@ -14,7 +14,8 @@ Usage: ./run_all.sh [options]
   --weights NAME      notebook 03: zoo, official or random (official models, untrained) instead of the scale's
   --help              this text
 
-Results: figures/<scale>/index.html, .png and .csv beside it, executed notebooks in figures/<scale>/notebooks/.
+Results: figures/<scale>/index.html, .png and .csv beside it, executed notebooks in figures/<scale>/notebooks/; of your
+own data at pocket scale in figures/pocket/own_data/, so that the pocket results stay.
 Computed features and models: .cache/<scale>/. Exit code: 0, or 1 when anything failed, or 2 for a wrong option.
 """
 
@@ -49,7 +50,7 @@ from PIL import Image
 from samantics.errors import StudyError
 from samantics.figures import few_colours
 from samantics.files import PROJECT, atomic_path, cache_dir, remove_leftovers
-from samantics.provenance import available_cores, checked_seed, figures_dir
+from samantics.provenance import available_cores, checked_seed, figures_dir, own_figures
 from samantics.report import notebook_page, write_report
 from samantics.scales import get_scale
 
@@ -96,7 +97,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\nstopped; finished notebooks and caches are kept", file=sys.stderr)
         return 130
     print(summary(outcomes))
-    print(f"report: {figures_dir() / options.scale / 'index.html'}")
     return 1 if any(outcome.error for outcome in outcomes) else 0
 
 
@@ -133,11 +133,16 @@ def run_study(
             shutil.rmtree(cache_dir() / scale, ignore_errors=True)
         for folder in (figures, cache_dir() / scale):
             remove_leftovers(folder, "**/.*")
-        outcomes = []
+        outcomes: list[Outcome] = []
+        reports: list[Path] = []
         for path in paths:
-            outcomes.append(execute(path, figures, values))
-            save_outcomes(figures, outcomes)
-            write_report(figures)
+            own = any(values.get(name) for name in parameter_names(path).intersection(PATH_OPTIONS))
+            place = own_figures(scale).resolve() if own else figures
+            outcomes.append(execute(path, place, values))
+            save_outcomes(place, outcomes[-1:])
+            reports.append(write_report(place))
+    for report in dict.fromkeys(reports):
+        print(f"report: {report}")
     return outcomes
 
 
