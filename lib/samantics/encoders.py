@@ -19,6 +19,7 @@ from samantics.errors import StudyError
 from samantics.preprocessing import Preprocessing
 
 POOLINGS = ("mean", "cls", "object")
+PIXELS_AT_ONCE = 2**20  # of a batch's input: one image of SAM's, whose attention takes 2.5 GB
 ZOO: Mapping[str, Architecture] = {"sam": SAM, "sam2": SAM2, "clip": CLIP, "dinov2": DINOV2, "random": SAM}
 
 

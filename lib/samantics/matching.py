@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from samantics.coco import CocoDataset, Instance, Rle, mask_of, read_image
-from samantics.encoders import Encoder
+from samantics.encoders import PIXELS_AT_ONCE, Encoder
 from samantics.errors import StudyError
 from samantics.evaluation import Result
 from samantics.files import atomic_path, cache_dir, hash_value, reading, remove_leftovers
@@ -35,7 +35,6 @@ Features = NDArray[np.float32]  # (N, C)
 FORMAT = 1  # of the files of features
 SCORINGS = ("prototype", "nearest", "softmax", "centred")
 MASK_PIXELS_AT_ONCE = 2**24
-PIXELS_AT_ONCE = 2**20  # of model input: 28 pocket images, one of SAM's
 
 
 def _shrunk(most: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from samantics.architectures import Wanted
-from samantics.encoders import Encoder, load_encoder
+from samantics.encoders import PIXELS_AT_ONCE, Encoder, load_encoder
 from samantics.errors import StudyError
 from samantics.files import atomic_path, cache_dir, hash_value, remove_leftovers, write_json
 from samantics.images import image_folders
@@ -41,7 +41,6 @@ from samantics.preprocessing import Geometry
 FORMAT = 1  # of the files below; a store of another format is refused
 SHARD_ROWS = 1024
 PREFETCH = 2  # batches decoded ahead
-PIXELS_AT_ONCE = 2**20  # of a batch, where its size is not given: one image of SAM's, whose attention takes 2.5 GB
 
 
 class Images(Protocol):
