@@ -29,6 +29,8 @@ def trained(folder: Path, name: str, theme_strength: float = 0.8) -> Path:
     save_file({key: value.half().contiguous() for key, value in zoo.build("sam").state_dict().items()}, path)
     recipe = {"theme_strength": theme_strength, "seed": 0, "images": 640}
     write_json(folder / f"{name}.json", {"sha256": hash_file(path), "recipe": recipe, "machine": "none"})
+    curve = {"step": [0, 10], "images": [0, 640], "held_out_loss": [3.0, 2.0], "probe_top1": [1, 2], "knn_top1": [1, 3]}
+    pd.DataFrame(curve).to_csv(folder / f"{name}.csv", index=False)
     return path
 
 
@@ -59,15 +61,41 @@ def test_rows_take_the_place_of_earlier_ones(
     data: ClassificationData, pocket_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(controls, "TABLE", tmp_path / "controls.csv")
+    monkeypatch.setattr(controls, "CURVES", tmp_path / "control_curves.csv")
     monkeypatch.setattr(controls, "scale_data", lambda _run: data)
-    assert controls.control_table().empty
+    assert controls.control_table().empty and controls.control_curves().empty
     trained(tmp_path / "one", "sam", theme_strength=0.0)
     trained(tmp_path / "two", "sam_from_dinov2")
     controls.main([str(tmp_path / "one"), str(tmp_path / "two")])
     first = controls.control_table()
     assert first["model"].tolist() == ["sam", "sam_from_dinov2"]
+    curves = controls.control_curves()
+    assert curves.columns.tolist() == [*controls.TRAINED, "seen", "objective", "probe_top1", "knn_top1"]
+    assert curves[["model", "images", "seen", "objective"]].values.tolist() == [
+        ["sam", 640, 0, 3.0],
+        ["sam", 640, 640, 2.0],
+        ["sam_from_dinov2", 640, 0, 3.0],
+        ["sam_from_dinov2", 640, 640, 2.0],
+    ]
     controls.main([str(tmp_path / "one")])
     pd.testing.assert_frame_equal(controls.control_table(), first, check_dtype=False)
+    pd.testing.assert_frame_equal(controls.control_curves(), curves, check_dtype=False)
+
+
+def test_other_zoos_differ_from_ours_in_the_seed_alone() -> None:
+    ours = zoo.card("sam")["recipe"]
+    rows = [
+        {"model": model, **{key: ours[key] for key in controls.TRAINED[1:]} | change}
+        for model, change in (
+            ("sam", {}),
+            ("sam", {"seed": 1}),
+            ("sam", {"seed": 1, "theme_strength": 0.0}),
+            ("sam", {"seed": 1, "images": 640}),
+            ("supervised", {"seed": 1}),
+        )
+    ]
+    found = controls.other_zoos(pd.DataFrame(rows).assign(top1=range(5)))
+    assert found[["model", "seed", "top1"]].values.tolist() == [["sam", 1, 1]]
 
 
 def test_refusals(tmp_path: Path, pocket_run: Run) -> None:

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from samantics import figures
+from samantics import figures, mojiworld, start_figures
 from samantics.errors import StudyError
 from samantics.figures import save_figure
 from samantics.provenance import Run, available_cores, git_revision
@@ -105,3 +105,21 @@ def _lab(linear: np.ndarray) -> np.ndarray:
     xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ linear.clip(0, 1)
     f = np.cbrt((xyz / [0.9505, 1.0, 1.089]).clip(1e-4))
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+def test_a_map_is_averaged_on_the_object_and_off_it_but_not_on_its_border() -> None:
+    instances = np.zeros((8, 8), np.uint8)
+    instances[:3, :4] = 1  # a token of 4 x 4 pixels, three quarters of it
+    instances[3:, 7] = 1  # touches two more, a little
+    picture = mojiworld.Picture(np.zeros((8, 8, 3), np.uint8), instances, (0,))
+    maps = {"a": np.array([[0.9, 0.1], [0.3, 0.7]]), "b": np.array([[1.0, 0.0], [0.5, 0.0]])}
+    assert start_figures.on_and_off(picture, maps) == {"a": (0.9, 0.3), "b": (1.0, 0.5)}
+
+
+def test_variance_between_kinds_is_all_or_nothing_where_it_should_be() -> None:
+    rng = np.random.default_rng(0)
+    means = rng.random((2, 1, 1, 1, 3))
+    own = rng.random((1, 3, 1, 1, 3))
+    shape = (2, 3, 4, 4, 3)
+    assert start_figures.between_kinds(np.broadcast_to(means, shape).reshape(6, 4, 4, 3), 2) == pytest.approx(100)
+    assert start_figures.between_kinds(np.broadcast_to(own, shape).reshape(6, 4, 4, 3), 2) == pytest.approx(0)

@@ -11,6 +11,7 @@ from samantics.errors import StudyError
 from samantics.figures import save_table
 from samantics.findings import (
     AIMS,
+    CEILINGS,
     CLAIMS,
     Comparison,
     by_factor,
@@ -37,7 +38,7 @@ def write_probes(folder: Path, drawing: dict[str, float], category: dict[str, fl
     for row in rows:  # only the headline rows may count
         if row["probe"] == "knn" or row["layer"] == "block_01":
             row |= {"top1": 99.0, "top1_low": 99.0, "top1_high": 99.0}
-    pd.DataFrame(rows).to_csv(folder / "01_probe_accuracy.csv", index=False)
+    pd.DataFrame(rows).to_csv(folder / "01_zoos.csv", index=False)
 
 
 PAPER_LIKE = {"sam": 11.0, "sam2": 23.0, "clip": 74.0, "dinov2": 77.0}
@@ -61,7 +62,7 @@ def test_probing_as_in_the_paper_supports_c1(tmp_path: Path) -> None:
     write_probes(tmp_path, PAPER_LIKE, PAPER_LIKE)
     row = row_of(tmp_path, "C1")
     assert (row["verdict"], row["measured"], row["low"], row["high"]) == ("supported", 51.0, 49.0, 53.0)
-    assert row["source"] == "01_probe_accuracy.csv (3 seeds)"
+    assert row["source"] == "01_zoos.csv (3 seeds)"
 
 
 @pytest.mark.parametrize(
@@ -151,8 +152,8 @@ def test_c5_follows_its_rule(sam: float, expected: str, tmp_path: Path) -> None:
 
 def test_other_data_has_one_level_of_label(tmp_path: Path) -> None:
     write_probes(tmp_path, PAPER_LIKE, PAPER_LIKE)
-    table = pd.read_csv(tmp_path / "01_probe_accuracy.csv")
-    table[table["labels"] == "drawing"].assign(labels="class").to_csv(tmp_path / "01_probe_accuracy.csv", index=False)
+    table = pd.read_csv(tmp_path / "01_zoos.csv")
+    table[table["labels"] == "drawing"].assign(labels="class").to_csv(tmp_path / "01_zoos.csv", index=False)
     assert row_of(tmp_path, "C1")["verdict"] == "supported" and len(evidence(tmp_path)) == 2
 
 
@@ -164,9 +165,9 @@ def test_verdicts_by_factor_fall(tmp_path: Path) -> None:
 
 
 def test_origins_name_the_run_of_each_table(pocket_run: Run) -> None:
-    save_table(pocket_run, pd.DataFrame({"a": [1]}), "01_probe_accuracy")
+    save_table(pocket_run, pd.DataFrame({"a": [1]}), "01_zoos")
     rows = origins(pocket_run.figures).set_index("table")
-    assert rows.loc["01_probe_accuracy.csv", "seed"] == 3 and rows.loc["02_icl_ap.csv", "seed"] == ""
+    assert rows.loc["01_zoos.csv", "seed"] == 3 and rows.loc["02_icl_ap.csv", "seed"] == ""
 
 
 def test_missing_row_is_named(tmp_path: Path) -> None:
@@ -174,7 +175,7 @@ def test_missing_row_is_named(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="no row with encoder=clip, labels=drawing"):
         findings(tmp_path)
     write_pipeline(tmp_path, {"dinov2": 11.3})
-    (tmp_path / "01_probe_accuracy.csv").unlink()
+    (tmp_path / "01_zoos.csv").unlink()
     with pytest.raises(StudyError, match="no setting with dinov2, sam and random"):
         findings(tmp_path)
 
@@ -211,6 +212,7 @@ def write_quality(folder: Path, share: dict[str, float]) -> None:
     rows: list[dict[str, Any]] = [
         {"encoder": e, "measure": m, "value": aim * share.get(e, 1.0)} for (e, m), aim in AIMS.items()
     ]
+    rows.append({"encoder": "sam", "measure": CEILINGS["sam"], "value": 86.0})
     pd.DataFrame(rows).to_csv(folder / "00_zoo_quality.csv", index=False)
 
 
@@ -236,4 +238,5 @@ def test_a_weak_model_decides_nothing_that_its_weakness_could_have_made(
     )
     assert row_of(tmp_path, "C1")["verdict"] == expected
     aims = zoo_aims(tmp_path)
+    assert aims["ceiling"].dropna().tolist() == [86, 86] and set(aims.dropna()["encoder"]) == {"sam"}
     assert aims["reached"].tolist() == pytest.approx([share.get(name, 1.0) for name in aims["encoder"]])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import torch
 from PIL import Image
 
-from samantics import classification, mojiworld, probing
+from samantics import classification, mojiworld, probing, probing_figures
 from samantics.encoders import load_encoder
 from samantics.errors import StudyError
 from samantics.probe import ProbeResult, knn_probe, linear_probe
@@ -151,6 +153,22 @@ def test_sentences_follow_the_numbers() -> None:
     assert clear[0].startswith("category: CLIP 60.0 [58.0, 62.0] > DINOv2") and "SAM is below both" in clear[1]
     assert "DINOv2, the weaker of them, has 4.0 times" in clear[1]
     assert "not clearly below" in probing.order_sentences(_table(40, 60, 41))[1]
+
+
+def test_models_trained_once_keep_their_row_and_others_give_the_mean_of_their_trainings() -> None:
+    others = pd.DataFrame({"model": ["clip", "clip"], "labels": ["category", "drawing"], "top1": [50.0, 90.0]})
+    others = others.assign(top1_low=others["top1"] - 2, top1_high=others["top1"] + 2)
+    table = _table(10, 60, 40).assign(layer="final", seeds=3)
+    rows = probing.zoo_rows(table, others).set_index("encoder")
+    assert rows.loc["sam", ["top1", "top1_low", "top1_high", "zoos"]].tolist() == [10, 8, 12, 1]
+    clip = rows.loc["clip"]
+    assert (clip["top1"], clip["lowest"], clip["highest"], clip["zoos"]) == (55, 50, 60, 2)
+    noise = scipy.stats.t.ppf(0.975, 1) * 5  # two values 10 apart: the error of their mean is 5
+    assert clip["top1_high"] == pytest.approx(55 + np.hypot(noise, 2))
+    figure = probing_figures.zoos_figure(probing.zoo_rows(table, others), table, others)
+    marks = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    assert sorted(value for line in marks for value in line.get_ydata()) == [10, 40, 50, 60]
+    plt.close(figure)
 
 
 def test_the_paper_scale_asks_for_its_folder(pocket_run) -> None:

@@ -30,6 +30,17 @@ def test_iou_equals_a_plain_count() -> None:
             assert found[i, m] == pytest.approx((hard & masks[i]).sum() / (hard | masks[i]).sum())
 
 
+def test_coarse_masks_keep_what_fills_cells_and_lose_what_is_smaller() -> None:
+    masks = np.zeros((3, 32, 32), bool)
+    masks[0, :, :16] = True  # half of the image: cell by cell
+    masks[1, 5, 5] = True  # one pixel of a cell of 16
+    masks[2, 8:12, 8:11] = True  # three quarters of a cell
+    coarse = quality.coarse_masks(masks, 8)
+    covered = masks.reshape(3, 8, 4, 8, 4).mean((2, 4))
+    assert (coarse.numpy()[:, 0] == covered - 0.5).all()
+    assert quality.iou_with(coarse[:2], masks[:2])[:, 0].tolist() == [1, 0]
+
+
 def test_effective_rank_counts_directions() -> None:
     torch.manual_seed(0)
     basis = torch.linalg.qr(torch.randn(400, 400))[0][:, :8]
@@ -44,4 +55,6 @@ def test_an_untrained_zoo_is_measured_as_bad() -> None:
     assert {"encoder", "measure", "value", "low", "high", "n"} == set(table.columns)
     zero_shot = table[table["measure"].str.contains("zero-shot")]
     assert (zero_shot["value"] < 25).all()
-    assert (table.loc[table["encoder"] == "sam", "value"] < 60).all()
+    ceiling = table["measure"].str.contains("true mask")
+    assert (table.loc[(table["encoder"] == "sam") & ~ceiling, "value"] < 60).all()
+    assert (table.loc[ceiling, "value"] > 60).all() and ceiling.sum() == 1

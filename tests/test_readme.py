@@ -30,7 +30,7 @@ def test_tables_without_results_claim_nothing(tmp_path: Path) -> None:
 def test_probe_table_shows_the_headline_rows_with_intervals(tmp_path: Path) -> None:
     names = {"encoder": "sam", "labels": "drawing", "probe": "linear", "layer": "final"}
     row = names | {"top1": 5.04, "top1_low": 4.0, "top1_high": 6.0}
-    pd.DataFrame([row, row | {"probe": "knn", "top1": 9.0}]).to_csv(tmp_path / "01_probe_accuracy.csv", index=False)
+    pd.DataFrame([row, row | {"probe": "knn", "top1": 9.0}]).to_csv(tmp_path / "01_zoos.csv", index=False)
     assert "| SAM | 11.06 | 5.0 [4.0, 6.0] | not measured |" in probe_table(tmp_path)
 
 

@@ -43,6 +43,21 @@ def test_rest_is_what_the_last_third_changed(tmp_path: Path) -> None:
     plt.close(figure)
 
 
+def test_trainings_from_other_seeds_stand_beside_ours_and_count_alike() -> None:
+    recipe = zoo.card("sam")["recipe"]
+    more = pd.DataFrame(
+        {"seen": [0, 60_000, 120_000], "objective": [9.0, 4.0, 2.0], "probe_top1": 1.0, "knn_top1": 2.0}
+    )
+    more = more.assign(model="sam", seed=7, images=recipe["images"], theme_strength=recipe["theme_strength"])
+    curves = zoo_study.zoo_curves(more)
+    assert curves.columns.tolist() == zoo_study.CURVES
+    assert curves[curves["seed"] == 7]["images"].tolist() == [0, 60_000, 120_000]
+    alone = zoo_study.rest_table(zoo_study.training_curves()).set_index("encoder")["objective_change"]
+    both = zoo_study.rest_table(curves).set_index("encoder")["objective_change"]
+    assert both["sam"] == pytest.approx((alone["sam"] - 100) / 2)  # its last third begins at 60,000: 4 to 2
+    assert both.drop("sam").equals(alone.drop("sam"))
+
+
 def test_flops_are_those_of_the_matrix_products(monkeypatch: pytest.MonkeyPatch) -> None:
     class Plain(nn.Module):
         def __init__(self) -> None:
@@ -121,3 +136,9 @@ def test_controls_stand_beside_the_encoder_that_they_differ_from_in_one_thing(tm
     assert found["objective", "sam"] == {"masks": 5, "names of drawings": 60}
     assert found["world", "clip"] == {"themes": 40, "no themes": 30}
     assert ("last quarter", "dinov2") not in found
+
+
+def test_intervals_are_apart_when_a_gap_is_between_them() -> None:
+    assert zoo_study.apart(pd.DataFrame({"low": [1.0, 4.0], "high": [3.0, 6.0]}))
+    assert zoo_study.apart(pd.DataFrame({"low": [4.0, 1.0], "high": [6.0, 3.0]}))
+    assert not zoo_study.apart(pd.DataFrame({"low": [1.0, 2.5], "high": [3.0, 6.0]}))

@@ -18,6 +18,7 @@ import pandas as pd
 
 TABLES = {  # the tables whose columns are a promise, and the columns that name a row
     "01_probe_accuracy": ["encoder", "labels", "probe", "layer", "pooling"],
+    "01_zoos": ["encoder", "labels"],
     "02_icl_ap": ["variant", "split", "shots", "iou_type"],
     "02_separability": ["stage", "split", "metric"],
     "03_pipeline_ap": ["proposals", "source", "merging", "shots", "iou_type"],

@@ -95,7 +95,7 @@ def encode_image(model: Any, image: Image.Image) -> EncodedImage:
         return EncodedImage(model, _embedding(model, pixels)[0], (), size, (resized.shape[0], resized.shape[1]))
     if isinstance(model, SAM2Base):
         predictor = sam2_predictor(model)
-        predictor.set_image(np.asarray(image))
+        predictor.set_image(np.array(image))  # a copy: torch warns of arrays that it may not write to
         maps = predictor._features
         high_res = tuple(level[0] for level in maps["high_res_feats"])
         return EncodedImage(model, maps["image_embed"][0], high_res, size, (model.image_size, model.image_size))

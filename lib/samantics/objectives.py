@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -303,7 +304,9 @@ class SelfDistillation(Objective):
     def _heads(self) -> nn.ModuleDict:
         """One head for class tokens (DINO) and one for patches (iBOT)."""
         width = self.config.width
-        return nn.ModuleDict({k: DINOProjectionHead(width, 512, 128, self.prototypes) for k in ("class", "patch")})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # lightly's head uses torch's older weight_norm
+            return nn.ModuleDict({k: DINOProjectionHead(width, 512, 128, self.prototypes) for k in ("class", "patch")})
 
     @override
     def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -409,19 +412,27 @@ def recoloured(views: Tensor) -> Tensor:
 
 
 class SupervisedObjective(Objective):
-    """The ceiling: SAM's image encoder taught which drawings an image shows (softmax, its target shared by them)."""
+    """The ceiling: SAM's image encoder taught which drawings an image shows (softmax, its target shared by them).
+
+    Logits are scaled cosines with a learned vector for each name, as CLIP's are with its captions, of features that are
+    standardised over the batch: without that they collapse to a constant before any name is learned.
+    """
 
     def __init__(self, config: zoo.ZooConfig) -> None:
         super().__init__()
         self.model = zoo.build_sam(config)
         self.classes = len(mojiworld.catalogue())
-        self.classify = nn.Linear(config.dim, self.classes)
+        self.standardise = nn.BatchNorm1d(config.dim, affine=False)
+        self.names = nn.Parameter(0.02 * torch.randn(self.classes, config.dim))
+        self.scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     @override
     def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         shown = torch.zeros(len(batch.images), self.classes + 1, device=batch.images.device)
         shown.scatter_(1, batch.drawings.where(batch.drawings >= 0, self.classes), 1.0)
-        logits = self.classify(self.vectors(normalised(batch.images))).float()
+        vectors = self.standardise(self.vectors(normalised(batch.images)).float())
+        cosines = functional.normalize(vectors, dim=1) @ functional.normalize(self.names, dim=1).T
+        logits = self.scale.exp().clamp(max=100) * cosines.float()
         shown = shown[:, :-1]
         loss = functional.cross_entropy(logits, shown / shown.sum(1, keepdim=True))
         return loss, {"top1": torch.gather(shown, 1, logits.argmax(1, keepdim=True)).mean()}

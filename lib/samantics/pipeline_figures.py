@@ -293,13 +293,14 @@ def grid_figure(table: pd.DataFrame) -> Figure:
     axes[0].plot(table["seconds"], table["recall"], "s--", color="#5A5A5A")
     errors = np.clip([table["AP"] - table["low"], table["high"] - table["AP"]], 0, None)
     axes[1].errorbar(table["seconds"], table["AP"], yerr=errors, fmt="o-", color=COLOURS["dinov2"])
-    for axis, column, words in zip(axes, ("recall", "AP"), ("recall of the proposals (%)", "mask AP (%)"), strict=True):
-        for row in table.to_dict("records"):
-            place = (row["seconds"], row[column])
-            axis.annotate(f"{row['points_per_side']}²", place, (5, 6), textcoords="offset points", fontsize=9)
+    for axis, words in zip(axes, ("recall of the proposals (%)", "mask AP (%)"), strict=True):
+        for row in table.to_dict("records"):  # along the upper edge: off lines and bars
+            place = (row["seconds"], 0.98)
+            text = f"{row['points_per_side']}²"
+            axis.annotate(text, place, xycoords=("data", "axes fraction"), ha="center", va="top", fontsize=9)
         axis.set(xlabel="seconds per image for the proposals", title=words)
         axis.margins(x=0.15)
-        axis.set_ylim(0, 1.15 * axis.dataLim.ymax or 1)  # all may be 0
+        axis.set_ylim(0, 1.2 * axis.dataLim.ymax or 1)  # all may be 0
     (first, last), points = (table.iloc[0], table.iloc[-1]), table["points_per_side"]
     recall = f"recall {first['recall']:.0f} to {last['recall']:.0f} %"
     headline(
@@ -337,10 +338,11 @@ def likeness_figure(image: Image.Image, point: tuple[float, float], maps: Mappin
     figure, axes = plt.subplots(1, len(maps) + 1, figsize=(2.4 * (len(maps) + 1), 2.8))
     show_image(axes[0], image, "the clicked patch")
     for axis, (name, values) in zip(axes[1:], maps.items(), strict=True):
-        axis.imshow(values, cmap="magma", vmin=0, vmax=1)
-        axis.set_title(LABELS[name], fontsize=9, color=COLOURS[name])
+        axis.imshow(values, cmap="magma")  # a scale for each: models differ in how alike all places are to them
+        axis.set_title(f"{LABELS[name]}: {values.min():.2f} (dark) to 1", fontsize=9, color=COLOURS[name])
         axis.axis("off")
-    headline(figure, "Which places resemble the clicked one?")
+    typical = ", ".join(f"{LABELS[name]} {np.median(values):.2f}" for name, values in maps.items())
+    headline(figure, f"Cosine of the clicked patch with half of the image: above {typical}")
     for axis in axes:
         axis.plot(*point, "+", color="black", markersize=13, markeredgewidth=4)
         axis.plot(*point, "+", color=OUTLINE, markersize=12, markeredgewidth=2)

@@ -23,7 +23,7 @@ from samantics.files import atomic_path, hash_value, reading
 from samantics.probe import Features, ProbeResult, few_shot_rows, knn_probe, linear_probe
 from samantics.provenance import Run, available_cores
 from samantics.store import Column, FeatureStore, Images, encode_images
-from samantics.uncertainty import bootstrap_mean
+from samantics.uncertainty import Interval, across_trainings, bootstrap_mean
 
 PROBES = 1  # of what is kept; raised when the same probe would give other numbers
 KNN = 10  # neighbours of the headline; 20 to 200 change no order (notebook 01 prints them)
@@ -193,6 +193,31 @@ def headline(
     rows = [row(*job, result) for job, result in zip(jobs, results, strict=True)]
     answers = {(e.name, t.name): r for (e, t, kind), r in zip(jobs, results, strict=True) if kind == "linear"}
     return pd.DataFrame(rows), answers
+
+
+def zoo_rows(table: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
+    """The linear probes of :func:`headline` with the noise of training in their intervals: C1's table.
+
+    Args:
+        others: the same probes of zoos trained from other seeds (:func:`controls.other_zoos`); encoders and label
+            levels without any keep their value and interval.
+
+    Returns:
+        ``encoder, labels, probe, layer, top1, top1_low, top1_high`` (percent, the mean over zoos), ``lowest`` and
+        ``highest`` zoo, ``zoos``, and ``seeds`` of the probe.
+    """
+    columns = ["top1", "top1_low", "top1_high"]
+    rows = []
+    for line in table[table["probe"] == "linear"].to_dict("records"):
+        alike = others[(others["model"] == line["encoder"]) & (others["labels"] == line["labels"])]
+        found = [Interval(*values) for values in [[line[name] for name in columns], *alike[columns].to_numpy(float)]]
+        top1 = [one.value for one in found]
+        rows.append(
+            {name: line[name] for name in ("encoder", "labels", "probe", "layer")}
+            | dict(zip(columns, across_trainings(found), strict=True))
+            | {"lowest": min(top1), "highest": max(top1), "zoos": len(found), "seeds": line["seeds"]}
+        )
+    return pd.DataFrame(rows)
 
 
 def layer_rows(features: Mapping[str, Encoded], task: Task) -> pd.DataFrame:

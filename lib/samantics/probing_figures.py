@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from samantics.classification import Task
@@ -47,7 +48,17 @@ def accuracy_figure(table: pd.DataFrame, tasks: Mapping[str, Task], world: str) 
     axes[0].set_ylabel("accuracy (%)")
     axes[0].set_ylim(0, 100)
     axes[0].legend(loc="upper left", fontsize=9)
+    level = next(iter(tasks))
+    headline(
+        figure, f"Linear probe, {level}. {ranking(table[(table['labels'] == level) & (table['probe'] == 'linear')])}"
+    )
     return figure
+
+
+def ranking(rows: pd.DataFrame) -> str:
+    """Encoders with their top-1, best first: one row for each."""
+    ranked = rows.sort_values("top1", ascending=False)
+    return ", ".join(f"{LABELS[row.encoder]}: {row.top1:.0f}" for row in ranked.itertuples()) + " % right"
 
 
 def _bars(axis: Axes, rows: pd.DataFrame) -> None:
@@ -64,7 +75,38 @@ def _bars(axis: Axes, rows: pd.DataFrame) -> None:
     axis.grid(axis="x", visible=False)
 
 
-def layer_figure(table: pd.DataFrame, title: str) -> Figure:
+def zoos_figure(rows: pd.DataFrame, table: pd.DataFrame, others: pd.DataFrame) -> Figure:
+    """A mark for each training of each encoder, the shipped one's filled, beside their mean with its 95 % interval.
+
+    Args:
+        rows: of :func:`probing.zoo_rows`, from ``table`` and ``others``.
+    """
+    levels = list(dict.fromkeys(rows["labels"]))
+    figure, axes = plt.subplots(1, len(levels), figsize=(5.2 * len(levels), 3.8), squeeze=False)
+    for axis, level in zip(axes[0], levels, strict=True):
+        mine = rows[rows["labels"] == level]
+        for place, line in enumerate(mine.to_dict("records")):
+            colour = COLOURS[line["encoder"]]
+            span = [[line["top1"] - line["top1_low"]], [line["top1_high"] - line["top1"]]]
+            axis.errorbar(place - 0.12, line["top1"], span, fmt="_", ms=14, color=colour, linewidth=2)
+            shipped = table.query("encoder == @line['encoder'] and labels == @level and probe == 'linear'")["top1"]
+            again = others.query("model == @line['encoder'] and labels == @level")["top1"]
+            axis.plot([place + 0.15] * len(again), again, "o", ms=7, color=colour, mfc="white")
+            axis.plot([place + 0.15] * len(shipped), shipped, "o", ms=7, color=colour)
+        axis.set_xticks(range(len(mine)), [LABELS[name] for name in mine["encoder"]])
+        axis.set(title=LEVELS[level], xlim=(-0.5, len(mine) - 0.5), ylim=(0, None))
+        axis.grid(axis="x", visible=False)
+    axes[0][0].set_ylabel("linear probe, top-1 (%)")
+    marks = (("|", None, "mean, 95 %"), ("o", None, "shipped"), ("o", "white", "trained from another seed"))
+    handles = [Line2D([], [], ls="", marker=m, ms=8, color="#444444", mfc=fill, label=text) for m, fill, text in marks]
+    axes[0][0].legend(handles=handles, loc="upper left", fontsize=9)
+    apart = rows["highest"] - rows["lowest"]
+    text = f"Trained again from other seeds, a model's linear probe moves by up to {apart.max():.1f} points"
+    headline(figure, text if len(others) else "Each model was trained once: intervals without the noise of training")
+    return figure
+
+
+def layer_figure(table: pd.DataFrame) -> Figure:
     """Top-1 against depth, a panel for each label level and a line for each encoder; bands are 95 % intervals."""
     levels = list(dict.fromkeys(table["labels"]))
     figure, axes = plt.subplots(1, len(levels), figsize=(5.2 * len(levels), 4.2), squeeze=False)
@@ -78,8 +120,13 @@ def layer_figure(table: pd.DataFrame, title: str) -> Figure:
         _end_labels(axis, ends, 1.02)
         axis.set(xlabel="depth of the layer (0 = input, 1 = output)", title=LEVELS[level])
         axis.set_xlim(0, 1.25)
+        axis.set_xticks(np.linspace(0, 1, 6))
     axes[0][0].set_ylabel("top-1 of a linear probe (%)")
-    headline(figure, title)
+    lost = [
+        f"{LABELS[str(name)]}: {rows['top1'].max() - rows['top1'].iloc[-1]:.1f}"
+        for name, rows in table[table["labels"] == levels[0]].groupby("encoder", sort=False)
+    ]
+    headline(figure, f"Points lost after the best layer ({levels[0]}): {', '.join(lost)}")
     return figure
 
 
@@ -92,7 +139,7 @@ def _end_labels(axis: Axes, ends: Sequence[tuple[float, str]], x: float) -> None
         axis.text(x, lowest, LABELS[name], color=COLOURS[name], va="center", fontweight="bold", fontsize=10)
 
 
-def few_shot_figure(table: pd.DataFrame, tasks: Mapping[str, Task], title: str) -> Figure:
+def few_shot_figure(table: pd.DataFrame, tasks: Mapping[str, Task]) -> Figure:
     """Top-1 against images per class (log axis), a panel for each label level."""
     levels = list(dict.fromkeys(table["labels"]))
     figure, axes = plt.subplots(1, len(levels), figsize=(4.6 * len(levels), 4.2), squeeze=False)
@@ -109,12 +156,17 @@ def few_shot_figure(table: pd.DataFrame, tasks: Mapping[str, Task], title: str) 
         axis.set_ylim(bottom=0)
     axes[0][0].set_ylabel("top-1 of a linear probe (%)")
     axes[0][0].legend(fontsize=9)
-    headline(figure, title)
+    fewest = table[(table["labels"] == levels[0]) & (table["shots"] == table["shots"].min())]
+    headline(figure, f"{fewest['shots'].iloc[0]} image per {levels[0]}. {ranking(fewest)}")
     return figure
 
 
-def class_figure(table: pd.DataFrame, title: str, most: int = 24) -> Figure:
-    """Top-1 of each class, classes sorted by the best encoder's; dots with intervals, a colour for each encoder."""
+def class_figure(table: pd.DataFrame, level: str, most: int = 24) -> Figure:
+    """Top-1 of each class, classes sorted by the best encoder's; dots with intervals, a colour for each encoder.
+
+    Args:
+        level: what the classes are ("category").
+    """
     order = table.groupby("class")["top1"].max().sort_values().index[-most:]
     figure, axis = plt.subplots(figsize=(8, 0.28 * len(order) + 1.4))
     names = list(dict.fromkeys(table["encoder"]))
@@ -126,8 +178,11 @@ def class_figure(table: pd.DataFrame, title: str, most: int = 24) -> Figure:
             capsize=0, label=LABELS[name],
         )  # fmt: skip
     axis.set_yticks(range(len(order)), order)
-    axis.set(xlabel="top-1 of a linear probe (%)", title=title, xlim=(0, 1.05 * table["top1_high"].max()))
+    axis.set(xlabel="top-1 of a linear probe (%)", xlim=(0, 1.05 * table["top1_high"].max()))
     axis.legend(fontsize=9, loc="lower right")
+    wins = table.loc[table.groupby("class")["top1"].idxmax(), "encoder"].value_counts()
+    best = ", ".join(f"{LABELS[str(name)]}: {count}" for name, count in wins.items())
+    headline(figure, f"Best on how many of {wins.sum()} ({level})? {best}")
     return figure
 
 

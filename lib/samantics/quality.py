@@ -63,7 +63,8 @@ def unseen_scenes(count: int) -> mojiworld.Pictures:
 @torch.no_grad()
 def mask_quality(name: str, model: Any, scenes: int) -> dict[str, NDArray[np.float64]]:
     """IoU (percent) of every object of unseen scenes: best of three masks from a click at its centre, from a random
-    click, the mask with the highest predicted IoU from the centre click, and the mask from its exact box."""
+    click, the mask with the highest predicted IoU from the centre click, and the mask from its exact box. Beside them
+    what the decoder's coarse logits could reach at best: the IoU of the true mask averaged to their cells."""
     sam = segmenter(name, model)
     pictures = unseen_scenes(scenes)
     measured: dict[str, list[NDArray[np.float64]]] = {}
@@ -81,10 +82,16 @@ def mask_quality(name: str, model: Any, scenes: int) -> dict[str, NDArray[np.flo
             "click at the centre, mask that SAM prefers": ious[np.arange(len(masks)), chosen],
             "random click, best of three masks": iou_with(anywhere[0], masks).max(1),
             "box": iou_with(boxed, masks)[:, 0],
+            "the true mask at the decoder's resolution": iou_with(coarse_masks(masks, boxed.shape[-1]), masks)[:, 0],
         }
         for measure, values in results.items():
             measured.setdefault(f"IoU (%), {measure}", []).append(100 * values)
     return {measure: np.concatenate(parts) for measure, parts in measured.items()}
+
+
+def coarse_masks(masks: NDArray[np.bool_], side: int) -> Tensor:
+    """``(B, 1, side, side)`` logits of ``(B, S, S)`` masks: positive where more than half of a cell is covered."""
+    return functional.adaptive_avg_pool2d(torch.from_numpy(masks).float()[:, None], side) - 0.5
 
 
 def segmenter(name: str, model: Any) -> SamObjective:
@@ -123,7 +130,7 @@ def iou_with(logits: Tensor, masks: NDArray[np.bool_]) -> NDArray[np.float64]:
 
 def pixels_of(images: NDArray[np.uint8]) -> Tensor:
     """``(B, S, S, 3)`` uint8 to what the zoo's encoders take."""
-    return normalised(torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2))
+    return normalised(torch.from_numpy(np.array(images)).permute(0, 3, 1, 2))
 
 
 # ----------------------------------------------------------------------------------------------------------- CLIP
@@ -139,7 +146,11 @@ def unseen_views(views: int) -> mojiworld.Pictures:
 
 @torch.no_grad()
 def clip_quality(model: Any, pictures: int, views: int) -> dict[str, NDArray[np.float64]]:
-    """Zero-shot category (train and held-out drawings) and drawing by prompt, and recall of captions (percent)."""
+    """Zero-shot category (train and held-out drawings) and drawing by prompt, and recall of captions (percent).
+
+    Beside them what prompts could reach at best: a linear probe taught the categories of the same drawings, whose
+    weights take the prompts' place.
+    """
     shown = unseen_views(views)
     drawings = shown.drawings[:, 0]
     vectors = batched(lambda x: model.encode_image(x, normalize=True), shown.images)
@@ -160,6 +171,9 @@ def clip_quality(model: Any, pictures: int, views: int) -> dict[str, NDArray[np.
     return {
         "zero-shot category (%), train drawings": right[~held_out],
         "zero-shot category (%), held-out drawings": right[held_out],
+        "linear probe, category of the same drawings (%)": probed(
+            lambda x: model.encode_image(x, normalize=True), mojiworld.category_of_drawing()
+        ),
         "zero-shot drawing (%)": named,
         f"caption recall@1 of {pictures} (%)": 100.0 * (ranks < 1),
         f"caption recall@5 of {pictures} (%)": 100.0 * (ranks < 5),
@@ -169,6 +183,17 @@ def clip_quality(model: Any, pictures: int, views: int) -> dict[str, NDArray[np.
 def batched(encode: Any, images: NDArray[np.uint8], size: int = 64) -> Tensor:
     """``(N, C)`` outputs of ``encode`` for all images."""
     return torch.cat([encode(pixels_of(images[start : start + size])) for start in range(0, len(images), size)])
+
+
+def probed(encode: Any, label_of_drawing: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Does a linear probe of ``encode``'s vectors, trained on other views of all drawings, name a view (percent)?"""
+    views = mojiworld.classification_pictures(mojiworld.World(), TRAIN_VIEWS + 1)
+    labels = label_of_drawing[views.drawings[:, 0]].astype(np.int64)
+    test = np.arange(len(labels)) % (TRAIN_VIEWS + 1) == TRAIN_VIEWS
+    vectors = batched(encode, views.images).numpy()
+    classes = int(label_of_drawing.max()) + 1
+    found = linear_probe(vectors[~test], labels[~test], vectors[test], labels[test], classes, seeds=(0,))
+    return 100.0 * found.top1[0]
 
 
 # --------------------------------------------------------------------------------------------------------- DINOv2
@@ -184,15 +209,10 @@ def dinov2_quality(model: Any, views: int) -> dict[str, NDArray[np.float64] | In
     similar = (unit @ unit.T).fill_diagonal_(-2)
     rank = effective_rank(vectors)
     spread = float(unit.std(0).mean() * np.sqrt(unit.shape[1]))
-    views_of = mojiworld.classification_pictures(mojiworld.World(), TRAIN_VIEWS + 1)
-    labels = views_of.drawings[:, 0].astype(np.int64)
-    test = np.arange(len(labels)) % (TRAIN_VIEWS + 1) == TRAIN_VIEWS
-    features = batched(lambda x: model(x).last_hidden_state[:, 0], views_of.images).numpy()
-    probe = linear_probe(
-        features[~test], labels[~test], features[test], labels[test], len(mojiworld.catalogue()), seeds=(0,)
-    )
     return {
-        "linear probe, drawing (%)": 100.0 * probe.top1[0],
+        "linear probe, drawing (%)": probed(
+            lambda x: model(x).last_hidden_state[:, 0], np.arange(len(mojiworld.catalogue()))
+        ),
         "nearest neighbour has the drawing (%)": 100.0 * (drawings[similar.argmax(1).numpy()] == drawings),
         f"effective rank of {vectors.shape[1]}": Interval(rank, rank, rank),
         "spread of unit vectors (1 = uniform, 0 = collapsed)": Interval(spread, spread, spread),

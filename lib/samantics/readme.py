@@ -34,7 +34,7 @@ def probe_table(figures: Path) -> str:
         "| model | paper: ImageNet-1k | pocket: which drawing | pocket: category of held-out drawings |",
         "|---|---:|---:|---:|",
     ]
-    path = figures / "01_probe_accuracy.csv"
+    path = figures / "01_zoos.csv"
     columns = ["encoder", "labels", "probe", "layer", "top1", "top1_low", "top1_high"]
     table = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=columns)
     for encoder in ("sam", "sam2", "clip", "dinov2", "random"):

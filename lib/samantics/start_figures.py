@@ -101,7 +101,7 @@ def ranked_captions(model: Any, picture: mojiworld.Picture, captions: Sequence[s
     return scores.sort_values("similarity", ascending=False, ignore_index=True)
 
 
-def captions_figure(picture: mojiworld.Picture, ranked: pd.DataFrame, title: str, most: int = 8) -> Figure:
+def captions_figure(picture: mojiworld.Picture, ranked: pd.DataFrame, most: int = 8) -> Figure:
     """The picture, and its best captions; bold where the category is in the picture."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.4), width_ratios=[1, 1.6])
     left.imshow(picture.image)
@@ -112,7 +112,9 @@ def captions_figure(picture: mojiworld.Picture, ranked: pd.DataFrame, title: str
     for label in right.get_yticklabels():
         label.set_fontweight("bold" if label.get_text().removeprefix("a picture of ") in shown else "normal")
     right.set_xlabel("cosine with the picture (bold: shown)")
-    headline(figure, title)
+    named = ranked["caption"].str.removeprefix("a picture of ").isin(shown)
+    places = ", ".join(str(place + 1) for place in np.flatnonzero(named))
+    headline(figure, f"CLIP puts what is shown on place {places} of {len(ranked)}")
     return figure
 
 
@@ -133,10 +135,8 @@ def similarity_maps(
     return maps
 
 
-def similarity_figure(
-    picture: mojiworld.Picture, maps: Mapping[str, NDArray[Any]], x: int, y: int, title: str
-) -> Figure:
-    """The clicked picture, and each encoder's map: bright tokens resemble the clicked one."""
+def similarity_figure(picture: mojiworld.Picture, maps: Mapping[str, NDArray[Any]], x: int, y: int) -> Figure:
+    """The picture, clicked on its first object, and each encoder's map: bright tokens resemble the clicked one."""
     figure, axes = plt.subplots(1, len(maps) + 1, figsize=(2.2 * (len(maps) + 1), 2.7))
     axes[0].imshow(picture.image)
     axes[0].plot(x, y, "*", color="white", markeredgecolor="black", markersize=12)
@@ -148,8 +148,23 @@ def similarity_figure(
         axis.set(xticks=[], yticks=[])
         axis.grid(visible=False)
     figure.colorbar(axes[-1].images[0], ax=axes.tolist(), label="cosine", shrink=0.75)
-    headline(figure, title)
+    means = [
+        f"{LABELS[name]} {inside:.2f} / {outside:.2f}" for name, (inside, outside) in on_and_off(picture, maps).items()
+    ]
+    headline(figure, f"Cosine on / off the object: {', '.join(means)}")
     return figure
+
+
+def on_and_off(
+    picture: mojiworld.Picture, maps: Mapping[str, NDArray[Any]], number: int = 1
+) -> dict[str, tuple[float, float]]:
+    """Each map's mean over the tokens on an object, and over those that it does not touch."""
+    means = {}
+    for name, values in maps.items():
+        patch = picture.image.shape[0] // len(values)
+        cover = (picture.instances == number).reshape(len(values), patch, len(values), patch).mean((1, 3))
+        means[name] = float(values[cover > 0.5].mean()), float(values[cover == 0].mean())
+    return means
 
 
 def pca_maps(encoders: Mapping[str, Encoder], pictures: Sequence[mojiworld.Picture]) -> dict[str, NDArray[Any]]:
@@ -168,6 +183,18 @@ def pca_maps(encoders: Mapping[str, Encoder], pictures: Sequence[mojiworld.Pictu
         low, high = torch.quantile(parts, torch.tensor([0.02, 0.98]), dim=0)
         maps[name] = ((parts - low) / (high - low)).clamp(0, 1).unflatten(0, dense.shape[:3]).numpy()
     return maps
+
+
+def between_kinds(colours: NDArray[Any], kinds: int) -> float:
+    """Percent of the variance of the pictures' middles that lies between kinds of picture.
+
+    Args:
+        colours: ``(N, h, w, 3)`` of :func:`pca_maps`; the N pictures are sorted by kind, as many of each.
+    """
+    high, wide = colours.shape[1] // 4, colours.shape[2] // 4
+    middle = colours[:, high:-high, wide:-wide].mean((1, 2)).reshape(kinds, -1, 3)
+    within = middle.var(1).mean(0).sum()
+    return float(100 * (1 - within / middle.reshape(-1, 3).var(0).sum()))
 
 
 def pca_figure(pictures: Sequence[mojiworld.Picture], maps: Mapping[str, NDArray[Any]], title: str) -> Figure:

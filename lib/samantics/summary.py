@@ -15,7 +15,7 @@ from samantics.findings import findings, lift, pipeline_setting
 from samantics.uncertainty import Interval
 
 PANELS = {  # claims of a panel: its question, unit and table
-    "C1": ("Do features tell\nclasses apart?", "linear probe, top-1 %", "01_probe_accuracy.csv"),
+    "C1": ("Do features tell\nclasses apart?", "linear probe, top-1 %", "01_zoos.csv"),
     "C2": ("Can SAM be taught\na class by example?", "box AP", "02_icl_ap.csv"),
     "C3, C4": ("Where is class structure,\nand for whom?", "kNN over shuffled, points", "02_separability.csv"),
     "C5": ("Can another model\nlend its meaning?", "mask AP, no training", "03_pipeline_ap.csv"),

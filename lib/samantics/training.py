@@ -151,7 +151,7 @@ def probe_vectors(objective: Objective, images: np.ndarray, device: torch.device
     objective.eval()
     parts = []
     for start in range(0, len(images), 256):
-        pixels = normalised(torch.from_numpy(images[start : start + 256]).to(device).permute(0, 3, 1, 2))
+        pixels = normalised(torch.from_numpy(np.array(images[start : start + 256])).to(device).permute(0, 3, 1, 2))
         with mixed_precision(device):
             parts.append(objective.vectors(pixels).float())
     objective.train()

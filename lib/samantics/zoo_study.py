@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch.utils.flop_counter import FlopCounterMode
 
 from samantics import mojiworld, zoo
@@ -39,6 +40,16 @@ def training_curves(names: Sequence[str] = zoo.NAMES, folder: Path = zoo.ASSETS)
     return pd.concat(parts, ignore_index=True)
 
 
+def zoo_curves(others: pd.DataFrame) -> pd.DataFrame:
+    """:func:`training_curves` of the zoo, and of zoos trained from other seeds.
+
+    Args:
+        others: :func:`controls.other_zoos` of their curves.
+    """
+    more = others.drop(columns="images").rename(columns={"model": "encoder", "seen": "images"})
+    return pd.concat([training_curves(), more[CURVES]], ignore_index=True)
+
+
 def second_stage(name: str, curve: pd.DataFrame) -> pd.Series:
     """Which rows of a model's curve lie in the second of two objectives (DINOv2's; the others have but one)."""
     objective = build_objective(name)
@@ -50,17 +61,18 @@ def rest_table(curves: pd.DataFrame) -> pd.DataFrame:
     """``encoder, objective_change, probe_change``: what the last third of the training still changed.
 
     Counted from the measuring point nearest to its begin, of DINOv2 in the second objective only. The objective in
-    percent of its value at the end, the probe in points.
+    percent of its value at the end, the probe in points; of models trained from several seeds the mean.
     """
     rows = []
-    for name, curve in curves.groupby("encoder", sort=False):
+    for (name, _), curve in curves.groupby(["encoder", "seed"], sort=False):
         stage = second_stage(str(name), curve)
         kept = curve[stage] if stage.any() else curve
         begins = (1 - LAST_PART) * curve["images"].max()
         first, final = kept.loc[(kept["images"] - begins).abs().idxmin()], kept.iloc[-1]
         change = 100 * (final["objective"] - first["objective"]) / abs(final["objective"])
         rows.append((name, change, final["probe_top1"] - first["probe_top1"]))
-    return pd.DataFrame(rows, columns=["encoder", "objective_change", "probe_change"])
+    table = pd.DataFrame(rows, columns=["encoder", "objective_change", "probe_change"])
+    return table.groupby("encoder", sort=False).mean().reset_index()
 
 
 def training_flops(name: str, pictures: int = 4) -> float:
@@ -80,16 +92,19 @@ def training_flops(name: str, pictures: int = 4) -> float:
 
 
 def curves_figure(curves: pd.DataFrame, flops: dict[str, float]) -> Figure:
-    """Objective (relative to its start), linear probe and kNN against images seen, and the probe against compute."""
+    """Objective (relative to its start), linear probe and kNN against images seen, and the probe against compute.
+
+    A line for each training: models trained from several seeds have several of one colour.
+    """
     figure, axes = plt.subplots(1, 4, figsize=(11, 3.8))
-    for name, curve in curves.groupby("encoder", sort=False):
+    for (name, _), curve in curves.groupby(["encoder", "seed"], sort=False):
         colour = COLOURS[str(name)]
         late = second_stage(str(name), curve)
         for stage in (~late, late):
             mine = curve[stage]
             if len(mine):
                 axes[0].plot(mine["images"] / 1000, mine["objective"] / mine["objective"].iloc[0], "o-", ms=3, c=colour)
-        axes[1].plot(curve["images"] / 1000, curve["probe_top1"], "o-", ms=3, color=colour, label=LABELS[str(name)])
+        axes[1].plot(curve["images"] / 1000, curve["probe_top1"], "o-", ms=3, color=colour)
         axes[2].plot(curve["images"] / 1000, curve["knn_top1"], "o-", ms=3, color=colour)
         axes[3].plot(curve["images"] * flops[str(name)] / 1e15, curve["probe_top1"], "o-", ms=3, color=colour)
     axes[0].set(title="objective, unseen\npictures", xlabel="thousand images", ylabel="loss / loss at the start")
@@ -98,7 +113,9 @@ def curves_figure(curves: pd.DataFrame, flops: dict[str, float]) -> Figure:
     axes[3].set(title="linear probe,\nby compute", xlabel="PFLOP of training", ylabel="top-1 (%)")
     for axis in axes:
         axis.set_ylim(bottom=0)
-    figure.legend(loc="outside lower center", ncols=len(curves["encoder"].unique()))
+    shown = curves["encoder"].unique()
+    marks = [Line2D([], [], marker="o", ms=3, color=COLOURS[name], label=LABELS[name]) for name in shown]
+    figure.legend(handles=marks, loc="outside lower center", ncols=len(shown))
     rest = rest_table(curves)
     spans = [f"{rest[column].abs().min():.1f} to {rest[column].abs().max():.1f}" for column in rest.columns[1:]]
     headline(figure, f"The last third of training changed objectives by {spans[0]} %, probes by {spans[1]} points")
@@ -180,8 +197,19 @@ def ablation_figure(table: pd.DataFrame) -> Figure:
                 place, fill = line + (0.12 if second else -0.12), COLOURS[encoder] if second else "white"
                 axis.errorbar(row["top1"], place, xerr=span, fmt="o", ms=6, color=COLOURS[encoder], mfc=fill, lw=1.2)
     for axis, level in zip(axes[0], levels, strict=True):
-        axis.set(title=level, xlabel="linear probe, top-1 (%)", xlim=(0, None))
+        axis.set(title=level, xlabel="linear probe, top-1 (%); open: first, filled: second", xlim=(0, None))
     axes[0, 0].set_yticks(range(len(names)), names, fontsize=9)
     axes[0, 0].invert_yaxis()
-    headline(figure, "One factor at a time: from the open to the filled mark")
+    moved = [
+        f"{factor} ({LABELS[encoder]})" for factor, encoder, rows in pairs if apart(rows[rows["labels"] == levels[-1]])
+    ]
+    headline(
+        figure,
+        f"What moves the {levels[-1]} level: {', '.join(moved) or 'nothing'}; {len(pairs) - len(moved)} not apart",
+    )
     return figure
+
+
+def apart(pair: pd.DataFrame) -> bool:
+    """Whether the intervals of two rows do not overlap."""
+    return bool(pair["low"].max() > pair["high"].min())
