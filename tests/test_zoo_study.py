@@ -18,7 +18,8 @@ def write_curve(folder: Path, name: str, objective: list[float], probe: list[flo
     images = [1000 * step for step in range(len(objective))]
     table = pd.DataFrame({"images": images, "held_out_loss": objective, "probe_top1": probe, "knn_top1": probe})
     table.to_csv(folder / f"{name}.csv", index=False)
-    (folder / f"{name}.json").write_text(json.dumps({"sha256": "0" * 64, "recipe": {"seed": seed}}))
+    recipe = {"seed": seed, "theme_strength": 0.8, "images": images[-1]}
+    (folder / f"{name}.json").write_text(json.dumps({"sha256": "0" * 64, "recipe": recipe}))
 
 
 def test_curves_are_read_with_their_seed(tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ def class_figure(table: pd.DataFrame, level: str, most: int = 24) -> Figure:
     axis.legend(fontsize=9, loc="lower right")
     wins = table.loc[table.groupby("class")["top1"].idxmax(), "encoder"].value_counts()
     best = ", ".join(f"{LABELS[str(name)]}: {count}" for name, count in wins.items())
-    headline(figure, f"Best on how many of {wins.sum()} ({level})? {best}")
+    headline(figure, f"Best per {level}, of {wins.sum()}. {best}")
     return figure
 
 

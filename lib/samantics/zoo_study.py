@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from torch.utils.flop_counter import FlopCounterMode
 
 from samantics import mojiworld, zoo
+from samantics.controls import control_curve
 from samantics.errors import StudyError
 from samantics.figures import COLOURS, LABELS, headline
 from samantics.objectives import Batch, SelfDistillation, build_objective
@@ -35,9 +36,8 @@ def training_curves(names: Sequence[str] = zoo.NAMES, folder: Path = zoo.ASSETS)
         path = folder / f"{name}.csv"
         if not path.is_file():
             raise StudyError(f"{path} is missing: restore it with git checkout")
-        table = pd.read_csv(path).rename(columns={"held_out_loss": "objective"})
-        parts.append(table.assign(encoder=name, seed=zoo.card(name, folder)["recipe"]["seed"])[CURVES])
-    return pd.concat(parts, ignore_index=True)
+        parts.append(control_curve(name, folder))
+    return _shown(pd.concat(parts, ignore_index=True))
 
 
 def zoo_curves(others: pd.DataFrame) -> pd.DataFrame:
@@ -46,8 +46,12 @@ def zoo_curves(others: pd.DataFrame) -> pd.DataFrame:
     Args:
         others: :func:`controls.other_zoos` of their curves.
     """
-    more = others.drop(columns="images").rename(columns={"model": "encoder", "seen": "images"})
-    return pd.concat([training_curves(), more[CURVES]], ignore_index=True)
+    return pd.concat([training_curves(), _shown(others)], ignore_index=True)
+
+
+def _shown(curves: pd.DataFrame) -> pd.DataFrame:
+    """Rows of :func:`controls.control_curve` under the names of the figure's table."""
+    return curves.drop(columns="images").rename(columns={"model": "encoder", "seen": "images"})[CURVES]
 
 
 def second_stage(name: str, curve: pd.DataFrame) -> pd.Series:
