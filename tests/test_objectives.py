@@ -167,3 +167,27 @@ def test_self_distillation_moves_the_teacher_towards_the_student(batch) -> None:
     objective.after_step(0.9)
     assert (student - teacher).detach().abs().mean() < gap
     assert not any(p.requires_grad for p in objective.model.parameters())
+
+
+def test_balanced_targets_use_every_prototype_and_keep_each_pictures_preferences() -> None:
+    torch.manual_seed(0)
+    logits = 0.1 * torch.randn(64, 16)
+    logits[:, 3] += 1  # a prototype that everyone prefers: a plain softmax has no other answer
+    temperature = objectives.TEACHER_TEMPERATURE
+    plain = (logits / temperature).softmax(1)
+    assert plain[:, 3].min() > 0.99
+    shares = (objectives.balanced(logits) / temperature).softmax(1)
+    torch.testing.assert_close(shares.sum(0), torch.full((16,), 4.0), atol=1, rtol=0)
+    # Sinkhorn-Knopp only scales rows and columns: ratios between two pictures' ratios stay
+    cross = (shares[0, 1] * shares[5, 2] / (shares[0, 2] * shares[5, 1])).log()
+    wanted = (logits[0, 1] + logits[5, 2] - logits[0, 2] - logits[5, 1]) / temperature
+    torch.testing.assert_close(cross, wanted, atol=1e-3, rtol=0)
+
+
+def test_the_supervised_control_is_measured_on_standardised_features(batch) -> None:
+    torch.manual_seed(0)
+    objective = objectives.build_objective("supervised")
+    torch.manual_seed(1)
+    taught, _ = objective.train()(batch, 0.5)
+    measured, _ = objective.eval()(batch, 0.5)
+    torch.testing.assert_close(measured, taught)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from samantics import zoo, zoo_study
+from samantics.controls import KEYS
 from samantics.errors import StudyError
 from samantics.objectives import Batch
 
@@ -97,7 +98,7 @@ def test_ablations_come_from_notebook_01(tmp_path: Path) -> None:
     pooling = [row("clip", "final", kind, v) for kind, v in (("cls", 50), ("mean", 30), ("object", 40))]
     for name, rows in (("probe_accuracy", probes), ("layers", layers), ("pooling", pooling)):
         pd.DataFrame(rows).to_csv(tmp_path / f"01_{name}.csv", index=False)
-    table = zoo_study.ablation_table(tmp_path, pd.DataFrame(columns=["model"]))
+    table = zoo_study.ablation_table(tmp_path, pd.DataFrame(columns=KEYS))
     assert table.columns.tolist() == zoo_study.ABLATION
     found = {(r.encoder, r.setting): r.top1 for r in table.itertuples()}
     assert found == {
@@ -107,7 +108,7 @@ def test_ablations_come_from_notebook_01(tmp_path: Path) -> None:
     plt.close(zoo_study.ablation_figure(table))
     (tmp_path / "01_layers.csv").unlink()
     with pytest.raises(StudyError, match="run notebook 01 first"):
-        zoo_study.ablation_table(tmp_path, pd.DataFrame(columns=["model"]))
+        zoo_study.ablation_table(tmp_path, pd.DataFrame(columns=KEYS))
 
 
 def test_controls_stand_beside_the_encoder_that_they_differ_from_in_one_thing(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from samantics.coco import Instance, mask_of, read_image
+from samantics.coco import Instance, box_iou, mask_of, read_image
 from samantics.errors import StudyError
 from samantics.evaluation import Result
 from samantics.figures import COLOURS, headline
@@ -93,7 +93,8 @@ def reference_figure(study: InContextStudy, count: int = 6) -> tuple[Figure, pd.
 def answer_figure(study: InContextStudy, count: int = 4) -> tuple[Figure, pd.DataFrame]:
     """Reference and answer for the first target images, each asked for its largest object's class.
 
-    Half of them base, half novel; up to four boxes with at least half the best score are drawn, with SAM's masks.
+    Half of them base, half novel; up to four boxes with at least half the best score are drawn, with SAM's masks. An
+    answer meets an object if their boxes' IoU is at least 0.5.
     """
     picked = _largest(study, "base", count // 2) + _largest(study, "novel", count - count // 2)
     rows = study.references_of(1, 0)[:, 0]
@@ -112,9 +113,16 @@ def answer_figure(study: InContextStudy, count: int = 4) -> tuple[Figure, pd.Dat
         kept = sorted((r for r in mine if r["score"] >= best / 2), key=lambda r: -r["score"])[:4]
         show_image(below, study, target.image_id, f"answer: {len(kept)} found")
         _draw_answers(below, study, target, kept)
-        table += [{"split": name, "category": label, "image": target.image_id, "score": r["score"]} for r in kept]
-    headline(fig, "Reference above, answer below (solid); true objects dashed")
-    return fig, pd.DataFrame(table, columns=["split", "category", "image", "score"])
+        asked = [o.box for o in study.targets.dataset.by_image[target.image_id] if o.category_id == target.category_id]
+        overlap = box_iou([corners(r) for r in kept], asked).max(1)
+        table += [
+            {"split": name, "category": label, "image": target.image_id, "score": r["score"], "iou": iou}
+            for r, iou in zip(kept, overlap, strict=True)
+        ]
+    shown = pd.DataFrame(table, columns=["split", "category", "image", "score", "iou"])
+    right = (shown["iou"] >= 0.5).sum()
+    headline(fig, f"{right} of {len(shown)} answers (solid) meet an object asked for (dashed)")
+    return fig, shown
 
 
 def _draw_answers(axes: Axes, study: InContextStudy, target: Instance, kept: Sequence[Result]) -> None:
@@ -397,7 +405,9 @@ def gallery_figure(study: InContextStudy, per_kind: int = 4) -> tuple[Figure, pd
                 said = "" if kind in ("bad mask", "duplicate") else names[result["category_id"]] + " "
                 draw_box(axes, corners(result), COLOURS["sam"], f"{said}{result['score']:.2f}")
     fig.set_layout_engine("constrained", rect=(0.03, 0, 0.97, 1))
-    headline(fig, "Failures on novel categories: the largest of each kind")
+    novel = study.fates[study.fates["split"] == "novel"]
+    shares = [f"{100 * (novel['fate'] == k).mean():.0f} % are {k}" for k in kinds if k != "duplicate"]
+    headline(fig, f"Of {len(novel)} novel objects {', '.join(shares)}: the largest")
     columns = ["kind", "instance", "image_id", "category_id", "area", "score"]
     return fig, rows[columns].assign(category=rows["category_id"].map(names))
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.nn import functional
 
 from samantics import mojiworld, zoo
 from samantics.files import atomic_path
-from samantics.objectives import SamObjective, boxes_of, caption, normalised
+from samantics.objectives import SamObjective, boxes_of, build_objective, caption, normalised
 from samantics.probe import linear_probe
 from samantics.uncertainty import Interval, bootstrap_mean
 
@@ -240,11 +241,14 @@ def cards_page(table: pd.DataFrame) -> str:
     for name in zoo.NAMES:
         card = zoo.card(name)
         recipe = card["recipe"]
+        ended = {k.removeprefix("held_out_"): v for k, v in card["last"].items() if k.startswith("held_out_")}
         lines += [
             f"## {name}\n",
+            f"- objective: {' '.join(str(inspect.getdoc(build_objective(name))).split())}",
             f"- pictures seen: {recipe['images']:,} ({recipe['pool']:,} different)",
             f"- batches of {recipe['batch']}, seed {recipe['seed']}, {card['parameters'] / 1e6:.2f} M parameters",
             f"- training: {card['seconds'] / 60:.0f} minutes on {card['machine']}",
+            f"- at its end, on unseen pictures: {', '.join(f'{k} {v:.2f}' for k, v in ended.items())}",
             f"- world: {card['world']}",
             f"- SHA-256: `{card['sha256']}`",
             f"- licence: {card['licence']}\n",

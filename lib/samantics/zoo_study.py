@@ -151,8 +151,9 @@ def ablation_table(figures: Path, controls: pd.DataFrame) -> pd.DataFrame:
     linear = probes[probes["probe"] == "linear"]
     rows = _rows(linear[linear["encoder"] == "random"].assign(encoder="sam"), "training", "untrained")
     rows += _rows(linear[linear["encoder"] == "sam"], "training", "trained")
-    for model, mine in controls.groupby("model", sort=False):
-        encoder, factor, setting, other = CONTROLS.get(str(model), (str(model), "world", "themes", "no themes"))
+    for model in (*CONTROLS, *zoo.NAMES):
+        mine = controls[controls["model"] == model]
+        encoder, factor, setting, other = CONTROLS.get(model, (model, "world", "themes", "no themes"))
         recipe = zoo.card(encoder)["recipe"]
         themes = 0.0 if factor == "world" else recipe["theme_strength"]
         alike = (mine["images"] == recipe["images"]) & (mine["seed"] == recipe["seed"])
