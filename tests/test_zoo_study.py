@@ -80,23 +80,16 @@ def test_sam_2_and_sam_cost_alike() -> None:
 
 
 def test_ablations_come_from_notebook_01(tmp_path: Path) -> None:
-    def row(encoder: str, layer: str, pooling: str, top1: float, probe: str = "linear") -> dict[str, object]:
-        head = {
-            "encoder": encoder,
-            "labels": "category",
-            "probe": probe,
-            "layer": layer,
-            "pooling": pooling,
-            "seeds": 3,
-        }
+    def row(encoder: str, layer: str, pooling: str, top1: float) -> dict[str, object]:
+        head = {"encoder": encoder, "labels": "category", "layer": layer, "pooling": pooling, "seeds": 3}
         return head | {"top1": top1, "top1_low": top1 - 1, "top1_high": top1 + 1}
 
-    probes = [row("sam", "final", "mean", 5), row("random", "final", "mean", 2), row("sam", "final", "mean", 99, "knn")]
+    probes = [row("sam", "final", "mean", 5), row("random", "final", "mean", 2)]
     layers = [
         row(e, layer, "mean", v) for e in ("sam", "sam2") for layer, v in (("block_1", 1), ("block_2", 8), ("final", 6))
     ]
     pooling = [row("clip", "final", kind, v) for kind, v in (("cls", 50), ("mean", 30), ("object", 40))]
-    for name, rows in (("probe_accuracy", probes), ("layers", layers), ("pooling", pooling)):
+    for name, rows in (("zoos", probes), ("layers", layers), ("pooling", pooling)):
         pd.DataFrame(rows).to_csv(tmp_path / f"01_{name}.csv", index=False)
     table = zoo_study.ablation_table(tmp_path, pd.DataFrame(columns=KEYS))
     assert table.columns.tolist() == zoo_study.ABLATION
@@ -117,7 +110,7 @@ def test_controls_stand_beside_the_encoder_that_they_differ_from_in_one_thing(tm
         return head | {"seeds": 3, "top1": top1, "top1_low": top1 - 1, "top1_high": top1 + 1}
 
     probes = pd.DataFrame([row(name, value) for name, value in (("sam", 5), ("clip", 40), ("random", 1))])
-    for name in ("probe_accuracy", "layers", "pooling"):
+    for name in ("zoos", "layers", "pooling"):
         probes[probes["encoder"] == "random" if name == "pooling" else slice(None)].to_csv(tmp_path / f"01_{name}.csv")
     images = zoo.card("sam")["recipe"]["images"]
     controls = pd.DataFrame(

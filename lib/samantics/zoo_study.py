@@ -141,14 +141,13 @@ def ablation_table(figures: Path, controls: pd.DataFrame) -> pd.DataFrame:
 
     From the tables of notebook 01 ``training`` (SAM's architecture untrained against trained), ``layer`` (the last
     trunk block against the output) and ``pooling`` (mean over the image against mean over the object). From trained
-    controls (:func:`controls.control_table`) :data:`CONTROLS` and ``world`` (without themes), those of the
-    zoo's own number of images and seed.
+    controls (:func:`controls.control_table`) :data:`CONTROLS` and ``world`` (without themes), those of the zoo's own
+    number of images and seed, against the zoo's rows in ``01_zoos``, which hold the noise of training.
 
     Raises:
         StudyError: notebook 01 was not run at this scale.
     """
-    probes, layers, pooling = (_read(figures / f"01_{name}.csv") for name in ("probe_accuracy", "layers", "pooling"))
-    linear = probes[probes["probe"] == "linear"]
+    linear, layers, pooling = (_read(figures / f"01_{name}.csv") for name in ("zoos", "layers", "pooling"))
     rows = _rows(linear[linear["encoder"] == "random"].assign(encoder="sam"), "training", "untrained")
     rows += _rows(linear[linear["encoder"] == "sam"], "training", "trained")
     for model in (*CONTROLS, *zoo.NAMES):
