@@ -113,6 +113,34 @@ def test_a_caption_names_every_object_by_its_words() -> None:
         zoo.WordTokenizer()([text])
 
 
+def test_the_clip_that_is_shipped_holds_the_statistics_of_its_training(batch) -> None:
+    torch.manual_seed(0)
+    objective = objectives.ClipObjective(zoo.DEFAULT)
+    for _ in range(3):
+        objective(batch, 0.0)
+    objective.eval()
+    pixels, tokens = objectives.normalised(batch.images), objective.tokenizer(["dog and tool", "tool", "bird"])
+    model, shipped = objective.model, objective.shipped()
+    with torch.no_grad():
+        pairs = (
+            (objective.image_statistics, model.encode_image(pixels), shipped.encode_image(pixels)),
+            (objective.text_statistics, model.encode_text(tokens), shipped.encode_text(tokens)),
+        )
+    for statistics, before, after in pairs:
+        expected = (before - statistics.running_mean) / (statistics.running_var + statistics.eps).sqrt()
+        torch.testing.assert_close(after, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_clip_reads_captions_as_sets_of_words() -> None:
+    torch.manual_seed(0)
+    clip, tokenizer = zoo.build("clip"), zoo.WordTokenizer()
+    same = tokenizer(["a picture of dog a mammal and tool", "tool dog mammal", "tool dog bird"])
+    with torch.no_grad():
+        first, second, other = clip.encode_text(same)
+    torch.testing.assert_close(first, second, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(first, other, atol=1e-2)
+
+
 def test_block_masks_cover_a_share_of_half_of_the_images() -> None:
     torch.manual_seed(0)
     masks = objectives.block_masks(400, 12, torch.device("cpu"))

@@ -102,7 +102,7 @@ def test_figures_can_be_drawn(small: Pipeline) -> None:
     scores = np.random.default_rng(0).random((len(small.proposals("sam")[image_id]), 3)).astype(np.float32)
     pipeline_figures.references_figure(small)
     pipeline_figures.step_figure(small, image_id, scores, results[:2])
-    pipeline_figures.gallery_figure(small, [image_id], found)
+    pipeline_figures.gallery_figure(small, pipelines.ranked_images(small, found), found)
     pipeline_figures.predictions_figure(small, [image_id], results)
     pipeline_figures.sources_figure(table[table["shots"] == 2], with_paper=True)
     pipeline_figures.shots_figure(table)

@@ -50,9 +50,10 @@ def test_train_and_test_of_the_drawing_probe_are_other_views_of_all_drawings(dat
     assert (np.bincount(task.train.labels) == 4).all() and (np.bincount(task.test.labels) == 2).all()
 
 
-def _encoded(table, tmp_path, shard_rows=4):
+def _encoded(table, tmp_path, shard_rows=4, weights="0"):
     stub = LookUp(table.astype(np.float32))
-    store = encode_images(stub.encoder, stub.images, [MEAN], "data", folder=tmp_path, shard_rows=shard_rows)
+    encoder = dataclasses.replace(stub.encoder, weights_hash=weights)
+    store = encode_images(encoder, stub.images, [MEAN], "data", folder=tmp_path, shard_rows=shard_rows)
     return probing.Encoded("sam", MEAN, ("early", "final"), {"all": store})
 
 
@@ -89,6 +90,17 @@ def test_a_probe_is_trained_once_and_again_for_other_labels(tmp_path, monkeypatc
     for changed in (lambda: probing.probe(encoded, task, seeds=3), lambda: probing.probe(encoded, other, seeds=2)):
         with pytest.raises(AssertionError, match="trained again"):
             changed()
+
+
+def test_a_table_is_made_again_where_any_of_its_models_was_trained_again(tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    labels, rows = np.arange(60) % 3, np.arange(60)
+    parts = [classification.Part("all", labels[part], rows[part]) for part in (rows < 40, rows >= 40)]
+    task = classification.Task("category", tuple("abc"), *parts)
+    sam, old = (_encoded(rng.normal(size=(60, 5)), tmp_path, 32, weights) for weights in ("sam", "old clip"))
+    new = _encoded(np.eye(3)[labels], tmp_path, 32, "new clip")
+    before, after = (probing.few_shot({"sam": sam, "clip": clip}, task, (4,), 2)["top1"] for clip in (old, new))
+    assert before[0] == after[0] and before[1] < 80 < after[1] == 100
 
 
 def test_a_separable_task_is_probed_perfectly_and_shuffled_labels_are_not(tmp_path) -> None:
@@ -156,18 +168,20 @@ def test_sentences_follow_the_numbers() -> None:
 
 
 def test_models_trained_once_keep_their_row_and_others_give_the_mean_of_their_trainings() -> None:
-    others = pd.DataFrame({"model": ["clip", "clip"], "labels": ["category", "drawing"], "top1": [50.0, 90.0]})
+    others = pd.DataFrame({"model": ["clip", "clip"], "labels": ["category", "drawing"], "top1": [58.0, 90.0]})
     others = others.assign(top1_low=others["top1"] - 2, top1_high=others["top1"] + 2)
     table = _table(10, 60, 40).assign(layer="final", seeds=3)
     rows = probing.zoo_rows(table, others).set_index("encoder")
     assert rows.loc["sam", ["top1", "top1_low", "top1_high", "zoos"]].tolist() == [10, 8, 12, 1]
     clip = rows.loc["clip"]
-    assert (clip["top1"], clip["lowest"], clip["highest"], clip["zoos"]) == (55, 50, 60, 2)
-    noise = scipy.stats.t.ppf(0.975, 1) * 5  # two values 10 apart: the error of their mean is 5
-    assert clip["top1_high"] == pytest.approx(55 + np.hypot(noise, 2))
+    assert (clip["top1"], clip["lowest"], clip["highest"], clip["zoos"]) == (59, 58, 60, 2)
+    noise = scipy.stats.t.ppf(0.975, 1) * 1  # two values 2 apart: the error of their mean is 1
+    assert clip["top1_high"] == pytest.approx(59 + np.hypot(noise, 2))
+    far = probing.zoo_rows(table, others.assign(top1=[20.0, 90.0])).set_index("encoder").loc["clip"]
+    assert (far["top1_low"], far["top1_high"]) == (0, 100)
     figure = probing_figures.zoos_figure(probing.zoo_rows(table, others), table, others)
     marks = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
-    assert sorted(value for line in marks for value in line.get_ydata()) == [10, 40, 50, 60]
+    assert sorted(value for line in marks for value in line.get_ydata()) == [10, 40, 58, 60]
     plt.close(figure)
 
 

@@ -99,11 +99,8 @@ def static_view(
     image = read_image(pipeline.data.targets, image_id)
     maps = {name: likeness_map(pipeline.models[name], image, point) for name in sources}
     found = click(pipeline, image_id, point)
-    titles = [
-        f"predicted IoU {iou:.2f}\n{name} ({score:.2f})"
-        for iou, (name, score) in zip(found.predicted_iou, found.classes, strict=True)
-    ]
-    return likeness_figure(image, point, maps), click_figure(image, point, found.masks, titles), found
+    masks = click_figure(image, point, found.masks, found.predicted_iou, found.classes)
+    return likeness_figure(image, point, maps), masks, found
 
 
 def explore(pipeline: Pipeline) -> None:

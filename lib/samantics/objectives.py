@@ -70,6 +70,11 @@ class Objective(nn.Module):
     def after_step(self, progress: float) -> None:
         """What follows the optimiser's step (a moving average, a clamp)."""
 
+    def shipped(self) -> nn.Module:
+        """The model as it is used after the training."""
+        model: nn.Module = self.model
+        return model
+
 
 # ------------------------------------------------------------------------------------------------- SAM and SAM 2
 
@@ -233,30 +238,63 @@ def best_of_masks_loss(logits: Tensor, predicted_iou: Tensor, targets: Tensor) -
 
 
 class ClipObjective(Objective):
-    """Image and caption find each other in the batch (Radford et al. 2021): `open_clip`'s model and loss."""
+    """Image and caption find each other in the batch (Radford et al. 2021): `open_clip`'s model and loss.
+
+    Before they are compared, vectors are standardised over the batch. Otherwise all images have nearly one direction at
+    first, and all captions another, and some seeds take half of the training to leave it. The model that is shipped
+    has the statistics in its last weights.
+    """
 
     def __init__(self, config: zoo.ZooConfig) -> None:
         super().__init__()
         self.model = zoo.build_clip(config)
         self.loss = open_clip.ClipLoss()
         self.tokenizer = zoo.WordTokenizer()
+        self.image_statistics, self.text_statistics = (nn.BatchNorm1d(config.dim, affine=False) for _ in range(2))
 
     @override
     def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         rng = np.random.default_rng(int(torch.randint(2**31, (1,))))
         tokens = self.tokenizer([caption(rng, row) for row in batch.drawings.tolist()]).to(batch.images.device)
-        image, text, scale = self.model(normalised(batch.images), tokens)
-        loss = self.loss(image.float(), text.float(), scale.float())
+        image = self.compared(self.image_statistics, self.model.encode_image(normalised(batch.images)))
+        text = self.compared(self.text_statistics, self.model.encode_text(tokens))
+        loss = self.loss(image, text, self.model.logit_scale.exp())
         found = (image @ text.T).argmax(1) == torch.arange(len(image), device=image.device)
         return loss, {"retrieval": found.float().mean()}
 
+    def compared(self, statistics: nn.BatchNorm1d, vectors: Tensor) -> Tensor:
+        """Unit vectors, standardised over the batch also when they are measured: running averages are late."""
+        if self.training:
+            standard = statistics(vectors.float())
+        else:
+            standard = functional.batch_norm(vectors.float(), None, None, training=True)
+        return functional.normalize(standard, dim=1)
+
     @override
     def vectors(self, pixels: Tensor) -> Tensor:
-        return self.model.encode_image(pixels)
+        standard: Tensor = self.image_statistics(self.model.encode_image(pixels).float())
+        return standard
+
+    @override
+    def shipped(self) -> nn.Module:
+        model = copy.deepcopy(self.model)
+        fold(self.image_statistics, model.visual.ln_post, model.visual.proj)
+        fold(self.text_statistics, model.ln_final, model.text_projection)
+        return model
 
     @override
     def after_step(self, progress: float) -> None:
         self.model.logit_scale.data.clamp_(0, math.log(100))  # as CLIP does
+
+
+@torch.no_grad()
+def fold(statistics: nn.BatchNorm1d, norm: nn.LayerNorm, projection: nn.Parameter) -> None:
+    """Make ``norm`` and then ``@ projection`` give what ``statistics`` made of it: (x - mean) / standard deviation."""
+    mean, variance = statistics.running_mean, statistics.running_var
+    assert mean is not None and variance is not None
+    offset = torch.linalg.pinv(projection.double().T) @ mean.double()  # what the projection takes to the mean
+    norm.bias.sub_(offset)
+    projection.div_((variance + statistics.eps).sqrt())
 
 
 def caption(rng: np.random.Generator, drawings: list[int]) -> str:

@@ -117,16 +117,19 @@ def step_figure(pipeline: Pipeline, image_id: int, scores: NDArray[np.float32], 
     drawn = axes[2].imshow(best, cmap="viridis", vmin=0, vmax=1)
     figure.colorbar(drawn, ax=axes[2], shrink=0.7)
     show_instances(axes[3], pipeline, image_id, results, [HIT] * len(results), f"4 the best {len(results)} instances")
-    headline(figure, "One image from a grid of points to named instances")
+    names = ", ".join(dict.fromkeys(pipeline.data.names[result["category_id"]] for result in results)) or "nothing"
+    headline(figure, f"Of {len(proposals)} proposals the best {len(results)} are called: {names}")
     return figure
 
 
-def gallery_figure(pipeline: Pipeline, image_ids: Sequence[int], found: pd.DataFrame) -> Figure:
-    """Annotated objects above, best predictions below (green right, orange half right, red wrong), an image a column.
+def gallery_figure(pipeline: Pipeline, order: pd.DataFrame, found: pd.DataFrame) -> Figure:
+    """Three best and three worst images: annotated objects above, best predictions below, an image a column.
 
     Args:
+        order: of :func:`pipeline.ranked_images`.
         found: of :func:`pipeline.top_results`.
     """
+    image_ids = pd.concat([order.head(3), order.tail(3)])["image_id"].unique().tolist()
     figure, axes = plt.subplots(2, len(image_ids), figsize=(2.3 * len(image_ids), 4.9), squeeze=False)
     colour_of = {"correct": HIT, "class": NEAR, "location": NEAR}
     for column, image_id in enumerate(image_ids):
@@ -137,7 +140,9 @@ def gallery_figure(pipeline: Pipeline, image_ids: Sequence[int], found: pd.DataF
         right = int((rows["kind"] == "correct").sum())
         title = f"predicted: {right} of {len(truth)} right"
         show_instances(axes[1, column], pipeline, image_id, list(rows["result"]), colours, title)
-    headline(figure, "The best and the worst images (green: right, orange: half right, red: wrong)")
+    none = int((order["right"] == 0).sum())
+    colours_mean = "green: right, orange: half right, red: wrong"
+    headline(figure, f"In {none} of {len(order)} images no object is right; the best and the worst ({colours_mean})")
     return figure
 
 
@@ -350,14 +355,19 @@ def likeness_figure(image: Image.Image, point: tuple[float, float], maps: Mappin
 
 
 def click_figure(
-    image: Image.Image, point: tuple[float, float], masks: NDArray[np.bool_], titles: Sequence[str]
+    image: Image.Image,
+    point: tuple[float, float],
+    masks: NDArray[np.bool_],
+    predicted_iou: NDArray[np.float32],
+    classes: Sequence[tuple[str, float]],
 ) -> Figure:
-    """SAM's three masks at a point, each with a line of text."""
+    """SAM's masks at a point, each with the IoU that SAM predicts and the name and score of its best class."""
     figure, axes = plt.subplots(1, len(masks), figsize=(3.2 * len(masks), 3.4), squeeze=False)
-    for axis, mask, title in zip(axes[0], masks, titles, strict=True):
-        show_image(axis, image, title)
+    for axis, mask, iou, (name, score) in zip(axes[0], masks, predicted_iou, classes, strict=True):
+        show_image(axis, image, f"predicted IoU {iou:.2f}\n{name} ({score:.2f})")
         if mask.any():
             outline(axis, mask, OUTLINE)
         axis.plot(*point, "*", color="white", markeredgecolor="black", markersize=13)
-    headline(figure, "One click, three masks, and the class that each would get")
+    names = ", ".join(dict.fromkeys(name for name, _ in classes))
+    headline(figure, f"One click, {len(masks)} masks, taken for: {names}")
     return figure

@@ -147,7 +147,7 @@ def _kept_path(encoded: Sequence[Encoded], task: Task, what: list[Any], kind: st
         for values in (part.labels, part.rows):
             digest.update(b"all" if values is None else np.ascontiguousarray(values).tobytes())
     digest.update(b"" if task.groups is None else np.ascontiguousarray(task.groups).tobytes())
-    stores = [{split: store.folder.name for split, store in e.stores.items()} for e in encoded]
+    stores = [{split: store.folder.parts[-2:] for split, store in e.stores.items()} for e in encoded]
     key = hash_value([PROBES, stores, task.name, digest.hexdigest(), what])
     return encoded[0].stores[task.train.split].folder.parent / "probes" / f"{key}.{kind}"
 
@@ -203,8 +203,8 @@ def zoo_rows(table: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
             levels without any keep their value and interval.
 
     Returns:
-        ``encoder, labels, probe, layer, top1, top1_low, top1_high`` (percent, the mean over zoos), ``lowest`` and
-        ``highest`` zoo, ``zoos``, and ``seeds`` of the probe.
+        ``encoder, labels, probe, layer, top1, top1_low, top1_high`` (the mean over zoos, within 0 and 100 percent),
+        ``lowest`` and ``highest`` zoo, ``zoos``, and ``seeds`` of the probe.
     """
     columns = ["top1", "top1_low", "top1_high"]
     rows = []
@@ -212,9 +212,10 @@ def zoo_rows(table: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
         alike = others[(others["model"] == line["encoder"]) & (others["labels"] == line["labels"])]
         found = [Interval(*values) for values in [[line[name] for name in columns], *alike[columns].to_numpy(float)]]
         top1 = [one.value for one in found]
+        mean = np.clip(across_trainings(found), 0.0, 100.0)  # of few trainings the interval can leave the percents
         rows.append(
             {name: line[name] for name in ("encoder", "labels", "probe", "layer")}
-            | dict(zip(columns, across_trainings(found), strict=True))
+            | dict(zip(columns, mean.tolist(), strict=True))
             | {"lowest": min(top1), "highest": max(top1), "zoos": len(found), "seeds": line["seeds"]}
         )
     return pd.DataFrame(rows)

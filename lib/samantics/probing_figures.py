@@ -186,21 +186,30 @@ def class_figure(table: pd.DataFrame, level: str, most: int = 24) -> Figure:
     return figure
 
 
-def confusion_figure(matrices: Mapping[str, pd.DataFrame], title: str) -> Figure:
-    """Confusion matrices side by side: rows are true classes, columns what they are called, shares in percent."""
+def confusion_figure(matrices: Mapping[str, pd.DataFrame], level: str) -> Figure:
+    """Confusion matrices side by side: rows are true classes, columns what they are called, shares in percent.
+
+    Args:
+        level: of the labels, ``drawing`` or ``category``.
+    """
     figure, axes = plt.subplots(1, len(matrices), figsize=(3.1 * len(matrices) + 0.6, 4.7), squeeze=False)
     most = max(float(matrix.to_numpy().max()) for matrix in matrices.values())
+    right = {name: float(np.diag(matrix).mean()) for name, matrix in matrices.items()}
     for place, (axis, (name, matrix)) in enumerate(zip(axes[0], matrices.items(), strict=True)):
         axis.imshow(matrix, vmin=0, vmax=most, cmap="viridis")
-        right = np.diag(matrix).mean()
-        axis.set_title(f"{LABELS[name]}: {right:.0f} % right", color=COLOURS[name], fontsize=10)
+        axis.set_title(f"{LABELS[name]}: {right[name]:.0f} % right", color=COLOURS[name], fontsize=10)
         axis.set_xticks(range(len(matrix)), matrix.columns, rotation=90, fontsize=7)
         axis.set_yticks(range(len(matrix)), matrix.index if place == 0 else [], fontsize=7)
         axis.grid(visible=False)
         axis.set_xlabel("called")
-    axes[0][0].set_ylabel("true category")
+    axes[0][0].set_ylabel(f"true {level}")
     figure.colorbar(axes[0][-1].images[0], ax=axes[0][-1], label="share of the row (%)", fraction=0.05, pad=0.03)
-    headline(figure, title)
+    best, worst = max(right, key=right.__getitem__), min(right, key=right.__getitem__)
+    headline(
+        figure,
+        f"The mean {level} is called by its name in {right[best]:.0f} % of its images by {LABELS[best]}, "
+        f"in {right[worst]:.0f} % by {LABELS[worst]}",
+    )
     return figure
 
 

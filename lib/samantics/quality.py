@@ -149,6 +149,8 @@ def unseen_views(views: int) -> mojiworld.Pictures:
 def clip_quality(model: Any, pictures: int, views: int) -> dict[str, NDArray[np.float64]]:
     """Zero-shot category (train and held-out drawings) and drawing by prompt, and recall of captions (percent).
 
+    A category is asked for by its own name, and by the names of its drawings, of which the best counts for it (as
+    CHiLS does, Novack et al. 2023, arXiv 2302.02551): it tells an unknown thing from an unknown word for its kind.
     Beside them what prompts could reach at best: a linear probe taught the categories of the same drawings, whose
     weights take the prompts' place.
     """
@@ -160,7 +162,8 @@ def clip_quality(model: Any, pictures: int, views: int) -> dict[str, NDArray[np.
         return (vectors @ model.encode_text(zoo.WordTokenizer()(prompts), normalize=True).T).argmax(1).numpy()
 
     right = 100.0 * (called(zoo.category_prompts()) == mojiworld.category_of_drawing()[drawings])
-    named = 100.0 * (called(zoo.drawing_prompts()) == drawings)
+    drawing = called(zoo.drawing_prompts())
+    by_drawings = 100.0 * (mojiworld.category_of_drawing()[drawing] == mojiworld.category_of_drawing()[drawings])
     held_out = mojiworld.held_out()[drawings]
     make = functools.partial(mojiworld.pretraining_picture, mojiworld.World(), stream=STREAM)
     captioned = mojiworld.render(make, range(pictures))
@@ -175,7 +178,8 @@ def clip_quality(model: Any, pictures: int, views: int) -> dict[str, NDArray[np.
         "linear probe, category of the same drawings (%)": probed(
             lambda x: model.encode_image(x, normalize=True), mojiworld.category_of_drawing()
         ),
-        "zero-shot drawing (%)": named,
+        "zero-shot category by the drawings' prompts (%), train drawings": by_drawings[~held_out],
+        "zero-shot drawing (%)": 100.0 * (drawing == drawings),
         f"caption recall@1 of {pictures} (%)": 100.0 * (ranks < 1),
         f"caption recall@5 of {pictures} (%)": 100.0 * (ranks < 5),
     }

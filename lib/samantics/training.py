@@ -378,7 +378,7 @@ def _export(name: str, recipe: Recipe, folder: Path, objective: Objective, state
     """The model in 16 bit, its curve, and its card."""
     weights = {
         key: (value.half() if value.is_floating_point() else value).contiguous().cpu()
-        for key, value in objective.model.state_dict().items()
+        for key, value in objective.shipped().state_dict().items()
     }
     path = folder / f"{name}.safetensors"
     with atomic_path(path) as temporary:

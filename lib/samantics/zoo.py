@@ -184,6 +184,9 @@ def build_clip(config: ZooConfig = DEFAULT) -> open_clip.CLIP:
         ),
     )
     model.visual.conv1 = ConvStem(config.width, config.patch_size)
+    # a caption's order says nothing; with places the end token knows its length, which was learned before any word
+    model.positional_embedding.data.zero_()
+    model.positional_embedding.requires_grad_(False)
     return model
 
 
@@ -288,12 +291,15 @@ def card(name: str, folder: Path = ASSETS) -> dict[str, Any]:
 
 
 class WordTokenizer:
-    """Words of MojiWorld's captions as token ids; the end token is the highest, as `open_clip`'s pooling expects."""
+    """Words of MojiWorld's captions as token ids; the end token is the highest, as `open_clip`'s pooling expects.
 
-    context_length = 64
+    :data:`STOP_WORDS` are skipped: they are in every caption and thin out the words that tell captions apart.
+    """
+
+    context_length = 48  # six objects of the longest names
 
     def __init__(self) -> None:
-        names = [*mojiworld.catalogue()["drawing"], *mojiworld.categories(), *TEMPLATE_WORDS]
+        names = [*mojiworld.catalogue()["drawing"], *mojiworld.categories()]
         words = sorted({word for name in names for word in split_words(name)})
         self.ids = {word: number for number, word in enumerate(words, start=2)}  # 0 pads, 1 begins
         self.end = len(self.ids) + 2
@@ -321,12 +327,12 @@ class WordTokenizer:
         return tokens
 
 
-TEMPLATE_WORDS = ("a", "picture", "of", "and")
+STOP_WORDS = {"a", "picture", "of", "and"}
 
 
 def split_words(text: str) -> list[str]:
-    """Lower-case words of a caption; signs are dropped."""
-    return re.findall(r"[a-z0-9]+", text.lower().replace("'", ""))
+    """Lower-case words of a caption; signs and :data:`STOP_WORDS` are dropped."""
+    return [word for word in re.findall(r"[a-z0-9]+", text.lower().replace("'", "")) if word not in STOP_WORDS]
 
 
 def category_prompts() -> list[str]:

@@ -110,7 +110,7 @@ def test_zoo_training_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: p
             training.train("clip", recipe, disk, data, data, probing)
         assert zoo.verify("clip", disk) == zoo.verify("clip", tmp_path)
         weights = load_file(disk / "clip.safetensors")
-        assert all(torch.equal(weights[key], value.half()) for key, value in undisturbed.model.state_dict().items())
+        assert all(torch.equal(weights[key], value.half()) for key, value in undisturbed.shipped().state_dict().items())
 
 
 def test_the_checkpoint_in_context_stays_as_it_was(tmp_path: Path) -> None:
