@@ -96,7 +96,8 @@ def test_tokenizer_knows_every_word_of_the_world_and_no_other() -> None:
         tokens = tokenizer(names)
         assert tokens.shape == (len(names), tokenizer.context_length)
         assert len({tuple(row.tolist()) for row in tokens}) == len(set(names))
-    assert (tokens.argmax(1) == (tokens != 0).sum(1) - 1).all()  # the end token is the highest: open_clip pools there
+        # the end token is the highest: open_clip pools there
+        assert (tokens.argmax(1) == (tokens != 0).sum(1) - 1).all()
     with pytest.raises(StudyError, match="does not know the word 'quark'"):
         tokenizer(["a picture of quark"])
     with pytest.raises(StudyError, match="46 is the limit"):
