@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from samantics import zoo, zoo_study
-from samantics.controls import KEYS
+from samantics import findings, zoo, zoo_study
+from samantics.controls import KEYS, training_of
 from samantics.errors import StudyError
 from samantics.objectives import Batch
+from samantics.uncertainty import Interval
 
 
 def write_curve(folder: Path, name: str, objective: list[float], probe: list[float], seed: int = 4) -> None:
@@ -20,7 +21,8 @@ def write_curve(folder: Path, name: str, objective: list[float], probe: list[flo
     table = pd.DataFrame({"images": images, "held_out_loss": objective, "probe_top1": probe, "knn_top1": probe})
     table.to_csv(folder / f"{name}.csv", index=False)
     recipe = {"seed": seed, "theme_strength": 0.8, "images": images[-1]}
-    (folder / f"{name}.json").write_text(json.dumps({"sha256": "0" * 64, "recipe": recipe}))
+    card = {"sha256": "0" * 64, "recipe": recipe, "architecture": {"image_size": 128}}
+    (folder / f"{name}.json").write_text(json.dumps(card))
 
 
 def test_curves_are_read_with_their_seed(tmp_path: Path) -> None:
@@ -46,11 +48,11 @@ def test_rest_is_what_the_last_third_changed(tmp_path: Path) -> None:
 
 
 def test_trainings_from_other_seeds_stand_beside_ours_and_count_alike() -> None:
-    recipe = zoo.card("sam")["recipe"]
+    recipe = training_of("sam")
     more = pd.DataFrame(
         {"seen": [0, 60_000, 120_000], "objective": [9.0, 4.0, 2.0], "probe_top1": 1.0, "knn_top1": 2.0}
     )
-    more = more.assign(model="sam", seed=7, images=recipe["images"], theme_strength=recipe["theme_strength"])
+    more = more.assign(model="sam", seed=7, **{key: recipe[key] for key in zoo_study.RECIPE})
     curves = zoo_study.zoo_curves(more)
     assert curves.columns.tolist() == zoo_study.CURVES
     assert curves[curves["seed"] == 7]["images"].tolist() == [0, 60_000, 120_000]
@@ -115,22 +117,71 @@ def test_controls_stand_beside_the_encoder_that_they_differ_from_in_one_thing(tm
     images = zoo.card("sam")["recipe"]["images"]
     controls = pd.DataFrame(
         [
-            row("", value) | {"model": model, "theme_strength": themes, "images": seen, "seed": seed}
-            for model, themes, seen, seed, value in (
-                ("supervised", 0.8, images, 0, 60),
-                ("supervised", 0.0, images, 0, 61),  # differs in two things
-                ("clip", 0.0, images, 0, 30),
-                ("clip", 0.0, images, 1, 31),  # so does this
-                ("clip", 0.8, images, 1, 41),  # another seed, but no other world
-                ("simclr", 0.8, images // 2, 0, 20),  # saw less than the zoo: no comparison
+            row("", value)
+            | {"model": model, "theme_strength": themes, "images": seen, "seed": seed, "image_size": side}
+            for model, themes, seen, side, seed, value in (
+                ("supervised", 0.8, images, 128, 0, 60),
+                ("supervised", 0.0, images, 128, 0, 61),  # differs in two things
+                ("clip", 0.0, images, 128, 0, 30),
+                ("clip", 0.0, images, 128, 1, 32),  # of another seed: they count as one
+                ("clip", 0.8, images, 128, 1, 41),  # another seed, but no other world
+                ("clip", 0.8, 2 * images, 128, 0, 50),  # the longest counts
+                ("clip", 0.8, 4 * images, 128, 0, 70),
+                ("clip", 0.0, 8 * images, 128, 0, 71),  # differs in two things
+                ("sam", 0.8, images, 256, 0, 9),
+                ("simclr", 0.8, images // 2, 128, 0, 20),  # saw less than the zoo: no comparison
             )
         ]
     )
     table = zoo_study.ablation_table(tmp_path, controls)
     found = {(f, e): dict(zip(r["setting"], r["top1"], strict=True)) for f, e, r in zoo_study.ablation_pairs(table)}
     assert found["objective", "sam"] == {"masks": 5, "names of drawings": 60}
-    assert found["world", "clip"] == {"themes": 40, "no themes": 30}
+    assert found["world", "clip"] == {"themes": 40, "no themes": 31}
+    assert found["pictures", "clip"] == {f"{images:,}": 40, f"{4 * images:,}": 70}
+    assert found["tokens", "sam"] == {"8 x 8": 5, "16 x 16": 9}
+    assert len(found) == 5  # and SAM untrained against trained
     assert ("last quarter", "dinov2") not in found
+
+
+def test_longer_trainings_stand_beside_the_shipped_ones() -> None:
+    ours = training_of("clip")
+    longer = pd.DataFrame({"seen": [0, 512_000], "objective": [5.0, 1.0], "probe_top1": [1.0, 90.0], "knn_top1": 2.0})
+    recipes = [
+        ours | {"images": 512_000},
+        ours | {"images": 640},
+        ours | {"images": 513_000, "theme_strength": 0.0},
+        ours | {"seed": 1},
+    ]
+    curves = zoo_study.longer_curves(pd.concat([longer.assign(**recipe) for recipe in recipes]))
+    clip = curves[curves["encoder"] == "clip"]
+    assert set(clip["in_all"]) == {512_000, ours["images"]} and set(curves["encoder"]) == set(zoo.NAMES)
+    assert clip[clip["in_all"] == 512_000]["probe_top1"].tolist() == [1.0, 90.0]
+    figure = zoo_study.longer_figure(curves)
+    assert "CLIP +" in figure.get_suptitle() and "SAM" not in figure.get_suptitle()
+    plt.close(figure)
+
+
+def test_the_longest_training_can_be_judged_as_the_zoo_is() -> None:
+    rows = [
+        training_of(name) | {"images": images, "labels": "drawing", "top1": top1, "top1_low": top1 - 1,
+        "top1_high": top1 + 1, "seeds": 3}
+        for name, top1 in (("sam", 5), ("sam2", 20), ("clip", 90), ("dinov2", 60)) for images in (640, 256_000, 512_000)
+    ]  # fmt: skip
+    claim, second = findings.compare_probes(zoo_study.longest_probes(pd.DataFrame(rows)))
+    assert (claim.more, claim.less) == (Interval(60, 59, 61), Interval(20, 19, 21))
+    assert claim.holds and second.holds
+    assert zoo_study.longest_probes(pd.DataFrame(columns=KEYS)).empty
+
+
+def test_aims_are_compared_with_trainings_that_differ_in_one_thing() -> None:
+    ours, box = training_of("sam"), "IoU (%), box"
+    aims = pd.DataFrame([{"encoder": "sam", "measure": box, "value": 72.0, "aim": 85}])
+    changes = ({"seed": 1}, {"seed": 2}, {"image_size": 256}, {"images": 10, "image_size": 256})
+    rows = [ours | change | {"measure": box, "value": 70.0 + n} for n, change in enumerate(changes)]
+    rows.append(rows[0] | {"measure": "another", "value": 5.0})
+    found = zoo_study.aims_elsewhere(aims, pd.DataFrame(rows)).set_index("training")
+    assert found["value"].to_dict() == {"shipped": 72.0, "other seeds": 70.5, "more tokens": 72.0}
+    assert found.loc["other seeds", ["trainings", "lowest", "highest", "aim"]].tolist() == [2, 70.0, 71.0, 85]
 
 
 def test_intervals_are_apart_when_a_gap_is_between_them() -> None:

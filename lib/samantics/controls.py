@@ -1,41 +1,56 @@
-"""Models trained beside the zoo (controls, a world without themes, other seeds), probed as notebook 01 probes the zoo.
+"""Models trained beside the zoo (controls, a world without themes, other seeds, longer, on larger pictures).
 
 ``python -m samantics.controls DIR ...`` probes every trained model of those folders (as ``python -m
-samantics.training --out DIR`` leaves them) and writes their rows into ``assets/zoo/controls.csv``, their training
-curves into ``control_curves.csv``. The weights of controls are not shipped: their hashes, recipes and results are.
+samantics.training --out DIR`` leaves them) as notebook 01 probes the zoo, and writes their rows into
+``assets/zoo/controls.csv``, their training curves into ``control_curves.csv``; models of the zoo's kinds and world are
+measured at their own trades, too: ``control_quality.csv``. The weights of controls are not shipped: their hashes,
+recipes and results are.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from torch import nn
 
-from samantics import zoo
-from samantics.classification import ClassificationData, scale_data
-from samantics.encoders import Encoder, zoo_encoder
+from samantics import mojiworld, zoo
+from samantics.classification import ClassificationData, mojiworld_data
+from samantics.encoders import zoo_encoder
 from samantics.errors import StudyError
 from samantics.files import atomic_path
 from samantics.probing import Encoded, probe, row
 from samantics.provenance import Run, start_run
+from samantics.quality import quality_table
 from samantics.store import encode_images
+from samantics.uncertainty import Interval, across_trainings
 
 TABLE = zoo.ASSETS / "controls.csv"
 CURVES = zoo.ASSETS / "control_curves.csv"
+QUALITY = zoo.ASSETS / "control_quality.csv"
 ARCHITECTURES = {name: name for name in zoo.NAMES} | {
     "supervised": "sam",
     "sam_from_dinov2": "sam",
     "simclr": "dinov2",
 }
-TRAINED = ["model", "theme_strength", "seed", "images"]  # which training; images: all that it saw
+TRAINED = ["model", "theme_strength", "seed", "images", "image_size"]  # which training; images: all that it saw
 KEYS = [*TRAINED, "labels"]
 SHOWN = {"images": "seen", "held_out_loss": "objective", "probe_top1": "probe_top1", "knn_top1": "knn_top1"}
 
 
-def control_encoder(name: str, folder: Path) -> Encoder:
+def training_of(name: str, folder: Path = zoo.ASSETS) -> dict[str, Any]:
+    """Which training a model's card tells of: :data:`TRAINED`."""
+    card = zoo.card(name, folder)
+    recipe = {key: card["recipe"][key] for key in ("theme_strength", "seed", "images")}
+    return {"model": name, **recipe, "image_size": card["architecture"]["image_size"]}
+
+
+def control_model(name: str, folder: Path) -> nn.Module:
     """The trained model ``folder/<name>.safetensors``, verified against its card.
 
     Raises:
@@ -43,34 +58,45 @@ def control_encoder(name: str, folder: Path) -> Encoder:
     """
     if name not in ARCHITECTURES:
         raise StudyError(f"{folder / name}.json is of no model that is known: choose from {', '.join(ARCHITECTURES)}")
-    sha256 = zoo.verify(name, folder)
-    architecture = ARCHITECTURES[name]
-    return zoo_encoder(architecture, zoo.filled(architecture, folder / f"{name}.safetensors"), sha256[:16])
+    zoo.verify(name, folder)
+    config = dataclasses.replace(zoo.DEFAULT, image_size=training_of(name, folder)["image_size"])
+    return zoo.filled(ARCHITECTURES[name], folder / f"{name}.safetensors", config)
 
 
 def control_rows(run: Run, data: ClassificationData, name: str, folder: Path) -> list[dict[str, Any]]:
     """Linear probes of one model's headline features, a row for each label level, with what its card says."""
-    encoder, card = control_encoder(name, folder), zoo.card(name, folder)
+    card, training = zoo.card(name, folder), training_of(name, folder)
+    size, sha256 = training["image_size"], card["sha256"]
+    encoder = zoo_encoder(ARCHITECTURES[name], control_model(name, folder), sha256[:16], size)
     stores = {
         split: encode_images(encoder, images, [encoder.headline], data.hashes[split], folder=run.cache / "features")
         for split, images in data.splits.items()
     }
     encoded = Encoded(encoder.name, encoder.headline, encoder.layers, stores)
-    recipe = {key: card["recipe"][key] for key in ("theme_strength", "seed", "images")}
     rows = []
     for task in data.tasks.values():
         found = row(encoded, task, "linear", probe(encoded, task, seeds=run.scale.probing.probe_seeds))
         figures = {key: found[key] for key in ("labels", "top1", "top1_low", "top1_high", "seeds")}
-        rows.append({"model": name, **recipe, **figures, "sha256": card["sha256"], "machine": card["machine"]})
+        rows.append({**training, **figures, "sha256": sha256, "machine": card["machine"]})
     return rows
 
 
 def control_curve(name: str, folder: Path) -> pd.DataFrame:
     """How one model learned: :data:`TRAINED`, pictures ``seen`` so far, ``objective`` (the loss on pictures never
     trained on), ``probe_top1, knn_top1`` (percent, drawing level)."""
-    recipe = zoo.card(name, folder)["recipe"]
     curve = pd.read_csv(folder / f"{name}.csv")[list(SHOWN)].rename(columns=SHOWN)
-    return curve.assign(model=name, **{key: recipe[key] for key in TRAINED[1:]})[[*TRAINED, *SHOWN.values()]]
+    return curve.assign(**training_of(name, folder))[[*TRAINED, *SHOWN.values()]]
+
+
+def quality_rows(name: str, folder: Path) -> pd.DataFrame:
+    """What :func:`quality.quality_table` measures of one trained model of the zoo's kinds, with :data:`TRAINED`.
+
+    On as many pictures as notebook 00 measures the zoo on.
+    """
+    training = training_of(name, folder)
+    world, model = mojiworld.World(training["image_size"]), control_model(name, folder)
+    table = quality_table({name: model}, scenes=50, views=2, world=world).drop(columns="encoder")
+    return table.assign(**training)[[*TRAINED, *table]]
 
 
 def control_table() -> pd.DataFrame:
@@ -84,11 +110,35 @@ def control_curves() -> pd.DataFrame:
     return pd.read_csv(CURVES) if CURVES.is_file() else pd.DataFrame(columns=[*TRAINED, *SHOWN.values()])
 
 
+def control_quality() -> pd.DataFrame:
+    """The measurements that :func:`main` has written, columns of :func:`quality_rows`; empty where there are none."""
+    columns = [*TRAINED, "measure", "value", "low", "high", "n"]
+    return pd.read_csv(QUALITY) if QUALITY.is_file() else pd.DataFrame(columns=columns)
+
+
 def other_zoos(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows (of either table) of models trained as those of the zoo were, but for another seed."""
-    recipes = pd.DataFrame([{"model": name, **zoo.card(name)["recipe"]} for name in zoo.NAMES])
-    alike = table.merge(recipes[TRAINED], on=["model", "theme_strength", "images"], suffixes=("", "_of_the_zoo"))
+    """The rows (of any table) of models trained as those of the zoo were, but for another seed."""
+    recipes = pd.DataFrame([training_of(name) for name in zoo.NAMES])
+    same = [key for key in TRAINED if key != "seed"]
+    alike = table.merge(recipes, on=same, suffixes=("", "_of_the_zoo"))
     return alike[alike["seed"] != alike["seed_of_the_zoo"]].drop(columns="seed_of_the_zoo")
+
+
+def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of :func:`control_table` that differ in the seed alone as one: their mean, with the noise of training.
+
+    Columns ``top1, top1_low, top1_high`` (within 0 and 100 percent: of few trainings the interval can leave them),
+    ``trainings``, and ``seeds`` of the probe.
+    """
+    columns, rows = ["top1", "top1_low", "top1_high"], []
+    same = [key for key in KEYS if key != "seed"]
+    for values, alike in table.groupby(same, sort=False):
+        mean = np.clip(across_trainings([Interval(*one) for one in alike[columns].to_numpy(float)]), 0.0, 100.0)
+        found = dict(zip(columns, mean.tolist(), strict=True))
+        rows.append(
+            dict(zip(same, values, strict=True)) | found | {"trainings": len(alike), "seeds": alike["seeds"].min()}
+        )
+    return pd.DataFrame(rows, columns=[*same, *columns, "trainings", "seeds"])
 
 
 def _enter(path: Path, rows: pd.DataFrame, keys: list[str]) -> None:
@@ -99,22 +149,33 @@ def _enter(path: Path, rows: pd.DataFrame, keys: list[str]) -> None:
         table.to_csv(temporary, index=False, float_format="%.6g")
 
 
+def probed_data(run: Run, image_size: int) -> ClassificationData:
+    """What notebook 01 probes at the scale ``pocket``, in pictures of that size."""
+    settings = run.scale.probing
+    return mojiworld_data(mojiworld.World(image_size), settings.views, settings.test_views)
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Probe the models of the folders named and enter them into the tables."""
     parser = argparse.ArgumentParser(prog="python -m samantics.controls", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
     folders: list[Path] = parser.parse_args(words).folders
     run = start_run("pocket", "controls")
+    rows, curves, qualities = [], [], []
     try:
-        data, rows, curves = scale_data(run), [], []
-        for folder in folders:
-            for card in sorted(folder.glob("*.json")):
-                rows += control_rows(run, data, card.stem, folder)
-                curves.append(control_curve(card.stem, folder))
+        for card in [path for folder in folders for path in sorted(folder.glob("*.json"))]:
+            name, folder = card.stem, card.parent
+            training = training_of(name, folder)
+            rows += control_rows(run, probed_data(run, training["image_size"]), name, folder)
+            curves.append(control_curve(name, folder))
+            if name in zoo.NAMES and training["theme_strength"] == mojiworld.World().theme_strength:
+                qualities.append(quality_rows(name, folder))
         if not rows:
             raise StudyError(f"{folders[0]} holds no model's card: train one with python -m samantics.training")
         _enter(TABLE, pd.DataFrame(rows), KEYS)
         _enter(CURVES, pd.concat(curves), [*TRAINED, "seen"])
+        if qualities:
+            _enter(QUALITY, pd.concat(qualities), [*TRAINED, "measure"])
     except StudyError as error:
         raise SystemExit(f"error: {error}") from error
     print(pd.DataFrame(rows).drop(columns=["sha256", "machine"]).round(1).to_string(index=False))

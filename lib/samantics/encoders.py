@@ -189,9 +189,9 @@ def load_encoder(
     return _encoder(name, architecture, model, weights_hash, preprocess, device, half)
 
 
-def zoo_encoder(name: str, model: nn.Module, weights_hash: str) -> Encoder:
+def zoo_encoder(name: str, model: nn.Module, weights_hash: str, image_size: int = zoo.DEFAULT.image_size) -> Encoder:
     """A model of the zoo's architecture ``name`` as an encoder, wherever its weights come from."""
-    return _encoder(name, ZOO[name], model, weights_hash, Preprocessing(zoo.DEFAULT.image_size, "squash"))
+    return _encoder(name, ZOO[name], model, weights_hash, Preprocessing(image_size, "squash"))
 
 
 def _encoder(

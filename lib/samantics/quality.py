@@ -25,26 +25,30 @@ from samantics.probe import linear_probe
 from samantics.uncertainty import Interval, bootstrap_mean
 
 TRAIN_VIEWS = 4  # of each drawing, for the linear probe; one more tests it
+DEFAULT_WORLD = mojiworld.World()
 STREAM = "quality"  # of pictures: no training, probing or instance data uses it
 
 
-def quality_table(models: Mapping[str, Any], scenes: int = 150, views: int = 2) -> pd.DataFrame:
+def quality_table(
+    models: Mapping[str, Any], scenes: int = 150, views: int = 2, world: mojiworld.World = DEFAULT_WORLD
+) -> pd.DataFrame:
     """All measurements of the given models: ``encoder, measure, value, low, high, n``; percent, but for ranks.
 
     Args:
         models: by zoo name, as :func:`zoo.load` gives them.
         scenes: unseen scenes for masks, and four times as many pictures for captions.
         views: unseen views of each drawing for the zero-shot and nearest-neighbour figures.
+        world: that the pictures are of; its image size is the models'.
     """
     rows: list[dict[str, Any]] = []
     for name, model in models.items():
         found: Mapping[str, NDArray[np.float64] | Interval]
         if name in ("sam", "sam2"):
-            found = mask_quality(name, model, scenes)
+            found = mask_quality(name, model, scenes, world)
         elif name == "clip":
-            found = clip_quality(model, 4 * scenes, views)
+            found = clip_quality(model, 4 * scenes, views, world)
         else:
-            found = dinov2_quality(model, views)
+            found = dinov2_quality(model, views, world)
         for measure, values in found.items():
             interval = values if isinstance(values, Interval) else bootstrap_mean(values)
             count = 1 if isinstance(values, Interval) else len(values)
@@ -55,19 +59,21 @@ def quality_table(models: Mapping[str, Any], scenes: int = 150, views: int = 2) 
 # -------------------------------------------------------------------------------------------------- SAM and SAM 2
 
 
-def unseen_scenes(count: int) -> mojiworld.Pictures:
-    """Scenes of the default world that nothing else uses."""
-    make = functools.partial(mojiworld.scene, mojiworld.World(), STREAM)
+def unseen_scenes(count: int, world: mojiworld.World = DEFAULT_WORLD) -> mojiworld.Pictures:
+    """Scenes that nothing else uses."""
+    make = functools.partial(mojiworld.scene, world, STREAM)
     return mojiworld.render(make, range(count))
 
 
 @torch.no_grad()
-def mask_quality(name: str, model: Any, scenes: int) -> dict[str, NDArray[np.float64]]:
+def mask_quality(
+    name: str, model: Any, scenes: int, world: mojiworld.World = DEFAULT_WORLD
+) -> dict[str, NDArray[np.float64]]:
     """IoU (percent) of every object of unseen scenes: best of three masks from a click at its centre, from a random
     click, the mask with the highest predicted IoU from the centre click, and the mask from its exact box. Beside them
     what the decoder's coarse logits could reach at best: the IoU of the true mask averaged to their cells."""
     sam = segmenter(name, model)
-    pictures = unseen_scenes(scenes)
+    pictures = unseen_scenes(scenes, world)
     measured: dict[str, list[NDArray[np.float64]]] = {}
     rng = np.random.default_rng(0)
     for image, instances in zip(pictures.images, pictures.instances, strict=True):
@@ -137,16 +143,18 @@ def pixels_of(images: NDArray[np.uint8]) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------- CLIP
 
 
-def unseen_views(views: int) -> mojiworld.Pictures:
+def unseen_views(views: int, world: mojiworld.World = DEFAULT_WORLD) -> mojiworld.Pictures:
     """``views`` object-centric pictures of every drawing that nothing else uses."""
-    world, count = mojiworld.World(), len(mojiworld.catalogue())
+    count = len(mojiworld.catalogue())
     return mojiworld.render(
         lambda index: mojiworld.object_picture(world, STREAM, index, index // views), range(count * views)
     )
 
 
 @torch.no_grad()
-def clip_quality(model: Any, pictures: int, views: int) -> dict[str, NDArray[np.float64]]:
+def clip_quality(
+    model: Any, pictures: int, views: int, world: mojiworld.World = DEFAULT_WORLD
+) -> dict[str, NDArray[np.float64]]:
     """Zero-shot category (train and held-out drawings) and drawing by prompt, and recall of captions (percent).
 
     A category is asked for by its own name, and by the names of its drawings, of which the best counts for it (as
@@ -154,7 +162,7 @@ def clip_quality(model: Any, pictures: int, views: int) -> dict[str, NDArray[np.
     Beside them what prompts could reach at best: a linear probe taught the categories of the same drawings, whose
     weights take the prompts' place.
     """
-    shown = unseen_views(views)
+    shown = unseen_views(views, world)
     drawings = shown.drawings[:, 0]
     vectors = batched(lambda x: model.encode_image(x, normalize=True), shown.images)
 
@@ -165,7 +173,7 @@ def clip_quality(model: Any, pictures: int, views: int) -> dict[str, NDArray[np.
     drawing = called(zoo.drawing_prompts())
     by_drawings = 100.0 * (mojiworld.category_of_drawing()[drawing] == mojiworld.category_of_drawing()[drawings])
     held_out = mojiworld.held_out()[drawings]
-    make = functools.partial(mojiworld.pretraining_picture, mojiworld.World(), stream=STREAM)
+    make = functools.partial(mojiworld.pretraining_picture, world, stream=STREAM)
     captioned = mojiworld.render(make, range(pictures))
     rng = np.random.default_rng(0)
     texts = [caption(rng, row.tolist()) for row in captioned.drawings]
@@ -176,7 +184,7 @@ def clip_quality(model: Any, pictures: int, views: int) -> dict[str, NDArray[np.
         "zero-shot category (%), train drawings": right[~held_out],
         "zero-shot category (%), held-out drawings": right[held_out],
         "linear probe, category of the same drawings (%)": probed(
-            lambda x: model.encode_image(x, normalize=True), mojiworld.category_of_drawing()
+            lambda x: model.encode_image(x, normalize=True), mojiworld.category_of_drawing(), world
         ),
         "zero-shot category by the drawings' prompts (%), train drawings": by_drawings[~held_out],
         "zero-shot drawing (%)": 100.0 * (drawing == drawings),
@@ -190,9 +198,11 @@ def batched(encode: Any, images: NDArray[np.uint8], size: int = 64) -> Tensor:
     return torch.cat([encode(pixels_of(images[start : start + size])) for start in range(0, len(images), size)])
 
 
-def probed(encode: Any, label_of_drawing: NDArray[np.int64]) -> NDArray[np.float64]:
+def probed(
+    encode: Any, label_of_drawing: NDArray[np.int64], world: mojiworld.World = DEFAULT_WORLD
+) -> NDArray[np.float64]:
     """Does a linear probe of ``encode``'s vectors, trained on other views of all drawings, name a view (percent)?"""
-    views = mojiworld.classification_pictures(mojiworld.World(), TRAIN_VIEWS + 1)
+    views = mojiworld.classification_pictures(world, TRAIN_VIEWS + 1)
     labels = label_of_drawing[views.drawings[:, 0]].astype(np.int64)
     test = np.arange(len(labels)) % (TRAIN_VIEWS + 1) == TRAIN_VIEWS
     vectors = batched(encode, views.images).numpy()
@@ -205,9 +215,11 @@ def probed(encode: Any, label_of_drawing: NDArray[np.int64]) -> NDArray[np.float
 
 
 @torch.no_grad()
-def dinov2_quality(model: Any, views: int) -> dict[str, NDArray[np.float64] | Interval]:
+def dinov2_quality(
+    model: Any, views: int, world: mojiworld.World = DEFAULT_WORLD
+) -> dict[str, NDArray[np.float64] | Interval]:
     """Does a linear probe, or the nearest other picture, name the drawing (percent)? Have the features collapsed?"""
-    shown = unseen_views(views)
+    shown = unseen_views(views, world)
     drawings = shown.drawings[:, 0]
     vectors = batched(lambda x: model(x).last_hidden_state[:, 0], shown.images)
     unit = functional.normalize(vectors, dim=1)
@@ -216,7 +228,7 @@ def dinov2_quality(model: Any, views: int) -> dict[str, NDArray[np.float64] | In
     spread = float(unit.std(0).mean() * np.sqrt(unit.shape[1]))
     return {
         "linear probe, drawing (%)": probed(
-            lambda x: model(x).last_hidden_state[:, 0], np.arange(len(mojiworld.catalogue()))
+            lambda x: model(x).last_hidden_state[:, 0], np.arange(len(mojiworld.catalogue())), world
         ),
         "nearest neighbour has the drawing (%)": 100.0 * (drawings[similar.argmax(1).numpy()] == drawings),
         f"effective rank of {vectors.shape[1]}": Interval(rank, rank, rank),

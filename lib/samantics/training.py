@@ -91,39 +91,22 @@ def pretraining_pool(
 
 
 class DeviceData:
-    """Pictures where the model is: on a GPU in its memory, on a CPU memory-mapped."""
+    """Pictures, memory-mapped, of which batches go to the device where the model is."""
 
     def __init__(self, pictures: mojiworld.Pictures, device: torch.device) -> None:
         self.pictures, self.device = pictures, device
-        self.resident: tuple[Tensor, Tensor, Tensor] | None = None
-        if device.type == "cuda":
-            arrays = (pictures.images, pictures.instances, pictures.drawings)
-            images, instances, drawings = (_to_device(array, device) for array in arrays)
-            self.resident = (images, instances, drawings)
 
     def batch(self, rows: np.ndarray) -> Batch:
         """The pictures at ``rows``, each mirrored or not."""
-        if self.resident is not None:
-            chosen = torch.from_numpy(rows).to(self.device)
-            images, instances, drawings = (tensor[chosen] for tensor in self.resident)
-        else:
-            order = np.sort(rows)  # memory-mapped files like to be read forwards
-            images, instances, drawings = (
-                torch.from_numpy(np.ascontiguousarray(array[order]))
-                for array in (self.pictures.images, self.pictures.instances, self.pictures.drawings)
-            )
+        order = np.sort(rows)  # memory-mapped files like to be read forwards
+        images, instances, drawings = (
+            torch.from_numpy(np.ascontiguousarray(array[order])).to(self.device)
+            for array in (self.pictures.images, self.pictures.instances, self.pictures.drawings)
+        )
         images = images.permute(0, 3, 1, 2)
         mirrored = torch.rand(len(images), 1, 1, device=self.device) < 0.5
         images = torch.where(mirrored[..., None], images.flip(3), images)
         return Batch(images, torch.where(mirrored, instances.flip(2), instances), drawings.long())
-
-
-def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A memory-mapped array as a tensor on the GPU, copied in parts so that host memory stays small."""
-    result = torch.empty(array.shape, dtype=torch.from_numpy(array[:0].copy()).dtype, device=device)
-    for start in range(0, len(array), 4096):
-        result[start : start + 4096] = torch.from_numpy(np.array(array[start : start + 4096]))
-    return result
 
 
 # --------------------------------------------------------------------------------------------------- measurements
@@ -138,9 +121,11 @@ class ProbeData:
     test: np.ndarray  # (N,) bool
 
 
-def probe_data(per_drawing: int = 6, test_views: int = 2, workers: int = 0) -> ProbeData:
+def probe_data(
+    per_drawing: int = 6, test_views: int = 2, workers: int = 0, image_size: int = zoo.DEFAULT.image_size
+) -> ProbeData:
     """The classification set of notebook 01 at drawing level (default world), rendered with all cores."""
-    pictures = mojiworld.classification_pictures(mojiworld.World(), per_drawing, workers)
+    pictures = mojiworld.classification_pictures(mojiworld.World(image_size), per_drawing, workers)
     view = np.arange(len(pictures)) % per_drawing
     return ProbeData(pictures.images, pictures.drawings[:, 0].astype(np.int64), view >= per_drawing - test_views)
 
@@ -212,6 +197,8 @@ def train(
 ) -> Objective:
     """Train one model and leave ``<name>.safetensors``, its card ``<name>.json`` and ``<name>.csv`` in ``folder``.
 
+    Its tokens are :data:`zoo.DEFAULT`'s, 16 pixels wide; how many there are follows from the size of the pictures.
+
     Args:
         start_from: a trained DINOv2 (safetensors) whose trunk ``sam_from_dinov2`` begins with.
 
@@ -219,8 +206,9 @@ def train(
         StudyError: unknown name; a checkpoint of another recipe lies in ``folder``; the loss is not finite.
     """
     device = data.device
+    config = dataclasses.replace(zoo.DEFAULT, image_size=data.pictures.images.shape[1])
     torch.manual_seed(recipe.seed)
-    objective = build_objective("sam" if name == "sam_from_dinov2" else name)
+    objective = build_objective("sam" if name == "sam_from_dinov2" else name, config)
     objective = objective.to(device).to(memory_format=torch.channels_last).train()
     if name == "sam_from_dinov2":
         if start_from is None:
@@ -228,9 +216,7 @@ def train(
         copy_trunk(start_from, objective.model)
     optimiser = _optimiser(objective, recipe)
     remove_leftovers(folder)
-    state = _State(
-        folder / f"{name}.ckpt", hash_value([name, dataclasses.asdict(recipe), dataclasses.asdict(zoo.DEFAULT)])
-    )
+    state = _State(folder / f"{name}.ckpt", hash_value([name, dataclasses.asdict(recipe), dataclasses.asdict(config)]))
     state.restore(objective, optimiser)
     measure_at = recipe.probe_steps()
     bar = tqdm(total=recipe.steps, initial=state.step, desc=f"{name} (seed {recipe.seed})", unit="step", mininterval=2)
@@ -254,7 +240,7 @@ def train(
         if state.step % recipe.checkpoint_every == 0:
             state.save(objective, optimiser)
     bar.close()
-    _export(name, recipe, folder, objective, state)
+    _export(name, recipe, config, folder, objective, state)
     state.path.unlink(missing_ok=True)
     return objective
 
@@ -374,7 +360,9 @@ def copy_trunk(dinov2: Path, sam: Any) -> None:
     encoder.load_state_dict(renamed, strict=False)
 
 
-def _export(name: str, recipe: Recipe, folder: Path, objective: Objective, state: _State) -> None:
+def _export(
+    name: str, recipe: Recipe, config: zoo.ZooConfig, folder: Path, objective: Objective, state: _State
+) -> None:
     """The model in 16 bit, its curve, and its card."""
     weights = {
         key: (value.half() if value.is_floating_point() else value).contiguous().cpu()
@@ -391,14 +379,14 @@ def _export(name: str, recipe: Recipe, folder: Path, objective: Objective, state
         if device.type == "cuda"
         else f"{platform.machine()} CPU, {os.cpu_count()} cores"
     )
-    world = mojiworld.World(theme_strength=recipe.theme_strength)
+    world = mojiworld.World(config.image_size, recipe.theme_strength)
     write_json(
         folder / f"{name}.json",
         {
             "model": name,
             "sha256": hash_file(path),
             "recipe": dataclasses.asdict(recipe),
-            "architecture": dataclasses.asdict(zoo.DEFAULT),
+            "architecture": dataclasses.asdict(config),
             "world": {**dataclasses.asdict(world), "hash": world.hash},
             "parameters": sum(p.numel() for p in objective.model.parameters()),
             "seconds": round(state.seconds, 1),
@@ -413,12 +401,14 @@ def _export(name: str, recipe: Recipe, folder: Path, objective: Objective, state
 # ---------------------------------------------------------------------------------------------------- command line
 
 
-def prepared_data(recipe: Recipe, device: torch.device, workers: int = 0) -> tuple[DeviceData, DeviceData, ProbeData]:
+def prepared_data(
+    recipe: Recipe, device: torch.device, workers: int = 0, image_size: int = zoo.DEFAULT.image_size
+) -> tuple[DeviceData, DeviceData, ProbeData]:
     """The pool, unseen pictures of the default world, and the probing set."""
-    world = mojiworld.World(theme_strength=recipe.theme_strength)
+    world = mojiworld.World(image_size, recipe.theme_strength)
     data = DeviceData(pretraining_pool(world, recipe.pool, workers=workers), device)
-    unseen = pretraining_pool(mojiworld.World(), 1024 if device.type == "cuda" else 256, "held_out", workers)
-    return data, DeviceData(unseen, device), probe_data(workers=workers)
+    unseen = pretraining_pool(mojiworld.World(image_size), 256, "held_out", workers)
+    return data, DeviceData(unseen, device), probe_data(workers=workers, image_size=image_size)
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -432,6 +422,12 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--start-from", type=Path, help="trained DINOv2 weights, for sam_from_dinov2")
     parser.add_argument("--workers", type=int, default=0, help="processes that render (default: all cores)")
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        default=zoo.DEFAULT.image_size,
+        help="pixels of a side; other sizes do not fit the zoo",
+    )
     for field in dataclasses.fields(Recipe):
         kind = type(field.default)
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
@@ -446,7 +442,7 @@ def main(words: list[str] | None = None) -> None:
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     try:
-        data, held_out, probing = prepared_data(recipe, device, options.workers)
+        data, held_out, probing = prepared_data(recipe, device, options.workers, options.image_size)
         for name in options.names:
             train(name, recipe, options.out, data, held_out, probing, options.start_from)
     except StudyError as error:

@@ -237,13 +237,13 @@ def load(name: str, folder: Path = ASSETS) -> nn.Module:
     return filled(name, path)
 
 
-def filled(name: str, path: Path) -> nn.Module:
+def filled(name: str, path: Path, config: ZooConfig = DEFAULT) -> nn.Module:
     """A model of the zoo's architecture with the weights of a file, float32, in evaluation mode.
 
     Raises:
         StudyError: no such architecture, or the file is of another one.
     """
-    model = build(name)
+    model = build(name, config)
     try:
         model.load_state_dict({key: value.float() for key, value in load_file(path).items()})
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from torch.utils.flop_counter import FlopCounterMode
 
 from samantics import mojiworld, zoo
-from samantics.controls import control_curve
+from samantics.controls import control_curve, over_seeds, training_of
 from samantics.errors import StudyError
 from samantics.figures import COLOURS, LABELS, headline
 from samantics.objectives import Batch, SelfDistillation, build_objective
@@ -126,6 +126,89 @@ def curves_figure(curves: pd.DataFrame, flops: dict[str, float]) -> Figure:
     return figure
 
 
+def longer_curves(controls: pd.DataFrame) -> pd.DataFrame:
+    """The zoo's own curves and those of its models trained on more pictures: :data:`CURVES` and ``in_all``, the
+    pictures of the whole schedule.
+
+    Args:
+        controls: :func:`controls.control_curves`.
+    """
+    longer = pd.concat([_longest(controls, name) for name in zoo.NAMES])
+    parts = [pd.concat([control_curve(name, zoo.ASSETS) for name in zoo.NAMES]), longer]
+    named = [_shown(part).assign(in_all=part["images"].to_numpy()) for part in parts]
+    return pd.concat(named, ignore_index=True)
+
+
+def longer_figure(curves: pd.DataFrame) -> Figure:
+    """Linear probe and objective against images seen: the zoo's schedule (dashed) and longer ones (solid).
+
+    DINOv2 changes its objective on the way: its line is broken there.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    gained = []
+    for name, mine in curves.groupby("encoder", sort=False):
+        colour = COLOURS[str(name)]
+        schedules = [one for _, one in mine.groupby("in_all")]
+        for curve, style in zip(schedules, ("--", "-"), strict=False):
+            axes[0].plot(curve["images"] / 1000, curve["probe_top1"], style, marker="o", ms=3, color=colour)
+            late = second_stage(str(name), curve)
+            for stage in (curve[~late], curve[late]):
+                axes[1].plot(stage["images"] / 1000, stage["objective"], style, marker="o", ms=3, color=colour)
+        if len(schedules) > 1:
+            change = schedules[-1]["probe_top1"].iloc[-1] - schedules[0]["probe_top1"].iloc[-1]
+            gained.append(f"{LABELS[str(name)]} {change:+.0f}")
+    axes[0].set(title="linear probe, drawing", xlabel="thousand images", ylabel="top-1 (%)", ylim=(0, 100))
+    axes[1].set(title="objective, unseen pictures", xlabel="thousand images", ylabel="loss", yscale="log")
+    axes[1].set_yticks(losses := [0.5, 1, 2, 5, 10], [f"{loss:g}" for loss in losses])
+    axes[1].minorticks_off()
+    shown = list(dict.fromkeys(curves["encoder"]))
+    marks = [Line2D([], [], color=COLOURS[name], label=LABELS[name]) for name in shown]
+    marks += [
+        Line2D([], [], color="#444444", ls=style, label=label) for style, label in (("--", "shipped"), ("-", "longer"))
+    ]
+    figure.legend(handles=marks, loc="outside lower center", ncols=len(marks))
+    headline(figure, f"Longer training moves the linear probe: {', '.join(gained) or 'not measured'} (points)")
+    return figure
+
+
+def longest_probes(controls: pd.DataFrame) -> pd.DataFrame:
+    """Linear probes of the zoo's models trained on more pictures, in the columns of ``01_zoos``; empty where none is.
+
+    Args:
+        controls: :func:`controls.control_table`.
+    """
+    longest = pd.concat([_longest(over_seeds(controls), name) for name in zoo.NAMES])
+    return longest.rename(columns={"model": "encoder"}).assign(probe="linear", layer="final")
+
+
+def aims_elsewhere(aims: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
+    """The aims of the zoo, and the same measures of its models trained otherwise.
+
+    Args:
+        aims: :func:`findings.zoo_aims`.
+        quality: :func:`controls.control_quality`.
+
+    Returns:
+        ``encoder, measure, aim, training, trainings, value, lowest, highest``; ``training`` is ``shipped``,
+        ``other seeds``, ``more pictures`` or ``more tokens``, and ``value`` their mean.
+    """
+    rows = []
+    for aim in aims.to_dict("records"):
+        name = aim["encoder"]
+        measured = quality[quality["measure"] == aim["measure"]]
+        values = {
+            "shipped": pd.Series([aim["value"]]),
+            "other seeds": _unlike_the_zoo(measured, name, name, None)["value"],
+            "more pictures": _longest(measured, name)["value"],
+            "more tokens": _finer(measured, name)["value"],
+        }
+        for kind, found in values.items():
+            if len(found):
+                spread = {"trainings": len(found), "value": found.mean(), "lowest": found.min(), "highest": found.max()}
+                rows.append({key: aim[key] for key in ("encoder", "measure", "aim")} | {"training": kind, **spread})
+    return pd.DataFrame(rows)
+
+
 # ------------------------------------------------------------------------------------------------------- ablations
 
 ABLATION = ["encoder", "factor", "setting", "labels", "top1", "low", "high", "seeds"]
@@ -134,6 +217,7 @@ CONTROLS = {  # a trained control: the encoder that it is compared with, the fac
     "sam_from_dinov2": ("sam", "start", "from nothing", "from DINOv2's trunk"),
     "simclr": ("dinov2", "last quarter", "self-distillation", "contrastive"),
 }
+RECIPE = ["theme_strength", "images", "image_size"]  # what trainings of a model differ in, beside the seed
 
 
 def ablation_table(figures: Path, controls: pd.DataFrame) -> pd.DataFrame:
@@ -141,8 +225,9 @@ def ablation_table(figures: Path, controls: pd.DataFrame) -> pd.DataFrame:
 
     From the tables of notebook 01 ``training`` (SAM's architecture untrained against trained), ``layer`` (the last
     trunk block against the output) and ``pooling`` (mean over the image against mean over the object). From trained
-    controls (:func:`controls.control_table`) :data:`CONTROLS` and ``world`` (without themes), those of the zoo's own
-    number of images and seed, against the zoo's rows in ``01_zoos``, which hold the noise of training.
+    controls (:func:`controls.control_table`) :data:`CONTROLS`, and ``world``, ``pictures`` and ``tokens``: the zoo's
+    own models, trained without themes, on more pictures, and on larger ones. They differ from the zoo in nothing else
+    but the seed, and stand against its rows in ``01_zoos``; both hold the noise of training where there are several.
 
     Raises:
         StudyError: notebook 01 was not run at this scale.
@@ -150,21 +235,49 @@ def ablation_table(figures: Path, controls: pd.DataFrame) -> pd.DataFrame:
     linear, layers, pooling = (_read(figures / f"01_{name}.csv") for name in ("zoos", "layers", "pooling"))
     rows = _rows(linear[linear["encoder"] == "random"].assign(encoder="sam"), "training", "untrained")
     rows += _rows(linear[linear["encoder"] == "sam"], "training", "trained")
-    for model in (*CONTROLS, *zoo.NAMES):
-        mine = controls[controls["model"] == model]
-        encoder, factor, setting, other = CONTROLS.get(model, (model, "world", "themes", "no themes"))
-        recipe = zoo.card(encoder)["recipe"]
-        themes = 0.0 if factor == "world" else recipe["theme_strength"]
-        alike = (mine["images"] == recipe["images"]) & (mine["seed"] == recipe["seed"])
-        kept = mine[alike & (mine["theme_strength"] == themes)]
-        if len(kept):
+    for encoder, factor, setting, other, found in _trained(over_seeds(controls)):
+        if len(found):
             rows += _rows(linear[linear["encoder"] == encoder], factor, setting)
-            rows += _rows(kept.assign(encoder=encoder), factor, other)
+            rows += _rows(found.assign(encoder=encoder), factor, other)
     for _, mine in layers[layers["encoder"].isin(["sam", "sam2"])].groupby(["encoder", "labels"], sort=False):
         rows += _rows(mine.iloc[-2:-1], "layer", "last trunk block") + _rows(mine.iloc[-1:], "layer", "neck")
     for setting, name in (("mean", "image"), ("object", "object")):
         rows += _rows(pooling[pooling["pooling"] == setting], "pooling", name)
     return pd.DataFrame(rows, columns=ABLATION)
+
+
+def _trained(controls: pd.DataFrame) -> Iterator[tuple[str, str, str, str, pd.DataFrame]]:
+    """Encoder, factor, its setting, the other one, and the rows of the controls that have it (none: not trained)."""
+    for model, (encoder, factor, setting, other) in CONTROLS.items():
+        yield encoder, factor, setting, other, _unlike_the_zoo(controls, model, encoder, None)
+    for name in zoo.NAMES:
+        yield name, "world", "themes", "no themes", _unlike_the_zoo(controls, name, name, "theme_strength")
+    for name in zoo.NAMES:
+        usual, longest = training_of(name)["images"], _longest(controls, name)
+        yield name, "pictures", f"{usual:,}", f"{longest['images'].max():,.0f}", longest
+    for name in zoo.NAMES:
+        yield name, "tokens", "8 x 8", "16 x 16", _finer(controls, name)
+
+
+def _longest(controls: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Rows of the longest training of one of the zoo's models, on more pictures than the zoo's; none where none is."""
+    more = _unlike_the_zoo(controls, name, name, "images")
+    more = more[more["images"] > training_of(name)["images"]]
+    return more[more["images"] == more["images"].max()]
+
+
+def _finer(controls: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Rows of one of the zoo's models trained on pictures of twice the side, with tokens of the same size."""
+    larger = _unlike_the_zoo(controls, name, name, "image_size")
+    return larger[larger["image_size"] == 2 * zoo.DEFAULT.image_size]
+
+
+def _unlike_the_zoo(controls: pd.DataFrame, model: str, encoder: str, factor: str | None) -> pd.DataFrame:
+    """Rows of ``model`` whose recipe is that of the zoo's ``encoder``, but for one factor (None: the very same)."""
+    usual, mine = training_of(encoder), controls[controls["model"] == model]
+    for key in RECIPE:
+        mine = mine[(mine[key] == usual[key]) != (key == factor)]
+    return mine
 
 
 def _read(path: Path) -> pd.DataFrame:

@@ -13,6 +13,7 @@ import dataclasses
 import io
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -42,6 +43,7 @@ PEAKS = {  # published dense TFLOP/s
 UTILISATION = (0.30, 0.35, 0.40)  # assumed: low, middle, high
 READERS = 16  # cores that decode images beside a GPU
 COUNTED_ONLY = ("sam3",)  # minutes for an image on two cores
+MEASURED = Path(__file__).parents[2] / "figures" / "bench" / "gpu.csv"  # what `bench_probing.py gpu` gave on an H100
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -191,6 +193,9 @@ def _hours(axis: Axes, table: pd.DataFrame) -> None:
             markersize=6,
             label=f"{gpu}, {kind}",
         )
+    measured = pd.read_csv(MEASURED).set_index("encoder")["hours_bf16"].reindex(table["encoder"])
+    label = "measured: H100, bf16, batches of 16"
+    axis.plot(measured, np.arange(len(table)), "*", color="#222222", markersize=12, label=label)
     reading = table[f"estimate_hours_reading_{READERS}_cores"]
     axis.plot(reading, np.arange(len(table)), "|", color="#222222", markersize=26, markeredgewidth=2)
     axis.plot([], [], "|", color="#222222", markersize=12, markeredgewidth=2, label=f"reading, {READERS} cores")
@@ -202,7 +207,7 @@ def _hours(axis: Axes, table: pd.DataFrame) -> None:
     least, _, most = (f"{share:.0%}" for share in UTILISATION)
     axis.set(
         xlabel=f"hours, if {least} to {most} of the published peak is reached",
-        title="ESTIMATED: ImageNet-1k once, on one GPU",
+        title="ImageNet-1k, one GPU: ESTIMATED, stars measured",
     )
     axis.set_ylim(len(table) - 0.5, -0.5)
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, fontsize=10)

@@ -225,7 +225,7 @@ def main() -> int:
     figures.style()
     caption = "How many times less time and memory the study's code needs than what it replaces, turn by turn."
     figures.save_figure(run, speed_figure(table), table, "speed", caption)
-    caption = "Share of the machine's peak that each encoder reaches, and estimated hours for ImageNet-1k on one GPU."
+    caption = "Share of the machine's peak that each encoder reaches, and hours for ImageNet-1k on one GPU."
     figures.save_figure(run, bench_roofline.roofline_figure(limits), limits, "roofline", caption)
     print(run.figures / "speed.png")
     return 0
