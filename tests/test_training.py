@@ -65,6 +65,33 @@ def test_a_checkpoint_of_another_recipe_or_a_damaged_one_is_refused(tmp_path, mo
         training.train("clip", RECIPE, tmp_path, pictures, pictures, probing)
 
 
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_the_number_of_tokens_follows_from_the_size_of_the_pictures(tmp_path, name) -> None:
+    world = mojiworld.World(image_size=64)
+    pictures = mojiworld.render(functools.partial(mojiworld.pretraining_picture, world), range(4))
+    recipe = dataclasses.replace(RECIPE, images=4, pool=4)
+    data = training.DeviceData(pictures, torch.device("cpu"))
+    probing = training.ProbeData(np.tile(pictures.images, (3, 1, 1, 1)), np.arange(12), np.arange(12) >= 11)
+    training.train(name, recipe, tmp_path, data, data, probing)
+    card = zoo.card(name, tmp_path)
+    assert (card["architecture"]["image_size"], card["world"]["image_size"]) == (64, 64)
+    zoo.filled(name, tmp_path / f"{name}.safetensors", dataclasses.replace(zoo.DEFAULT, image_size=64))
+
+
+def test_pictures_that_tokens_do_not_divide_are_refused(tmp_path) -> None:
+    pictures = mojiworld.render(functools.partial(mojiworld.pretraining_picture, mojiworld.World(100)), range(4))
+    data = training.DeviceData(pictures, torch.device("cpu"))
+    with pytest.raises(StudyError, match="choose a multiple of 16"):
+        training.train(
+            "sam", RECIPE, tmp_path, data, data, training.ProbeData(pictures.images, np.arange(4), np.arange(4) > 2)
+        )
+
+
+def test_other_pictures_do_not_overwrite_the_zoo() -> None:
+    with pytest.raises(SystemExit, match="128 pixels: name another folder with --out"):
+        training.main(["sam2", "--image-size", "256"])
+
+
 def test_every_epoch_visits_every_picture_once_in_its_own_order() -> None:
     rows = np.concatenate([training._rows(RECIPE, 12, step) for step in range(6)])
     assert sorted(rows[:12]) == sorted(rows[12:]) == list(range(12))

@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from samantics import findings, zoo, zoo_study
+from samantics import zoo, zoo_study
 from samantics.controls import KEYS, training_of
 from samantics.errors import StudyError
 from samantics.objectives import Batch
-from samantics.uncertainty import Interval
 
 
 def write_curve(folder: Path, name: str, objective: list[float], probe: list[float], seed: int = 4) -> None:
@@ -159,18 +158,6 @@ def test_longer_trainings_stand_beside_the_shipped_ones() -> None:
     figure = zoo_study.longer_figure(curves)
     assert "CLIP +" in figure.get_suptitle() and "SAM" not in figure.get_suptitle()
     plt.close(figure)
-
-
-def test_the_longest_training_can_be_judged_as_the_zoo_is() -> None:
-    rows = [
-        training_of(name) | {"images": images, "labels": "drawing", "top1": top1, "top1_low": top1 - 1,
-        "top1_high": top1 + 1, "seeds": 3}
-        for name, top1 in (("sam", 5), ("sam2", 20), ("clip", 90), ("dinov2", 60)) for images in (640, 256_000, 512_000)
-    ]  # fmt: skip
-    claim, second = findings.compare_probes(zoo_study.longest_probes(pd.DataFrame(rows)))
-    assert (claim.more, claim.less) == (Interval(60, 59, 61), Interval(20, 19, 21))
-    assert claim.holds and second.holds
-    assert zoo_study.longest_probes(pd.DataFrame(columns=KEYS)).empty
 
 
 def test_aims_are_compared_with_trainings_that_differ_in_one_thing() -> None:

@@ -160,25 +160,22 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m samantics.controls", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
     folders: list[Path] = parser.parse_args(words).folders
-    run = start_run("pocket", "controls")
-    rows, curves, qualities = [], [], []
+    run, printed = start_run("pocket", "controls"), []
     try:
         for card in [path for folder in folders for path in sorted(folder.glob("*.json"))]:
             name, folder = card.stem, card.parent
             training = training_of(name, folder)
-            rows += control_rows(run, probed_data(run, training["image_size"]), name, folder)
-            curves.append(control_curve(name, folder))
+            rows = control_rows(run, probed_data(run, training["image_size"]), name, folder)
+            _enter(CURVES, control_curve(name, folder), [*TRAINED, "seen"])
             if name in zoo.NAMES and training["theme_strength"] == mojiworld.World().theme_strength:
-                qualities.append(quality_rows(name, folder))
-        if not rows:
+                _enter(QUALITY, quality_rows(name, folder), [*TRAINED, "measure"])
+            _enter(TABLE, pd.DataFrame(rows), KEYS)
+            printed += rows
+        if not printed:
             raise StudyError(f"{folders[0]} holds no model's card: train one with python -m samantics.training")
-        _enter(TABLE, pd.DataFrame(rows), KEYS)
-        _enter(CURVES, pd.concat(curves), [*TRAINED, "seen"])
-        if qualities:
-            _enter(QUALITY, pd.concat(qualities), [*TRAINED, "measure"])
     except StudyError as error:
         raise SystemExit(f"error: {error}") from error
-    print(pd.DataFrame(rows).drop(columns=["sha256", "machine"]).round(1).to_string(index=False))
+    print(pd.DataFrame(printed).drop(columns=["sha256", "machine"]).round(1).to_string(index=False))
 
 
 if __name__ == "__main__":

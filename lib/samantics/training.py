@@ -203,10 +203,15 @@ def train(
         start_from: a trained DINOv2 (safetensors) whose trunk ``sam_from_dinov2`` begins with.
 
     Raises:
-        StudyError: unknown name; a checkpoint of another recipe lies in ``folder``; the loss is not finite.
+        StudyError: unknown name; pictures that tokens do not divide; a checkpoint of another recipe lies in ``folder``;
+            the loss is not finite.
     """
     device = data.device
     config = dataclasses.replace(zoo.DEFAULT, image_size=data.pictures.images.shape[1])
+    if config.image_size % config.patch_size:
+        raise StudyError(
+            f"the image size is {config.image_size}: choose a multiple of {config.patch_size}, a token's side"
+        )
     torch.manual_seed(recipe.seed)
     objective = build_objective("sam" if name == "sam_from_dinov2" else name, config)
     objective = objective.to(device).to(memory_format=torch.channels_last).train()
@@ -437,6 +442,10 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
 def main(words: list[str] | None = None) -> None:
     """Train the models named on the command line."""
     options = arguments(words)
+    if options.image_size != zoo.DEFAULT.image_size and options.out == zoo.ASSETS:
+        raise SystemExit(
+            f"error: the zoo's pictures have {zoo.DEFAULT.image_size} pixels: name another folder with --out"
+        )
     recipe = Recipe(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Recipe)})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")

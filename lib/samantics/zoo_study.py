@@ -171,16 +171,6 @@ def longer_figure(curves: pd.DataFrame) -> Figure:
     return figure
 
 
-def longest_probes(controls: pd.DataFrame) -> pd.DataFrame:
-    """Linear probes of the zoo's models trained on more pictures, in the columns of ``01_zoos``; empty where none is.
-
-    Args:
-        controls: :func:`controls.control_table`.
-    """
-    longest = pd.concat([_longest(over_seeds(controls), name) for name in zoo.NAMES])
-    return longest.rename(columns={"model": "encoder"}).assign(probe="linear", layer="final")
-
-
 def aims_elsewhere(aims: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
     """The aims of the zoo, and the same measures of its models trained otherwise.
 
