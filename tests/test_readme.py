@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import io
 import re
+import subprocess
+import tarfile
 from pathlib import Path
 
 import pandas as pd
@@ -10,10 +13,26 @@ from samantics.files import PROJECT
 from samantics.readme import README, filled, findings_table, notebook_table, probe_table
 
 
-def test_readme_says_what_the_committed_tables_say() -> None:
+def committed_tables(folder: Path) -> Path | None:
+    """The tables of the pocket run as they were committed, whatever a run has made of them since; None without git."""
+    archive = ["git", "-C", str(PROJECT), "archive", "HEAD", "figures/pocket"]
+    found = subprocess.run(archive, capture_output=True)
+    if found.returncode:
+        return None
+    with tarfile.open(fileobj=io.BytesIO(found.stdout)) as tar:
+        tar.extractall(folder, filter="data")
+    return folder / "figures" / "pocket"
+
+
+def test_readme_says_what_the_tables_say_that_it_was_made_from(tmp_path: Path) -> None:
+    """Those that lie here, or, after a reader's own run, the committed ones: times differ on each machine."""
     text = README.read_text(encoding="utf-8")
     assert set(re.findall(r"<!-- table: (\w+) -->", text)) == {"findings", "probe", "notebooks"}
-    assert filled(text, PROJECT / "figures" / "pocket") == text, "run python -m samantics.readme"
+    if filled(text, PROJECT / "figures" / "pocket") != text:
+        committed = committed_tables(tmp_path)
+        if committed is None:
+            pytest.skip("the tables here are not those of README, and which were committed is not known without git")
+        assert filled(text, committed) == text, "run python -m samantics.readme"
 
 
 def test_links_to_files_lead_somewhere() -> None:
