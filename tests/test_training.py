@@ -78,13 +78,9 @@ def test_the_number_of_tokens_follows_from_the_size_of_the_pictures(tmp_path, na
     zoo.filled(name, tmp_path / f"{name}.safetensors", dataclasses.replace(zoo.DEFAULT, image_size=64))
 
 
-def test_pictures_that_tokens_do_not_divide_are_refused(tmp_path) -> None:
-    pictures = mojiworld.render(functools.partial(mojiworld.pretraining_picture, mojiworld.World(100)), range(4))
-    data = training.DeviceData(pictures, torch.device("cpu"))
-    with pytest.raises(StudyError, match="choose a multiple of 16"):
-        training.train(
-            "sam", RECIPE, tmp_path, data, data, training.ProbeData(pictures.images, np.arange(4), np.arange(4) > 2)
-        )
+def test_pictures_that_tokens_do_not_divide_are_refused_before_any_is_rendered() -> None:
+    with pytest.raises(StudyError, match="is 100: choose a multiple of 16"):
+        training.prepared_data(RECIPE, torch.device("cpu"), image_size=100)
 
 
 def test_other_pictures_do_not_overwrite_the_zoo() -> None:

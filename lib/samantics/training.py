@@ -203,15 +203,10 @@ def train(
         start_from: a trained DINOv2 (safetensors) whose trunk ``sam_from_dinov2`` begins with.
 
     Raises:
-        StudyError: unknown name; pictures that tokens do not divide; a checkpoint of another recipe lies in ``folder``;
-            the loss is not finite.
+        StudyError: unknown name; a checkpoint of another recipe lies in ``folder``; the loss is not finite.
     """
     device = data.device
     config = dataclasses.replace(zoo.DEFAULT, image_size=data.pictures.images.shape[1])
-    if config.image_size % config.patch_size:
-        raise StudyError(
-            f"the image size is {config.image_size}: choose a multiple of {config.patch_size}, a token's side"
-        )
     torch.manual_seed(recipe.seed)
     objective = build_objective("sam" if name == "sam_from_dinov2" else name, config)
     objective = objective.to(device).to(memory_format=torch.channels_last).train()
@@ -409,7 +404,15 @@ def _export(
 def prepared_data(
     recipe: Recipe, device: torch.device, workers: int = 0, image_size: int = zoo.DEFAULT.image_size
 ) -> tuple[DeviceData, DeviceData, ProbeData]:
-    """The pool, unseen pictures of the default world, and the probing set."""
+    """The pool, unseen pictures of the default world, and the probing set.
+
+    Raises:
+        StudyError: tokens do not divide pictures of that size.
+    """
+    if image_size % zoo.DEFAULT.patch_size:
+        raise StudyError(
+            f"the image size is {image_size}: choose a multiple of {zoo.DEFAULT.patch_size}, a token's side"
+        )
     world = mojiworld.World(image_size, recipe.theme_strength)
     data = DeviceData(pretraining_pool(world, recipe.pool, workers=workers), device)
     unseen = pretraining_pool(mojiworld.World(image_size), 256, "held_out", workers)
