@@ -75,3 +75,8 @@ def test_interval_across_trainings_holds_both_errors() -> None:
     ours = across_trainings([Interval(v, v - 3, v + 4) for v in values])
     assert (13 - ours.low) ** 2 == pytest.approx((13 - theirs[0]) ** 2 + 9)
     assert (ours.high - 13) ** 2 == pytest.approx((theirs[1] - 13) ** 2 + 16)
+
+
+def test_an_interval_within_bounds_keeps_what_can_be() -> None:
+    assert Interval(62.0, 7.0, 117.0).within(0, 100) == Interval(62.0, 7.0, 100.0)
+    assert Interval(3.0, -2.0, 8.0).within(0, 100) == Interval(3.0, 0.0, 8.0)

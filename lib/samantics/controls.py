@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from torch import nn
 
@@ -127,14 +126,13 @@ def other_zoos(table: pd.DataFrame) -> pd.DataFrame:
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     """Rows of :func:`control_table` that differ in the seed alone as one: their mean, with the noise of training.
 
-    Columns ``top1, top1_low, top1_high`` (within 0 and 100 percent: of few trainings the interval can leave them),
-    ``trainings``, and ``seeds`` of the probe.
+    Columns ``top1, top1_low, top1_high`` (percent), ``trainings``, and ``seeds`` of the probe.
     """
     columns, rows = ["top1", "top1_low", "top1_high"], []
     same = [key for key in KEYS if key != "seed"]
     for values, alike in table.groupby(same, sort=False):
-        mean = np.clip(across_trainings([Interval(*one) for one in alike[columns].to_numpy(float)]), 0.0, 100.0)
-        found = dict(zip(columns, mean.tolist(), strict=True))
+        mean = across_trainings([Interval(*one) for one in alike[columns].to_numpy(float)]).within(0, 100)
+        found = dict(zip(columns, mean, strict=True))
         rows.append(
             dict(zip(same, values, strict=True)) | found | {"trainings": len(alike), "seeds": alike["seeds"].min()}
         )

@@ -212,10 +212,9 @@ def zoo_rows(table: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
         alike = others[(others["model"] == line["encoder"]) & (others["labels"] == line["labels"])]
         found = [Interval(*values) for values in [[line[name] for name in columns], *alike[columns].to_numpy(float)]]
         top1 = [one.value for one in found]
-        mean = np.clip(across_trainings(found), 0.0, 100.0)  # of few trainings the interval can leave the percents
         rows.append(
             {name: line[name] for name in ("encoder", "labels", "probe", "layer")}
-            | dict(zip(columns, mean.tolist(), strict=True))
+            | dict(zip(columns, across_trainings(found).within(0, 100), strict=True))
             | {"lowest": min(top1), "highest": max(top1), "zoos": len(found), "seeds": line["seeds"]}
         )
     return pd.DataFrame(rows)

@@ -30,6 +30,10 @@ class Interval(NamedTuple):
         """The interval in other units: ``times(100)`` turns a share into percent."""
         return Interval(self.value * factor, self.low * factor, self.high * factor)
 
+    def within(self, least: float, most: float) -> Interval:
+        """What of it can be: few trainings give a percentage an interval that leaves 0 to 100."""
+        return Interval(*(min(max(end, least), most) for end in self))
+
 
 def bootstrap_mean(values: ArrayLike, seed: int = 0, samples: int = 1000) -> Interval:
     """Mean and 95 % interval, resampling test images, and seeds as well when there are several.

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from torch.utils.flop_counter import FlopCounterMode
 
 from samantics import mojiworld, zoo
-from samantics.controls import control_curve, over_seeds, training_of
+from samantics.controls import TRAINED, control_curve, other_zoos, over_seeds, training_of
 from samantics.errors import StudyError
 from samantics.figures import COLOURS, LABELS, headline
 from samantics.objectives import Batch, SelfDistillation, build_objective
@@ -133,10 +133,9 @@ def longer_curves(controls: pd.DataFrame) -> pd.DataFrame:
     Args:
         controls: :func:`controls.control_curves`.
     """
-    longer = pd.concat([_longest(controls, name) for name in zoo.NAMES])
-    parts = [pd.concat([control_curve(name, zoo.ASSETS) for name in zoo.NAMES]), longer]
-    named = [_shown(part).assign(in_all=part["images"].to_numpy()) for part in parts]
-    return pd.concat(named, ignore_index=True)
+    parts = [control_curve(name, zoo.ASSETS) for name in zoo.NAMES] + [_longest(controls, name) for name in zoo.NAMES]
+    curves = pd.concat(parts, ignore_index=True)
+    return _shown(curves).assign(in_all=curves["images"])
 
 
 def longer_figure(curves: pd.DataFrame) -> Figure:
@@ -188,7 +187,7 @@ def aims_elsewhere(aims: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
         measured = quality[quality["measure"] == aim["measure"]]
         values = {
             "shipped": pd.Series([aim["value"]]),
-            "other seeds": _unlike_the_zoo(measured, name, name, None)["value"],
+            "other seeds": other_zoos(measured[measured["model"] == name])["value"],
             "more pictures": _longest(measured, name)["value"],
             "more tokens": _finer(measured, name)["value"],
         }
@@ -207,7 +206,7 @@ CONTROLS = {  # a trained control: the encoder that it is compared with, the fac
     "sam_from_dinov2": ("sam", "start", "from nothing", "from DINOv2's trunk"),
     "simclr": ("dinov2", "last quarter", "self-distillation", "contrastive"),
 }
-RECIPE = ["theme_strength", "images", "image_size"]  # what trainings of a model differ in, beside the seed
+RECIPE = [key for key in TRAINED if key not in ("model", "seed")]
 
 
 def ablation_table(figures: Path, controls: pd.DataFrame) -> pd.DataFrame:
@@ -245,8 +244,9 @@ def _trained(controls: pd.DataFrame) -> Iterator[tuple[str, str, str, str, pd.Da
     for name in zoo.NAMES:
         usual, longest = training_of(name)["images"], _longest(controls, name)
         yield name, "pictures", f"{usual:,}", f"{longest['images'].max():,.0f}", longest
+    grid = zoo.DEFAULT.grid
     for name in zoo.NAMES:
-        yield name, "tokens", "8 x 8", "16 x 16", _finer(controls, name)
+        yield name, "tokens", f"{grid} x {grid}", f"{2 * grid} x {2 * grid}", _finer(controls, name)
 
 
 def _longest(controls: pd.DataFrame, name: str) -> pd.DataFrame:
