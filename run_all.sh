@@ -3,8 +3,8 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 case " $* " in *" --help "* | *" -h "*)
-    sed -n '1s/"""//; 1,/^"""/{/^"""/!p}' "$root/lib/samantics/study.py" # its documentation is the help text
+    sed -n '1s/"""//; 1,/^"""/{/^"""/!p}' "$root/scripts/study.py" # its documentation is the help text
     exit ;;
 esac
 source "$root/scripts/environment.sh"
-exec "$python" -m samantics.study "$@"
+exec "$python" "$root/scripts/study.py" "$@"

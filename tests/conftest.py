@@ -6,7 +6,7 @@ import matplotlib as mpl
 import pytest
 import torch
 
-from samantics.provenance import Run, start_run
+from samantics.run import Run, start_run
 
 mpl.use("agg")
 torch.set_num_threads(1)

@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from samantics.architectures import Architecture, LayerOutput
-from samantics.encoders import Encoder
-from samantics.preprocessing import Preprocessing
+from samantics.models.architectures import Architecture, LayerOutput
+from samantics.models.encoder import Encoder
+from samantics.models.preprocessing import Preprocessing
 
 MEAN = ("final", "mean")
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from samantics import ablation, probe
-from samantics.encoders import load_encoder
-from samantics.preprocessing import OPENAI
+from samantics.models.encoder import load_encoder
+from samantics.models.preprocessing import OPENAI
+from samantics.probing import linear as probe
+from samantics.probing import protocol as ablation
 from stub_encoder import MEAN, LookUp
 
 torch.set_num_threads(1)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from samantics.agreement import differences, equal_tables, table_differences
+from compare import differences, equal_tables, table_differences
 
 KEYS = ["encoder"]
 OLD = pd.DataFrame(

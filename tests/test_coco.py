@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as mask_tools
 
-from samantics import coco, mojiworld
+from samantics.data import coco
+from samantics.data import first_world as mojiworld
 from samantics.errors import StudyError
 
 SQUARE = [10.0, 10.0, 50.0, 10.0, 50.0, 50.0, 10.0, 50.0]

@@ -13,14 +13,16 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from samantics import controls, mojiworld, zoo
-from samantics.classification import ClassificationData, Part, Task
-from samantics.encoders import zoo_encoder
+from samantics.cache import hash_file, write_json
+from samantics.data import first_world as mojiworld
+from samantics.data.classification import ClassificationData, Part, Task
 from samantics.errors import StudyError
-from samantics.files import hash_file, write_json
-from samantics.probe import linear_probe
-from samantics.provenance import Run
-from samantics.uncertainty import Interval, across_trainings, bootstrap_mean
+from samantics.metrics.intervals import Interval, across_trainings, bootstrap_mean
+from samantics.models import pocket as zoo
+from samantics.models.encoder import zoo_encoder
+from samantics.probing.linear import linear_probe
+from samantics.run import Run
+from samantics.zoo import controls
 
 VIEWS, DRAWINGS = 6, 10
 QUALITY = ["encoder", "measure", "value", "low", "high", "n"]

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from samantics import coco, diagnosis
-from samantics.evaluation import Result, evaluate
-from samantics.proposals import Proposals
+from samantics.data import coco
+from samantics.metrics.coco_ap import Result, evaluate
+from samantics.training_free import diagnosis
+from samantics.training_free.proposals import Proposals
 
 BOXES = [(0, 0, 20, 20), (30, 0, 50, 20), (0, 30, 20, 50), (40, 40, 58, 58)]
 

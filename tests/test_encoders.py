@@ -32,13 +32,14 @@ from transformers import (
     ViTMAEModel,
 )
 
-from samantics import architectures, zoo
-from samantics.architectures import Architecture
-from samantics.encoders import Encoder, load_encoder, masked_mean
+from samantics.data.folders import open_image
 from samantics.errors import StudyError
-from samantics.images import open_image
-from samantics.official import OFFICIAL
-from samantics.preprocessing import OPENAI, Preprocessing
+from samantics.models import architectures
+from samantics.models import pocket as zoo
+from samantics.models.architectures import Architecture
+from samantics.models.encoder import Encoder, load_encoder, masked_mean
+from samantics.models.official import OFFICIAL
+from samantics.models.preprocessing import OPENAI, Preprocessing
 
 torch.set_num_threads(1)
 POCKET = ("sam", "sam2", "clip", "dinov2")

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from samantics import coco, evaluation
+from samantics.data import coco
 from samantics.errors import StudyError
+from samantics.metrics import coco_ap as evaluation
 
 
 def random_data(seed: int, images: int = 6, categories: int = 3) -> tuple[coco.CocoDataset, list[evaluation.Result]]:

@@ -12,10 +12,12 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from samantics import figures, mojiworld, start_figures
+from samantics import plots as figures
+from samantics.data import first_world as mojiworld
 from samantics.errors import StudyError
-from samantics.figures import save_figure
-from samantics.provenance import Run, available_cores, git_revision
+from samantics.plots import save_figure
+from samantics.run import Run, available_cores, git_revision
+from samantics.zoo import start as start_figures
 
 TABLE = pd.DataFrame({"encoder": ["sam", "clip"], "top1": [11.06, 73.92], "third": [1 / 3, np.float32(0.1)]})
 

@@ -8,8 +8,7 @@ import pandas as pd
 import pytest
 
 from samantics.errors import StudyError
-from samantics.figures import save_table
-from samantics.findings import (
+from samantics.metrics.claims import (
     AIMS,
     CEILINGS,
     CLAIMS,
@@ -22,9 +21,10 @@ from samantics.findings import (
     verdict,
     zoo_aims,
 )
-from samantics.provenance import Run
-from samantics.summary import summary_figure
-from samantics.uncertainty import Interval
+from samantics.metrics.intervals import Interval
+from samantics.metrics.summary import summary_figure
+from samantics.plots import save_table
+from samantics.run import Run
 
 
 def write_probes(folder: Path, drawing: dict[str, float], category: dict[str, float], width: float = 1.0) -> None:

@@ -42,19 +42,27 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision import datasets
 
-from samantics import coco, evaluation, images, mojiworld, official, probing, provenance, study, weights, zoo
-from samantics.encoders import load_encoder
+import study
+from report import notebook_page, write_report
+from samantics import run as provenance
+from samantics.cache import hash_file
+from samantics.data import coco
+from samantics.data import first_world as mojiworld
+from samantics.data import folders as images
+from samantics.data.folders import class_names, image_folders, open_image
 from samantics.errors import StudyError
-from samantics.figures import save_table
-from samantics.files import hash_file
-from samantics.images import class_names, image_folders, open_image
-from samantics.incontext_eval import load_trials
-from samantics.matching import pooled_features
-from samantics.proposals import ProposalSettings, get_proposals
-from samantics.provenance import Run
-from samantics.report import notebook_page, write_report
-from samantics.store import encode_images
-from samantics.weights import WeightFile, read_weights, weight_file
+from samantics.incontext.evaluation import load_trials
+from samantics.metrics import coco_ap as evaluation
+from samantics.models import official, weights
+from samantics.models import pocket as zoo
+from samantics.models.encoder import load_encoder
+from samantics.models.weights import WeightFile, read_weights, weight_file
+from samantics.plots import save_table
+from samantics.probing import tables as probing
+from samantics.probing.features import encode_images
+from samantics.run import Run
+from samantics.training_free.matching import pooled_features
+from samantics.training_free.proposals import ProposalSettings, get_proposals
 from stub_encoder import MEAN, LookUp
 from test_coco import SQUARE, content
 from test_study import write_notebook
@@ -870,7 +878,7 @@ def test_odd_numbers_of_threads_are_ignored(monkeypatch: pytest.MonkeyPatch) -> 
 def test_kernels_write_where_the_run_says_also_by_a_relative_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cell = "from samantics.provenance import figures_dir\n(figures_dir() / 'here').write_text('')"
+    cell = "from samantics.run import figures_dir\n(figures_dir() / 'here').write_text('')"
     write_notebook(tmp_path / "notebooks", "00_a", cell)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SAMANTICS_FIGURES", "figures")

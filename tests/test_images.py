@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from samantics import images
+from samantics.data import folders as images
 from samantics.errors import StudyError
 
 RAMP = np.linspace(0, 255, 40 * 30 * 3).reshape(30, 40, 3).astype(np.uint8)

@@ -18,10 +18,10 @@ from segment_anything.modeling import Sam
 from torch.multiprocessing.spawn import spawn
 from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
 
-from samantics import mojiworld, zoo
-from samantics.coco import CocoDataset, load_coco, read_image, write_coco, write_mojiworld
+from samantics.data import first_world as mojiworld
+from samantics.data.coco import CocoDataset, load_coco, read_image, write_coco, write_mojiworld
 from samantics.errors import StudyError
-from samantics.incontext import (
+from samantics.incontext.model import (
     Checkpoint,
     Detections,
     InContextModel,
@@ -36,7 +36,7 @@ from samantics.incontext import (
     spread_points,
     train,
 )
-from samantics.incontext_features import (
+from samantics.incontext.tokens import (
     LiveFeatures,
     Objects,
     PlantedFeatures,
@@ -52,6 +52,7 @@ from samantics.incontext_features import (
     stored_features,
     trunk_blocks,
 )
+from samantics.models import pocket as zoo
 from samantics.scales import POCKET_INCONTEXT, POCKET_NOVEL, VOC
 
 torch.set_num_threads(1)
@@ -177,7 +178,7 @@ def test_reference_tokens_are_of_each_objects_own_image_and_box(sam: Sam, lesson
 def test_reference_tokens_in_shards_are_the_same(
     sam: Sam, lesson: Lesson, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("samantics.incontext_features.SHARD", 7)
+    monkeypatch.setattr("samantics.incontext.tokens.SHARD", 7)
     tokens = reference_tokens(sam, lesson.source, lesson.objects, tmp_path)
     np.testing.assert_allclose(tokens, lesson.tokens, atol=5e-3)
     (tmp_path / "0000007.npy").unlink()
@@ -419,7 +420,7 @@ def test_training_learns_a_few_scenes(sam: Sam, lesson: Lesson, tmp_path: Path) 
 def test_a_killed_training_resumes_to_the_same_weights(
     sam: Sam, lesson: Lesson, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("samantics.incontext.SAVE_EVERY", 2)
+    monkeypatch.setattr("samantics.incontext.model.SAVE_EVERY", 2)
     with_dropout = dataclasses.replace(lesson, settings=dataclasses.replace(TINY, dropout=0.1))
     whole = build_model(with_dropout.settings, sam, 0)
     expected = train(whole, with_dropout, Checkpoint(tmp_path / "whole.pt", {}))
@@ -465,7 +466,7 @@ def _worker(rank: int, lesson: Lesson, folder: Path) -> None:
 
 
 def test_two_processes_train_as_one(sam: Sam, lesson: Lesson, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("samantics.incontext.RECORD_EVERY", 1)
+    monkeypatch.setattr("samantics.incontext.model.RECORD_EVERY", 1)
     expected = train(build_model(TINY, sam, 0), lesson, Checkpoint(tmp_path / "one.pt", {}))
     assert isinstance(lesson.source, StoredFeatures)
     source = lesson.source  # a memory map would be pickled as a copy, but without its file

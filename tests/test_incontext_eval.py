@@ -11,11 +11,10 @@ import pandas as pd
 import pytest
 import torch
 
-from samantics import mojiworld, zoo
-from samantics.coco import CocoDataset, mask_of, write_mojiworld
+from samantics.data import first_world as mojiworld
+from samantics.data.coco import CocoDataset, mask_of, write_mojiworld
 from samantics.errors import StudyError
-from samantics.incontext import Split, build_model, split_categories
-from samantics.incontext_eval import (
+from samantics.incontext.evaluation import (
     VARIANTS,
     Found,
     Trial,
@@ -33,7 +32,9 @@ from samantics.incontext_eval import (
     shown,
     wrong_classes,
 )
-from samantics.incontext_features import LiveFeatures, box_masks, objects_of
+from samantics.incontext.model import Split, build_model, split_categories
+from samantics.incontext.tokens import LiveFeatures, box_masks, objects_of
+from samantics.models import pocket as zoo
 from samantics.scales import POCKET_INCONTEXT, POCKET_NOVEL
 
 torch.set_num_threads(1)

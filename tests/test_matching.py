@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional as F
 
-from samantics import coco, matching, mojiworld
-from samantics.coco import Rle, box_iou, write_mojiworld
-from samantics.encoders import Encoder, load_encoder
+from samantics.data import coco
+from samantics.data import first_world as mojiworld
+from samantics.data.coco import Rle, box_iou, write_mojiworld
 from samantics.errors import StudyError
-from samantics.matching import MatchSettings, MemoryBank
-from samantics.preprocessing import Geometry, Preprocessing
-from samantics.proposals import Proposals
+from samantics.models.encoder import Encoder, load_encoder
+from samantics.models.preprocessing import Geometry, Preprocessing
+from samantics.training_free import matching
+from samantics.training_free.matching import MatchSettings, MemoryBank
+from samantics.training_free.proposals import Proposals
 
 
 def box_masks(boxes: list[tuple[int, int, int, int]], size: tuple[int, int]) -> NDArray[np.bool_]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from samantics import mojiworld
+from samantics.data import first_world as mojiworld
 from samantics.errors import StudyError
 
 WORLD = mojiworld.World()

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from samantics import mojiworld, objectives, zoo
+from samantics.data import first_world as mojiworld
+from samantics.models import pocket as zoo
+from samantics.zoo import objectives
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from samantics import coco, diagnosis, explorer, mojiworld, pipeline_figures
-from samantics import pipeline as pipelines
+from samantics.data import coco
+from samantics.data import first_world as mojiworld
 from samantics.errors import StudyError
-from samantics.pipeline import Pipeline, Variant
-from samantics.provenance import Run, start_run
+from samantics.run import Run, start_run
+from samantics.training_free import diagnosis, explorer
+from samantics.training_free import figures as pipeline_figures
+from samantics.training_free import pipeline as pipelines
+from samantics.training_free.pipeline import Pipeline, Variant
 
 COLUMNS = "proposals,source,merging,shots,iou_type,AP,AP50,AP75,APs,APm,APl,AR1,AR10,AR100,low,high,seeds"
 

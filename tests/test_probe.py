@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from samantics import probe
 from samantics.errors import StudyError
-from samantics.store import FeatureStore, encode_images
+from samantics.probing import linear as probe
+from samantics.probing.features import FeatureStore, encode_images
 from stub_encoder import LookUp
 
 CLASSES = 12

@@ -12,12 +12,15 @@ import scipy.stats
 import torch
 from PIL import Image
 
-from samantics import classification, mojiworld, probing, probing_figures
-from samantics.encoders import load_encoder
+from samantics.data import classification
+from samantics.data import first_world as mojiworld
 from samantics.errors import StudyError
-from samantics.probe import ProbeResult, knn_probe, linear_probe
-from samantics.store import encode_images
-from samantics.uncertainty import bootstrap_mean
+from samantics.metrics.intervals import bootstrap_mean
+from samantics.models.encoder import load_encoder
+from samantics.probing import figures as probing_figures
+from samantics.probing import tables as probing
+from samantics.probing.features import encode_images
+from samantics.probing.linear import ProbeResult, knn_probe, linear_probe
 from stub_encoder import MEAN, LookUp
 
 

@@ -14,11 +14,13 @@ from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 from segment_anything.modeling import Sam
 
-from samantics import coco, mojiworld, zoo
-from samantics.decoding import PointDecoder, encode_image, sam2_predictor
-from samantics.encoders import load_encoder
+from samantics.data import coco
+from samantics.data import first_world as mojiworld
 from samantics.errors import StudyError
-from samantics.proposals import (
+from samantics.models import pocket as zoo
+from samantics.models.encoder import load_encoder
+from samantics.training_free.decoder import PointDecoder, encode_image, sam2_predictor
+from samantics.training_free.proposals import (
     Proposals,
     ProposalSettings,
     compute_proposals,

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from samantics import quality, zoo
+from samantics.models import pocket as zoo
+from samantics.zoo import quality
 
 
 def test_the_centre_is_the_pixel_farthest_from_the_border() -> None:

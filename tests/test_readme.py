@@ -9,8 +9,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from samantics.files import PROJECT
-from samantics.readme import README, filled, findings_table, notebook_table, probe_table
+from readme import README, filled, findings_table, notebook_table, probe_table
+from samantics.cache import PROJECT
 
 
 def committed_tables(folder: Path) -> Path | None:
@@ -32,7 +32,7 @@ def test_readme_says_what_the_tables_say_that_it_was_made_from(tmp_path: Path) -
         committed = committed_tables(tmp_path)
         if committed is None:
             pytest.skip("the tables here are not those of README, and which were committed is not known without git")
-        assert filled(text, committed) == text, "run python -m samantics.readme"
+        assert filled(text, committed) == text, "run python scripts/readme.py"
 
 
 def test_links_to_files_lead_somewhere() -> None:

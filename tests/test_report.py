@@ -11,11 +11,11 @@ import pandas as pd
 import pytest
 
 from browser import CHROMIUM, browser
-from samantics import figures
-from samantics.figures import save_figure, save_table
-from samantics.files import PROJECT
-from samantics.provenance import Run
-from samantics.report import notebook_page, write_report
+from report import notebook_page, write_report
+from samantics import plots as figures
+from samantics.cache import PROJECT
+from samantics.plots import save_figure, save_table
+from samantics.run import Run
 
 COMMITTED = PROJECT / "figures" / "pocket"
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")

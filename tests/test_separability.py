@@ -8,7 +8,7 @@ from sklearn.metrics import normalized_mutual_info_score, silhouette_score
 from sklearn.model_selection import GroupKFold
 
 from samantics.errors import StudyError
-from samantics.separability import METRICS, knn_predictions, linear_predictions, nmi, separability, tsne_map
+from samantics.incontext.separability import METRICS, knn_predictions, linear_predictions, nmi, separability, tsne_map
 
 RNG = np.random.default_rng(0)
 LABELS = np.repeat(np.arange(4), 30)

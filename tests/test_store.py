@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from samantics import store
-from samantics.architectures import Architecture, LayerOutput
-from samantics.encoders import Encoder
 from samantics.errors import StudyError
-from samantics.preprocessing import Preprocessing
-from samantics.store import encode_images
+from samantics.models.architectures import Architecture, LayerOutput
+from samantics.models.encoder import Encoder
+from samantics.models.preprocessing import Preprocessing
+from samantics.probing import features as store
+from samantics.probing.features import encode_images
 from stub_encoder import MEAN, LookUp
 
 

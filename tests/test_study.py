@@ -7,17 +7,17 @@ import nbformat
 import pandas as pd
 import pytest
 
-from samantics import study
+import study
+from samantics.cache import cache_dir
 from samantics.errors import StudyError
-from samantics.files import cache_dir
-from samantics.provenance import figures_dir
+from samantics.run import figures_dir
 
 SETTINGS = 'scale = "pocket"\nseed = 0\nreferences = None'
 SAVE = """\
 import matplotlib; matplotlib.use("agg")
 import matplotlib.pyplot as plt, pandas as pd
-from samantics.figures import save_figure
-from samantics.provenance import start_run
+from samantics.plots import save_figure
+from samantics.run import start_run
 run = start_run(scale, NAME, seed)
 fig, axes = plt.subplots()
 path = save_figure(run, fig, pd.DataFrame({"seed": [seed]}), NAME[:2] + "_picture", "Nothing.")"""
@@ -79,7 +79,7 @@ def test_run_leaves_executed_notebooks_figures_and_times_although_one_fails(
 def test_results_of_own_data_lie_beside_those_of_pocket(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, own = (
         tmp_path / "notebooks",
-        "from samantics.provenance import own_data\nif references: run = own_data(run)",
+        "from samantics.run import own_data\nif references: run = own_data(run)",
     )
     write_notebook(folder, "00_good", f'NAME = "00_good"\n{SAVE}'.replace("fig, axes", f"{own}\nfig, axes"))
     study.run_study("pocket", notebooks=folder)

@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from samantics import mojiworld, training, zoo
+from samantics.data import first_world as mojiworld
 from samantics.errors import StudyError
+from samantics.models import pocket as zoo
+from samantics.zoo import training
 
 RECIPE = training.Recipe(images=16, pool=12, batch=4, probe_points=2, checkpoint_every=1)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from samantics.uncertainty import Interval, across_trainings, bootstrap_mean, bootstrap_statistic
+from samantics.metrics.intervals import Interval, across_trainings, bootstrap_mean, bootstrap_statistic
 
 
 def test_mean_interval_agrees_with_scipy() -> None:

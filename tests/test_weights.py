@@ -34,10 +34,11 @@ from transformers import (
     ViTMAEModel,
 )
 
-from samantics import official, weights, zoo
-from samantics.encoders import load_encoder
 from samantics.errors import StudyError
-from samantics.weights import FILES, WeightFile, download, read_weights, weight_file
+from samantics.models import official, weights
+from samantics.models import pocket as zoo
+from samantics.models.encoder import load_encoder
+from samantics.models.weights import FILES, WeightFile, download, read_weights, weight_file
 
 CONTENT = os.urandom(3_000_000)
 HASH = hashlib.sha256(CONTENT).hexdigest()

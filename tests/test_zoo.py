@@ -11,8 +11,9 @@ from sam2.modeling.sam2_base import SAM2Base
 from segment_anything.modeling import Sam
 from transformers import Dinov2Model
 
-from samantics import mojiworld, zoo
+from samantics.data import first_world as mojiworld
 from samantics.errors import StudyError
+from samantics.models import pocket as zoo
 
 ENCODERS = {"sam": lambda m: m.image_encoder, "sam2": lambda m: m.image_encoder, "clip": lambda m: m.visual}
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from samantics import zoo, zoo_study
-from samantics.controls import KEYS, training_of
 from samantics.errors import StudyError
-from samantics.objectives import Batch
+from samantics.models import pocket as zoo
+from samantics.zoo import curves as zoo_study
+from samantics.zoo.controls import KEYS, training_of
+from samantics.zoo.objectives import Batch
 
 
 def write_curve(folder: Path, name: str, objective: list[float], probe: list[float], seed: int = 4) -> None:

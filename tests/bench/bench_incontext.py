@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from measuring import peak_gib
 
-from samantics import mojiworld
-from samantics.coco import CocoDataset, load_coco, write_mojiworld
-from samantics.encoders import load_encoder
-from samantics.incontext import Checkpoint, Lesson, build_model, split_categories, train
-from samantics.incontext_features import LiveFeatures, objects_of, reference_tokens, stored_features
-from samantics.provenance import available_cores
+from samantics.data import first_world as mojiworld
+from samantics.data.coco import CocoDataset, load_coco, write_mojiworld
+from samantics.incontext.model import Checkpoint, Lesson, build_model, split_categories, train
+from samantics.incontext.tokens import LiveFeatures, objects_of, reference_tokens, stored_features
+from samantics.models.encoder import load_encoder
+from samantics.run import available_cores
 from samantics.scales import get_scale
 
 

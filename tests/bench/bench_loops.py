@@ -28,11 +28,12 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 from torch.nn import functional as F
 
-from samantics import matching, probe
-from samantics.coco import mask_of, rles_of
-from samantics.encoders import load_encoder
-from samantics.preprocessing import Preprocessing
-from samantics.store import encode_images
+from samantics.data.coco import mask_of, rles_of
+from samantics.models.encoder import load_encoder
+from samantics.models.preprocessing import Preprocessing
+from samantics.probing import linear as probe
+from samantics.probing.features import encode_images
+from samantics.training_free import matching
 
 SIDES = ("ours", "plain")
 HEIGHT, WIDTH = 480, 640  # of a usual photograph

@@ -29,10 +29,11 @@ from measuring import peak_gib, timed
 from numpy.typing import NDArray
 from PIL import Image
 
-from samantics import mojiworld, store
-from samantics.encoders import Encoder, load_encoder
-from samantics.probe import linear_probe, paper_probe
-from samantics.store import FeatureStore, encode_images
+from samantics.data import first_world as mojiworld
+from samantics.models.encoder import Encoder, load_encoder
+from samantics.probing import features as store
+from samantics.probing.features import FeatureStore, encode_images
+from samantics.probing.linear import linear_probe, paper_probe
 
 POCKET = ("sam", "sam2", "clip", "dinov2")
 IMAGENET = 1_281_167  # train images

@@ -24,8 +24,8 @@ from PIL import Image
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
 from segment_anything.modeling import Sam
 
-from samantics.decoding import encode_image
-from samantics.proposals import ProposalSettings, propose_encoded
+from samantics.training_free.decoder import encode_image
+from samantics.training_free.proposals import ProposalSettings, propose_encoded
 
 SIDES = ("ours", "package")
 OFFSET = 0.02  # logits of random weights are of the order of 0.1

@@ -28,8 +28,8 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from samantics import figures
-from samantics.encoders import Encoder, load_encoder
+from samantics import plots as figures
+from samantics.models.encoder import Encoder, load_encoder
 
 STUDY = ("sam", "sam2", "clip", "dinov2")
 OTHERS = ("mae", "hiera", "sam3", "dinov3", "siglip2")  # official only

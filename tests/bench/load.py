@@ -33,9 +33,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from measuring import bench_run, peak_gib
 
-from samantics import figures, matching, pipeline, proposals
-from samantics.evaluation import write_results
-from samantics.provenance import start_run
+from samantics import plots as figures
+from samantics.metrics.coco_ap import write_results
+from samantics.run import start_run
+from samantics.training_free import matching, pipeline, proposals
 
 EVERY = 0.2  # seconds between two looks
 GRID = 4  # points along a scene's side: 16 prompts instead of 144, so that 2,000 scenes take minutes on busy cores too

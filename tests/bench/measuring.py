@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from samantics import mojiworld
-from samantics.files import hash_value
-from samantics.provenance import Run, figures_dir, start_run
+from samantics.cache import hash_value
+from samantics.data import first_world as mojiworld
+from samantics.run import Run, figures_dir, start_run
 
 
 def timed(work: Callable[..., Any], *arguments: Any) -> tuple[float, float]:

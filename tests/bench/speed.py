@@ -30,8 +30,8 @@ from matplotlib.ticker import NullLocator
 from measuring import bench_run, made_photo, timed
 from PIL import Image
 
-from samantics import figures
-from samantics.encoders import load_encoder
+from samantics import plots as figures
+from samantics.models.encoder import load_encoder
 
 Sample = dict[str, float]  # of one turn of one side: seconds (wall, processor) and memory (GiB)
 POINTS = 32  # along a photograph's side: the default of SAM's own generator

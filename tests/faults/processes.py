@@ -16,7 +16,13 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("samantics.study", "samantics.training", "samantics.incontext", "samantics.proposals", "samantics.store")
+PACKAGES = (
+    "study",
+    "samantics.zoo.training",
+    "samantics.incontext.model",
+    "samantics.training_free.proposals",
+    "samantics.probing.features",
+)
 PATIENCE = 60.0  # seconds that any work here may take, on a machine that does other things too
 
 

@@ -14,10 +14,11 @@ import torch
 import works
 from processes import told
 
-from samantics import study, training
-from samantics.encoders import load_encoder
-from samantics.files import atomic_path, remove_leftovers
-from samantics.proposals import compute_proposals, proposals_folder
+import study
+from samantics.cache import atomic_path, remove_leftovers
+from samantics.models.encoder import load_encoder
+from samantics.training_free.proposals import compute_proposals, proposals_folder
+from samantics.zoo import training
 from stub_encoder import MEAN
 
 DAY = 24 * 3600.0

@@ -15,10 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from samantics import coco, incontext, training, weights, zoo
-from samantics.encoders import load_encoder
+from samantics.data import coco
 from samantics.errors import StudyError
-from samantics.proposals import compute_proposals, get_proposals
+from samantics.incontext import model as incontext
+from samantics.models import pocket as zoo
+from samantics.models import weights
+from samantics.models.encoder import load_encoder
+from samantics.training_free.proposals import compute_proposals, get_proposals
+from samantics.zoo import training
 from stub_encoder import MEAN
 
 

@@ -21,12 +21,15 @@ from processes import finish, hidden, told
 from safetensors.torch import load_file
 from servers import serve
 
-from samantics import incontext, study, training, zoo
+import study
+from samantics.cache import atomic_path
 from samantics.errors import StudyError
-from samantics.figures import save_figure
-from samantics.files import atomic_path
-from samantics.provenance import Run
-from samantics.weights import WeightFile, download
+from samantics.incontext import model as incontext
+from samantics.models import pocket as zoo
+from samantics.models.weights import WeightFile, download
+from samantics.plots import save_figure
+from samantics.run import Run
+from samantics.zoo import training
 from stub_encoder import MEAN
 
 

@@ -18,9 +18,9 @@ from PIL import Image
 from processes import finish, hidden, is_running, kill_again_and_again, tell, told
 from servers import Handler, serve
 
-from samantics import zoo
-from samantics.files import remove_leftovers
-from samantics.weights import WeightFile
+from samantics.cache import remove_leftovers
+from samantics.models import pocket as zoo
+from samantics.models.weights import WeightFile
 from stub_encoder import MEAN
 
 # set SAMANTICS_SLOW for other moments than those of the first seed

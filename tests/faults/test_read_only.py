@@ -11,12 +11,13 @@ import pytest
 import works
 from disks import read_only
 
-from samantics import study, weights
+import study
 from samantics.errors import StudyError
-from samantics.figures import save_figure
-from samantics.provenance import Run
-from samantics.store import encode_images
-from samantics.weights import WeightFile, weight_file
+from samantics.models import weights
+from samantics.models.weights import WeightFile, weight_file
+from samantics.plots import save_figure
+from samantics.probing.features import encode_images
+from samantics.run import Run
 from stub_encoder import MEAN
 
 

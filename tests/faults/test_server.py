@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from servers import Answer, Handler, Server, serve
 
-from samantics import weights
 from samantics.errors import StudyError
-from samantics.weights import WeightFile, download
+from samantics.models import weights
+from samantics.models.weights import WeightFile, download
 
 CONTENT = hashlib.shake_256(b"weights").digest(300_000)
 HASH = hashlib.sha256(CONTENT).hexdigest()

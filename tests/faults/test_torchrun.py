@@ -19,15 +19,15 @@ from processes import PATIENCE, finish, start
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from samantics import store
-from samantics.files import write_json
+from samantics.cache import write_json
+from samantics.probing import features as store
 
 SHARD_ROWS, IMAGES = 4, 24
 
 
 @pytest.fixture
 def options(tmp_path: Path) -> list[str]:
-    """Of ``python -m samantics.store``, on a folder of photographs that it makes."""
+    """Of ``python -m samantics.probing.features``, on a folder of photographs that it makes."""
     rng = np.random.default_rng(0)
     for number in range(IMAGES):
         path = tmp_path / "photos" / "ab"[number % 2] / f"{number}.png"
@@ -111,7 +111,7 @@ def test_torchrun_itself(options: list[str], tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     failing = subprocess.run([*torchrun, str(dying)], env=environment, timeout=300, check=False)
     assert failing.returncode != 0 and 0 < len(shards(tmp_path / "two")) < 2 * IMAGES // SHARD_ROWS
-    subprocess.run([*torchrun, "-m", "samantics.store", *options], env=environment, timeout=300, check=True)
-    alone = [sys.executable, "-m", "samantics.store", *options]
+    subprocess.run([*torchrun, "-m", "samantics.probing.features", *options], env=environment, timeout=300, check=True)
+    alone = [sys.executable, "-m", "samantics.probing.features", *options]
     subprocess.run(alone, env=environment | {"SAMANTICS_CACHE": str(tmp_path / "alone")}, timeout=300, check=True)
     assert shards(tmp_path / "two") == shards(tmp_path / "alone")

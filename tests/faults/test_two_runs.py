@@ -11,7 +11,7 @@ import pytest
 import works
 from processes import PATIENCE, start
 
-from samantics.files import PROJECT
+from samantics.cache import PROJECT
 
 WAITS = """\
 import time

@@ -16,16 +16,21 @@ import pandas as pd
 import torch
 from processes import tell
 
-from samantics import incontext, mojiworld, study, training, weights, zoo
-from samantics.coco import CocoDataset, write_mojiworld
-from samantics.encoders import load_encoder
-from samantics.figures import save_figure
-from samantics.incontext_features import SamMaps, StoredFeatures, objects_of, reference_tokens, stored_features
-from samantics.mojiworld import Pictures
-from samantics.proposals import ProposalSettings, compute_proposals
-from samantics.provenance import start_run
+import study
+from samantics.data import first_world as mojiworld
+from samantics.data.coco import CocoDataset, write_mojiworld
+from samantics.data.first_world import Pictures
+from samantics.incontext import model as incontext
+from samantics.incontext.tokens import SamMaps, StoredFeatures, objects_of, reference_tokens, stored_features
+from samantics.models import pocket as zoo
+from samantics.models import weights
+from samantics.models.encoder import load_encoder
+from samantics.plots import save_figure
+from samantics.probing.features import FeatureStore, encode_images
+from samantics.run import start_run
 from samantics.scales import POCKET_INCONTEXT
-from samantics.store import FeatureStore, encode_images
+from samantics.training_free.proposals import ProposalSettings, compute_proposals
+from samantics.zoo import training
 from stub_encoder import MEAN, LookUp
 
 # ------------------------------------------------------------------------------------------------------- extraction
@@ -72,7 +77,7 @@ def scenes(folder: Path, count: int = 10) -> CocoDataset:
 
 def propose(dataset: CocoDataset, folder: Path, log: Path) -> Path:
     """Proposals of every scene, each scene told."""
-    from samantics import proposals
+    from samantics.training_free import proposals
 
     read = proposals.read_image
 

@@ -1,0 +1,145 @@
+"""How well classes keep apart in a space of features: four numbers, each against the same number for shuffled labels.
+
+A point is one object. Points of one *group* show the same thing (another rendering of the drawing, another object of
+the photograph): a group never serves to recognise its own members, else a number would reward remembering.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from sklearn.cluster import KMeans
+from sklearn.linear_model import RidgeClassifier
+from sklearn.manifold import TSNE
+from sklearn.metrics import silhouette_samples
+from sklearn.model_selection import GroupKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler, normalize
+
+from samantics.errors import StudyError
+from samantics.metrics.intervals import Interval, bootstrap_mean, bootstrap_statistic
+
+METRICS = ("silhouette", "knn", "nmi", "linear")
+NEIGHBOURS = 5
+FOLDS = 5
+SHUFFLES = 5
+
+Points = NDArray[np.floating]
+Labels = NDArray[np.int64]
+
+
+def separability(points: Points, labels: Labels, groups: Labels, seed: int = 0) -> pd.DataFrame:
+    """The four numbers of ``(n, d)`` points with ``(n,)`` labels and groups.
+
+    - ``silhouette``: mean cosine silhouette, -1 to 1 (Rousseeuw 1987).
+    - ``knn``: share of points whose 5 nearest by cosine, of other groups, vote for their class.
+    - ``nmi``: normalised mutual information of labels and as many k-means clusters of the directions, 0 to 1.
+    - ``linear``: share of points that a ridge classifier names right, in 5-fold cross-validation over groups.
+
+    Columns ``metric, value, low, high, shuffled``: low and high are the 95 % bootstrap interval over points,
+    ``shuffled`` is the mean for five shuffles of the labels.
+
+    Raises:
+        StudyError: fewer than two classes, a class with fewer than two points, fewer than five groups, or a number
+            that is not finite.
+    """
+    _check(points, labels, groups)
+    directions = normalize(np.asarray(points, np.float64))
+    clusters = KMeans(len(np.unique(labels)), n_init=4, random_state=seed).fit_predict(directions)
+    rng = np.random.default_rng(seed)
+    shuffles = [rng.permutation(labels) for _ in range(SHUFFLES)]
+    rows = []
+    for metric in METRICS:
+        found = _measured(metric, directions, clusters, labels, groups, seed)
+        shuffled = np.mean(
+            [_measured(metric, directions, clusters, s, groups, seed, samples=1).value for s in shuffles]
+        )
+        rows.append({"metric": metric, **found._asdict(), "shuffled": float(shuffled)})
+    return pd.DataFrame(rows)
+
+
+def _check(points: Points, labels: Labels, groups: Labels) -> None:
+    classes, counts = np.unique(labels, return_counts=True)
+    if len(classes) < 2 or counts.min() < 2:
+        raise StudyError(
+            f"separability needs two classes or more with two objects each: add objects ({len(classes)} classes)"
+        )
+    if len(np.unique(groups)) < FOLDS:
+        raise StudyError(f"separability needs {FOLDS} groups or more: add drawings or images")
+    if not np.isfinite(points).all():
+        raise StudyError("separability was given features that are not finite: compute them again with --fresh")
+
+
+def _measured(
+    metric: str, directions: Points, clusters: Labels, labels: Labels, groups: Labels, seed: int, samples: int = 1000
+) -> Interval:
+    if metric == "nmi":
+        return _centred(bootstrap_statistic(lambda rows: nmi(labels[rows], clusters[rows]), len(labels), seed, samples))
+    if metric == "silhouette":
+        values = silhouette_samples(directions, labels, metric="cosine")
+    elif metric == "knn":
+        values = knn_predictions(directions, labels, groups) == labels
+    else:
+        values = linear_predictions(directions, labels, groups) == labels
+    return bootstrap_mean(values, seed, samples)
+
+
+def _centred(found: Interval) -> Interval:
+    """The interval moved so that its middle is the value: repeated points make NMI, and it alone, larger."""
+    shift = found.value - (found.low + found.high) / 2
+    return Interval(found.value, max(0.0, found.low + shift), min(1.0, found.high + shift))
+
+
+def nmi(labels: Labels, clusters: Labels) -> float:
+    """Normalised mutual information (arithmetic mean), 0 to 1."""
+    _, rows = np.unique(labels, return_inverse=True)
+    _, columns = np.unique(clusters, return_inverse=True)
+    shape = (rows.max() + 1, columns.max() + 1)
+    joint = np.bincount(rows * shape[1] + columns, minlength=shape[0] * shape[1]) / len(labels)
+    sides = joint.reshape(shape).sum(1), joint.reshape(shape).sum(0)
+    single, both = sum(_entropy(side) for side in sides), _entropy(joint)
+    return float(2 * (single - both) / single) if single > 0 else 1.0
+
+
+def _entropy(shares: NDArray[np.float64]) -> float:
+    kept = shares[shares > 0]
+    return float(-(kept * np.log(kept)).sum())
+
+
+def knn_predictions(directions: Points, labels: Labels, groups: Labels, neighbours: int = NEIGHBOURS) -> Labels:
+    """``(n,)`` class with the largest summed cosine among each point's nearest neighbours of other groups."""
+    cosines = directions @ directions.T
+    cosines[groups[:, None] == groups[None, :]] = -np.inf
+    nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :neighbours]
+    classes = np.unique(labels)
+    weight = np.maximum(
+        np.take_along_axis(cosines, nearest, axis=1), 0
+    )  # a group may leave fewer neighbours than asked
+    votes = np.stack([(weight * (labels[nearest] == c)).sum(axis=1) for c in classes], axis=1)
+    return classes[votes.argmax(axis=1)]
+
+
+def linear_predictions(points: Points, labels: Labels, groups: Labels) -> Labels:
+    """``(n,)`` class of each point by ridge regression onto classes, fitted to the folds without its group."""
+    predicted = np.empty_like(labels)
+    for train, test in GroupKFold(FOLDS).split(points, labels, groups):
+        model = make_pipeline(StandardScaler(), RidgeClassifier(alpha=len(train)))
+        predicted[test] = model.fit(points[train], labels[train]).predict(points[test])
+    return predicted
+
+
+def tsne_map(points: Points, perplexity: float = 30, seed: int = 0) -> NDArray[np.float32]:
+    """``(n, 2)`` t-SNE of the points' directions by cosine distance (van der Maaten and Hinton 2008).
+
+    Raises:
+        StudyError: the perplexity is not below the number of points.
+    """
+    if perplexity >= len(points):
+        raise StudyError(
+            f"t-SNE of {len(points)} points needs a perplexity below that, not {perplexity}: lower it or add objects"
+        )
+    placed: NDArray[np.float32] = TSNE(
+        perplexity=perplexity, metric="cosine", init="random", random_state=seed
+    ).fit_transform(np.asarray(points, np.float32))
+    return placed

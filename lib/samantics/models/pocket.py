@@ -1,0 +1,346 @@
+"""The pocket zoo: small models of the official packages' own classes, trained on MojiWorld (see ``training``).
+
+All of them share one capacity so that only the objective differs: the ViTs are six blocks of width 160 (a little
+under ViT-Tiny's width, at half its depth) on 8x8 tokens of a 128-pixel image, the Hiera has about as many parameters.
+A stem of four stride-2 convolutions stands in for the patch embedding: early convolutions make small-budget training
+work (Xiao et al. 2021, arXiv 2106.14881). Change a setting here and retrain; nothing else needs to change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from sam2.modeling.backbones.hieradet import Hiera
+from sam2.modeling.backbones.image_encoder import FpnNeck
+from sam2.modeling.backbones.image_encoder import ImageEncoder as Sam2ImageEncoder
+from sam2.modeling.position_encoding import PositionEmbeddingSine
+from sam2.modeling.sam.transformer import TwoWayTransformer as Sam2TwoWayTransformer
+from sam2.modeling.sam2_base import SAM2Base
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from torch import Tensor, nn
+from transformers import Dinov2Config, Dinov2Model
+
+from samantics.cache import hash_file
+from samantics.data import first_world as mojiworld
+from samantics.errors import StudyError
+
+NAMES = ("sam", "sam2", "clip", "dinov2")
+ASSETS = Path(__file__).resolve().parents[1] / "assets" / "zoo"
+
+MEAN = (0.485, 0.456, 0.406)  # ImageNet's statistics, as all official image encoders of the study but CLIP use
+STD = (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class ZooConfig:
+    """Sizes of every model of the zoo.
+
+    Attributes:
+        image_size: input side, pixels: MojiWorld's.
+        patch_size: pixels of a token's side; the stem halves the image log2(patch_size) times.
+        width, depth, heads: of the ViT trunks.
+        dim: channels of SAM's and SAM 2's neck, of CLIP's joint space, and the width of DINOv2's class token, so that
+            no probe sees more numbers than another.
+        hiera_width, hiera_stages: of SAM 2's trunk; chosen for the ViTs' number of parameters.
+        text_width, text_layers: of CLIP's text tower. One layer reads captions that only name things, and learns words
+            early: with three, the image tower had learned a quarter as much after 24,000 pictures.
+    """
+
+    image_size: int = mojiworld.World().image_size
+    patch_size: int = 16
+    width: int = 160
+    depth: int = 6
+    heads: int = 5
+    dim: int = 160
+    hiera_width: int = 40
+    hiera_stages: tuple[int, ...] = (1, 2, 3, 1)
+    text_width: int = 128
+    text_layers: int = 1
+
+    @property
+    def grid(self) -> int:
+        """Tokens along a side."""
+        return self.image_size // self.patch_size
+
+
+DEFAULT = ZooConfig()
+
+
+class ConvStem(nn.Sequential):
+    """``(B, 3, H, W)`` to ``(B, width, H / patch, W / patch)`` by stride-2 3x3 convolutions that double the width."""
+
+    def __init__(self, width: int, patch_size: int) -> None:
+        halvings = patch_size.bit_length() - 1
+        # multiples of 8, or GPUs fall back to slow convolutions
+        widths = [3, *(-(-(width >> (halvings - 1 - step)) // 8) * 8 for step in range(halvings))]
+        layers: list[nn.Module] = []
+        for inside, outside in itertools.pairwise(widths):
+            layers += [nn.Conv2d(inside, outside, 3, stride=2, padding=1), nn.GroupNorm(4, outside), nn.GELU()]
+        super().__init__(*layers, nn.Conv2d(width, width, 1))
+        self.width = width
+
+    @property
+    def weight(self) -> Tensor:
+        """The last layer's weight: `Dinov2Model` asks its patch embedding for a dtype by this name."""
+        last = self[-1]
+        assert isinstance(last, nn.Conv2d)
+        return last.weight
+
+
+# ------------------------------------------------------------------------------------------------------- builders
+
+
+def build_sam(config: ZooConfig = DEFAULT) -> Sam:
+    """An untrained pocket SAM: `segment_anything`'s ViT, prompt encoder and mask decoder."""
+    encoder = ImageEncoderViT(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        embed_dim=config.width,
+        depth=config.depth,
+        num_heads=config.heads,
+        out_chans=config.dim,
+        qkv_bias=True,
+        norm_layer=functools.partial(nn.LayerNorm, eps=1e-6),
+    )
+    encoder.patch_embed.proj = ConvStem(config.width, config.patch_size)
+    prompts = PromptEncoder(
+        embed_dim=config.dim,
+        image_embedding_size=(config.grid, config.grid),
+        input_image_size=(config.image_size, config.image_size),
+        mask_in_chans=16,
+    )
+    decoder = MaskDecoder(
+        transformer_dim=config.dim,
+        transformer=TwoWayTransformer(depth=2, embedding_dim=config.dim, num_heads=8, mlp_dim=512),
+        num_multimask_outputs=3,
+    )
+    return Sam(encoder, prompts, decoder, pixel_mean=[255 * m for m in MEAN], pixel_std=[255 * s for s in STD])
+
+
+def build_sam2(config: ZooConfig = DEFAULT) -> SAM2Base:
+    """An untrained pocket SAM 2 for images: `sam2`'s Hiera, FPN neck and mask decoder; no memory (no video)."""
+    trunk = Hiera(
+        embed_dim=config.hiera_width,
+        num_heads=1,
+        stages=config.hiera_stages,
+        window_spec=(8, 4, config.grid, config.grid // 2),  # the last two stages see the whole image
+        global_att_blocks=(),
+        window_pos_embed_bkg_spatial_size=(8, 8),
+    )
+    neck = FpnNeck(
+        position_encoding=PositionEmbeddingSine(num_pos_feats=config.dim, normalize=True),
+        d_model=config.dim,
+        backbone_channel_list=trunk.channel_list,
+        fpn_top_down_levels=[2, 3],
+        fpn_interp_model="nearest",
+    )
+    model = SAM2Base(
+        image_encoder=Sam2ImageEncoder(trunk, neck, scalp=1),
+        memory_attention=None,
+        memory_encoder=None,
+        num_maskmem=0,
+        image_size=config.image_size,
+        backbone_stride=config.patch_size,
+        directly_add_no_mem_embed=True,
+        use_high_res_features_in_sam=True,
+        multimask_output_in_sam=True,
+        iou_prediction_use_sigmoid=True,
+    )
+    model.sam_mask_decoder.transformer = Sam2TwoWayTransformer(
+        depth=2, embedding_dim=config.dim, num_heads=8, mlp_dim=512
+    )
+    return model
+
+
+def build_clip(config: ZooConfig = DEFAULT) -> open_clip.CLIP:
+    """An untrained pocket CLIP: `open_clip`'s two towers; its words are MojiWorld's (see :class:`WordTokenizer`)."""
+    tokenizer = WordTokenizer()
+    model = open_clip.CLIP(
+        embed_dim=config.dim,
+        vision_cfg=open_clip.CLIPVisionCfg(
+            layers=config.depth,
+            width=config.width,
+            head_width=config.width // config.heads,
+            patch_size=config.patch_size,
+            image_size=config.image_size,
+        ),
+        text_cfg=open_clip.CLIPTextCfg(
+            context_length=tokenizer.context_length,
+            vocab_size=tokenizer.vocab_size,
+            width=config.text_width,
+            heads=config.text_width // 32,
+            layers=config.text_layers,
+        ),
+    )
+    model.visual.conv1 = ConvStem(config.width, config.patch_size)
+    # a caption's order says nothing; with places the end token knows its length, which was learned before any word
+    model.positional_embedding.data.zero_()
+    model.positional_embedding.requires_grad_(False)
+    return model
+
+
+def build_dinov2(config: ZooConfig = DEFAULT) -> Dinov2Model:
+    """An untrained pocket DINOv2: `transformers`' model with a small configuration."""
+    model = Dinov2Model(
+        Dinov2Config(
+            hidden_size=config.width,
+            num_hidden_layers=config.depth,
+            num_attention_heads=config.heads,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            layerscale_value=1.0,
+        )
+    )
+    embeddings = model.embeddings.patch_embeddings
+    embeddings.projection = ConvStem(config.width, config.patch_size)
+    return model
+
+
+BUILDERS = {"sam": build_sam, "sam2": build_sam2, "clip": build_clip, "dinov2": build_dinov2}
+
+
+# -------------------------------------------------------------------------------------------------------- weights
+
+
+def build(name: str, config: ZooConfig = DEFAULT, seed: int = 0) -> nn.Module:
+    """An untrained model of the zoo, its initialisation seeded, in evaluation mode.
+
+    Raises:
+        StudyError: no such model.
+    """
+    if name not in BUILDERS:
+        raise StudyError(f"no pocket model is called {name!r}: choose from {', '.join(BUILDERS)}")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return BUILDERS[name](config).eval()
+
+
+def load(name: str, folder: Path = ASSETS) -> nn.Module:
+    """The trained model of that name, float32, in evaluation mode, verified against the hash in its card.
+
+    Raises:
+        StudyError: no such model; its file or card is missing, damaged or of another architecture.
+    """
+    path = folder / f"{name}.safetensors"
+    verify(name, folder)
+    return filled(name, path)
+
+
+def filled(name: str, path: Path, config: ZooConfig = DEFAULT) -> nn.Module:
+    """A model of the zoo's architecture with the weights of a file, float32, in evaluation mode.
+
+    Raises:
+        StudyError: no such architecture, or the file is of another one.
+    """
+    model = build(name, config)
+    try:
+        model.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise StudyError(f"{path} does not fit the pocket {name} ({reason}): restore it with git checkout") from error
+    return model
+
+
+def verify(name: str, folder: Path = ASSETS) -> str:
+    """SHA-256 of a model's weight file, checked against its card.
+
+    Raises:
+        StudyError: file or card is missing or damaged.
+    """
+    path = folder / f"{name}.safetensors"
+    if not path.is_file():
+        raise StudyError(
+            f"{path} is missing: restore it with git checkout, or train it with python -m samantics.zoo.training {name}"
+        )
+    found, expected = hash_file(path), card(name, folder)["sha256"]
+    if found != expected:
+        raise StudyError(
+            f"{path} is damaged (SHA-256 {found[:12]}, its card says {expected[:12]}): restore it with git checkout"
+        )
+    return found
+
+
+def card(name: str, folder: Path = ASSETS) -> dict[str, Any]:
+    """What is known of a trained model: data, images seen, seconds, machine, losses, measurements, licence.
+
+    Raises:
+        StudyError: the card is missing or no card.
+    """
+    path = folder / f"{name}.json"
+    try:
+        content = dict(json.loads(path.read_text(encoding="utf-8")))
+        if not isinstance(content.get("sha256"), str):
+            raise ValueError("no hash of the weights")
+        return content
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise StudyError(f"{path} is missing or damaged: restore it with git checkout") from error
+
+
+# ---------------------------------------------------------------------------------------------------------- words
+
+
+class WordTokenizer:
+    """Words of MojiWorld's captions as token ids; the end token is the highest, as `open_clip`'s pooling expects.
+
+    :data:`STOP_WORDS` are skipped: they are in every caption and thin out the words that tell captions apart.
+    """
+
+    context_length = 48  # six objects of the longest names
+
+    def __init__(self) -> None:
+        names = [*mojiworld.catalogue()["drawing"], *mojiworld.categories()]
+        words = sorted({word for name in names for word in split_words(name)})
+        self.ids = {word: number for number, word in enumerate(words, start=2)}  # 0 pads, 1 begins
+        self.end = len(self.ids) + 2
+        self.vocab_size = self.end + 1
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """``(B, context_length)`` int64 ids.
+
+        Raises:
+            StudyError: a caption has a word that MojiWorld does not use, or too many words.
+        """
+        tokens = torch.zeros(len(captions), self.context_length, dtype=torch.int64)
+        for row, caption in zip(tokens, captions, strict=True):
+            words = split_words(caption)
+            unknown = [word for word in words if word not in self.ids]
+            if unknown:
+                raise StudyError(
+                    f"the pocket CLIP does not know the word {unknown[0]!r} in {caption!r}: it knows MojiWorld's only"
+                )
+            if len(words) > self.context_length - 2:
+                raise StudyError(
+                    f"the caption {caption[:40]!r}... has {len(words)} words: {self.context_length - 2} is the limit"
+                )
+            row[: len(words) + 2] = torch.tensor([1, *(self.ids[word] for word in words), self.end])
+        return tokens
+
+
+STOP_WORDS = {"a", "picture", "of", "and"}
+
+
+def split_words(text: str) -> list[str]:
+    """Lower-case words of a caption; signs and :data:`STOP_WORDS` are dropped."""
+    return [word for word in re.findall(r"[a-z0-9]+", text.lower().replace("'", "")) if word not in STOP_WORDS]
+
+
+def category_prompts() -> list[str]:
+    """One zero-shot prompt for each category, in the order of :func:`mojiworld.categories`."""
+    return [f"a picture of {category}" for category in mojiworld.categories()]
+
+
+def drawing_prompts() -> list[str]:
+    """One zero-shot prompt for each drawing, worded as the captions are."""
+    table = mojiworld.catalogue()
+    return [f"a picture of {name} a {group}" for name, group in zip(table["drawing"], table["category"], strict=True)]

