@@ -18,7 +18,7 @@ from samantics.data import first_world as mojiworld
 from samantics.data.classification import ClassificationData, Part, Task
 from samantics.errors import StudyError
 from samantics.metrics.intervals import Interval, across_trainings, bootstrap_mean
-from samantics.models import pocket as zoo
+from samantics.models import pocket
 from samantics.models.encoder import zoo_encoder
 from samantics.probing.linear import linear_probe
 from samantics.run import Run
@@ -30,7 +30,7 @@ QUALITY = ["encoder", "measure", "value", "low", "high", "n"]
 
 def trained(folder: Path, name: str, theme_strength: float = 0.8, image_size: int = 128) -> Path:
     """A file and card as the training leaves them; the weights are SAM's, untrained."""
-    model = zoo.build("sam", dataclasses.replace(zoo.DEFAULT, image_size=image_size))
+    model = pocket.build("sam", dataclasses.replace(pocket.DEFAULT, image_size=image_size))
     path = folder / f"{name}.safetensors"
     folder.mkdir(exist_ok=True)
     save_file({key: value.half().contiguous() for key, value in model.state_dict().items()}, path)

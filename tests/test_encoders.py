@@ -34,8 +34,7 @@ from transformers import (
 
 from samantics.data.folders import open_image
 from samantics.errors import StudyError
-from samantics.models import architectures
-from samantics.models import pocket as zoo
+from samantics.models import architectures, pocket
 from samantics.models.architectures import Architecture
 from samantics.models.encoder import Encoder, load_encoder, masked_mean
 from samantics.models.official import OFFICIAL
@@ -46,7 +45,7 @@ POCKET = ("sam", "sam2", "clip", "dinov2")
 
 
 @pytest.fixture(scope="module")
-def pocket() -> dict[str, Encoder]:
+def models() -> dict[str, Encoder]:
     return {name: load_encoder(name, "zoo_random") for name in POCKET}
 
 
@@ -62,8 +61,8 @@ def close(ours: Tensor | None, theirs: Tensor) -> bool:
 
 
 @torch.no_grad()
-def test_sam_equals_segment_anything(pocket: dict[str, Encoder]) -> None:
-    encoder, x = pocket["sam"], pixels(zoo.DEFAULT.image_size)
+def test_sam_equals_segment_anything(models: dict[str, Encoder]) -> None:
+    encoder, x = models["sam"], pixels(pocket.DEFAULT.image_size)
     outputs = encoder.encode(x, encoder.layers)
     trunk = encoder.model.image_encoder
     assert close(outputs["final"].dense, trunk(x))
@@ -74,8 +73,8 @@ def test_sam_equals_segment_anything(pocket: dict[str, Encoder]) -> None:
 
 
 @torch.no_grad()
-def test_sam2_equals_sam2(pocket: dict[str, Encoder]) -> None:
-    encoder, x = pocket["sam2"], pixels(zoo.DEFAULT.image_size)
+def test_sam2_equals_sam2(models: dict[str, Encoder]) -> None:
+    encoder, x = models["sam2"], pixels(pocket.DEFAULT.image_size)
     outputs = encoder.encode(x, encoder.layers)
     assert close(outputs["final"].dense, encoder.model.forward_image(x)["vision_features"])
     trunk = encoder.model.image_encoder.trunk
@@ -84,8 +83,8 @@ def test_sam2_equals_sam2(pocket: dict[str, Encoder]) -> None:
 
 
 @torch.no_grad()
-def test_clip_equals_open_clip(pocket: dict[str, Encoder]) -> None:
-    encoder, x = pocket["clip"], pixels(zoo.DEFAULT.image_size)
+def test_clip_equals_open_clip(models: dict[str, Encoder]) -> None:
+    encoder, x = models["clip"], pixels(pocket.DEFAULT.image_size)
     outputs = encoder.encode(x, encoder.layers)
     assert close(outputs["final"].cls, encoder.model.encode_image(x))
     theirs = encoder.model.visual.forward_intermediates(x, output_extra_tokens=True)
@@ -98,8 +97,8 @@ def test_clip_equals_open_clip(pocket: dict[str, Encoder]) -> None:
 
 
 @torch.no_grad()
-def test_dinov2_equals_transformers(pocket: dict[str, Encoder]) -> None:
-    encoder, x = pocket["dinov2"], pixels(zoo.DEFAULT.image_size)
+def test_dinov2_equals_transformers(models: dict[str, Encoder]) -> None:
+    encoder, x = models["dinov2"], pixels(pocket.DEFAULT.image_size)
     outputs = encoder.encode(x, encoder.layers)
     theirs = encoder.model(x, output_hidden_states=True)
     assert close(outputs["final"].cls, theirs.pooler_output)
@@ -211,19 +210,21 @@ def evaluation(image: Image.Image) -> Tensor:
     """As DINOv2's, MAE's and Hiera's own evaluation code has it, in torchvision's words."""
     bicubic = transforms.InterpolationMode.BICUBIC
     steps = [transforms.Resize(256, bicubic), transforms.CenterCrop(224), transforms.ToTensor()]
-    return transforms.Compose([*steps, transforms.Normalize(zoo.MEAN, zoo.STD)])(image)
+    return transforms.Compose([*steps, transforms.Normalize(pocket.MEAN, pocket.STD)])(image)
 
 
 def test_dinov2s_processor_in_transformers_agrees() -> None:
     """Where the margin is even: an odd one it cuts a pixel further left than torchvision and DINOv2's own code do."""
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (128, 160, 3), dtype=np.uint8))
     size, crop = {"shortest_edge": 256}, {"height": 224, "width": 224}
-    processor = BitImageProcessorPil(size=size, crop_size=crop, image_mean=list(zoo.MEAN), image_std=list(zoo.STD))
+    processor = BitImageProcessorPil(
+        size=size, crop_size=crop, image_mean=list(pocket.MEAN), image_std=list(pocket.STD)
+    )
     assert close(OFFICIAL["dinov2"].own(picture), processor(picture, return_tensors="pt").pixel_values[0])
 
 
 def sam_input(image: Image.Image) -> Tensor:
-    sam = zoo.build_sam()  # its statistics are the official ones; only its size is ours
+    sam = pocket.build_sam()  # its statistics are the official ones; only its size is ours
     sam.image_encoder.img_size = 1024
     resized = ResizeLongestSide(1024).apply_image(np.asarray(image))
     return sam.preprocess(torch.from_numpy(resized).permute(2, 0, 1).float())
@@ -279,7 +280,7 @@ def test_the_papers_preprocessing() -> None:
         assert (OFFICIAL[name].paper.size, OFFICIAL[name].paper.fit) == (1024, "squash")
     for name in ("clip", "dinov2"):
         assert (OFFICIAL[name].paper.size, OFFICIAL[name].paper.fit) == (224, "crop")
-    assert {OFFICIAL[name].paper.mean for name in POCKET} == {zoo.MEAN}
+    assert {OFFICIAL[name].paper.mean for name in POCKET} == {pocket.MEAN}
 
 
 @pytest.mark.parametrize("fit", ["squash", "crop", "pad"])
@@ -309,24 +310,24 @@ def test_a_needle_of_an_image_is_refused() -> None:
 # ---------------------------------------------------------------------------------------------------- the contract
 
 
-def test_headline_rows_and_layers(pocket: dict[str, Encoder]) -> None:
-    assert {name: pocket[name].headline for name in POCKET} == {
+def test_headline_rows_and_layers(models: dict[str, Encoder]) -> None:
+    assert {name: models[name].headline for name in POCKET} == {
         "sam": ("final", "mean"),
         "sam2": ("final", "mean"),
         "clip": ("final", "cls"),
         "dinov2": ("final", "cls"),
     }
-    for encoder in pocket.values():
+    for encoder in models.values():
         assert encoder.layers[0] == "block_01"
         assert encoder.layers[-1] == "final"
         assert encoder.inputs([Image.new("RGB", (50, 30))]).shape == (1, 3, encoder.image_size, encoder.image_size)
         assert not any(parameter.requires_grad for parameter in encoder.model.parameters())
 
 
-def test_pooled_vectors(pocket: dict[str, Encoder]) -> None:
-    encoder, x = pocket["clip"], pixels(zoo.DEFAULT.image_size)
+def test_pooled_vectors(models: dict[str, Encoder]) -> None:
+    encoder, x = models["clip"], pixels(pocket.DEFAULT.image_size)
     outputs = encoder.encode(x, ["block_03", "final"])
-    grid = zoo.DEFAULT.grid
+    grid = pocket.DEFAULT.grid
     mask = torch.zeros(2, grid, grid)
     mask[0, 2:4, 5:9] = 1
     mask[1, -1, -1] = 1
@@ -350,16 +351,16 @@ def test_a_mask_in_pixels_weighs_tokens_by_coverage() -> None:
     assert masked_mean(dense, mask).item() == pytest.approx((10 + 11 + 14 + 15) / 4)
 
 
-def test_refusals(pocket: dict[str, Encoder]) -> None:
-    x = pixels(zoo.DEFAULT.image_size)
+def test_refusals(models: dict[str, Encoder]) -> None:
+    x = pixels(pocket.DEFAULT.image_size)
     with pytest.raises(StudyError, match="no layer 'block_99'"):
-        pocket["sam"].encode(x, ["block_99"])
+        models["sam"].encode(x, ["block_99"])
     with pytest.raises(StudyError, match="no class token"):
-        pocket["sam"].pooled(x, [("final", "cls")])
+        models["sam"].pooled(x, [("final", "cls")])
     with pytest.raises(StudyError, match="needs masks"):
-        pocket["sam"].pooled(x, [("final", "object")])
+        models["sam"].pooled(x, [("final", "object")])
     with pytest.raises(StudyError, match="empty"):
-        pocket["sam"].pooled(x, [("final", "object")], masks=torch.zeros(2, 12, 12))
+        models["sam"].pooled(x, [("final", "object")], masks=torch.zeros(2, 12, 12))
     with pytest.raises(StudyError, match="choose from sam, sam2, clip, dinov2, random"):
         load_encoder("resnet", "zoo_random")
     with pytest.raises(StudyError, match="no official encoder"):
@@ -369,10 +370,10 @@ def test_refusals(pocket: dict[str, Encoder]) -> None:
 
 
 def test_dinov2_takes_another_size() -> None:
-    size = zoo.DEFAULT.image_size * 2
+    size = pocket.DEFAULT.image_size * 2
     encoder = load_encoder("dinov2", "zoo_random", image_size=size)
     dense = encoder.encode(encoder.inputs([Image.new("RGB", (50, 30))]))["final"].dense
-    assert dense.shape[2:] == (2 * zoo.DEFAULT.grid, 2 * zoo.DEFAULT.grid)
+    assert dense.shape[2:] == (2 * pocket.DEFAULT.grid, 2 * pocket.DEFAULT.grid)
 
 
 def test_weights_hash_tells_seeds_apart() -> None:
@@ -381,12 +382,12 @@ def test_weights_hash_tells_seeds_apart() -> None:
     assert first.key == again.key != other.key
 
 
-def test_half_precision_is_close(pocket: dict[str, Encoder]) -> None:
-    x = pixels(zoo.DEFAULT.image_size)
+def test_half_precision_is_close(models: dict[str, Encoder]) -> None:
+    x = pixels(pocket.DEFAULT.image_size)
     for name in POCKET:
         half = load_encoder(name, "zoo_random", half=True)
-        whole = pocket[name].pooled(x, [pocket[name].headline])[pocket[name].headline]
+        whole = models[name].pooled(x, [models[name].headline])[models[name].headline]
         rough = half.pooled(x, [half.headline])[half.headline]
         assert rough.dtype == torch.float32
         assert torch.nn.functional.cosine_similarity(whole, rough).min() > 0.99
-        assert half.key != pocket[name].key
+        assert half.key != models[name].key

@@ -53,8 +53,7 @@ from samantics.data.folders import class_names, image_folders, open_image
 from samantics.errors import StudyError
 from samantics.incontext.evaluation import load_trials
 from samantics.metrics import coco_ap as evaluation
-from samantics.models import official, weights
-from samantics.models import pocket as zoo
+from samantics.models import official, pocket, weights
 from samantics.models.encoder import load_encoder
 from samantics.models.weights import WeightFile, read_weights, weight_file
 from samantics.plots import save_table
@@ -721,11 +720,11 @@ def test_the_path_of_weights_is_a_file(tmp_path: Path) -> None:
 def test_weights_that_are_no_numbers_never_reach_a_result(
     value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = zoo.build_sam()
+    model = pocket.build_sam()
     with torch.no_grad():
         model.image_encoder.neck[0].weight[0, 0, 0, 0] = value
     torch.save(model.state_dict(), tmp_path / "sam.pth")
-    small = dataclasses.replace(official.OFFICIAL["sam"], build=zoo.build_sam)
+    small = dataclasses.replace(official.OFFICIAL["sam"], build=pocket.build_sam)
     monkeypatch.setitem(official.OFFICIAL, "sam", small)
     refused(lambda: load_encoder("sam", tmp_path / "sam.pth"), "are not all finite numbers", tmp_path / "sam.pth")
 
@@ -777,9 +776,9 @@ def test_odd_settings_of_the_hub_are_named(
     Case("the hash of noise", "sam.json", lambda p: card_of(p, b"noise" * 99), "sam.safetensors does not fit"),
 )
 def test_odd_cards_of_the_zoo_are_refused(case: Case, tmp_path: Path) -> None:
-    shutil.copy(zoo.ASSETS / "sam.safetensors", tmp_path)
+    shutil.copy(pocket.ASSETS / "sam.safetensors", tmp_path)
     case.write(tmp_path / case.file)
-    refused(lambda: zoo.load("sam", tmp_path), case.says, tmp_path)
+    refused(lambda: pocket.load("sam", tmp_path), case.says, tmp_path)
     assert not (tmp_path / "proof").exists()
 
 

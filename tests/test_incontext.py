@@ -52,12 +52,12 @@ from samantics.incontext.tokens import (
     stored_features,
     trunk_blocks,
 )
-from samantics.models import pocket as zoo
+from samantics.models import pocket
 from samantics.scales import POCKET_INCONTEXT, POCKET_NOVEL, VOC
 
 torch.set_num_threads(1)
-SIZE, GRID = zoo.DEFAULT.image_size, zoo.DEFAULT.grid
-WIDTH, DIM = zoo.DEFAULT.width, zoo.DEFAULT.dim
+SIZE, GRID = pocket.DEFAULT.image_size, pocket.DEFAULT.grid
+WIDTH, DIM = pocket.DEFAULT.width, pocket.DEFAULT.dim
 TINY = dataclasses.replace(
     POCKET_INCONTEXT,
     dim=32, heads=2, ffn_width=32, decoder_layers=2, queries=9, fuser_width=32, trunk_maps=2, batch=4, epochs=1,
@@ -66,7 +66,7 @@ TINY = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def sam() -> Sam:
-    return zoo.build("sam").requires_grad_(False)
+    return pocket.build("sam").requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -458,7 +458,7 @@ def test_a_checkpoint_of_another_split_is_refused(sam: Sam, lesson: Lesson, tmp_
 def _worker(rank: int, lesson: Lesson, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    model = build_model(lesson.settings, zoo.build("sam"), 0)
+    model = build_model(lesson.settings, pocket.build("sam"), 0)
     curve = train(model, lesson, Checkpoint(folder / "two.pt", {}))
     if rank == 0:
         curve.to_json(folder / "curve.json", double_precision=10)

@@ -34,11 +34,11 @@ from samantics.incontext.evaluation import (
 )
 from samantics.incontext.model import Split, build_model, split_categories
 from samantics.incontext.tokens import LiveFeatures, box_masks, objects_of
-from samantics.models import pocket as zoo
+from samantics.models import pocket
 from samantics.scales import POCKET_INCONTEXT, POCKET_NOVEL
 
 torch.set_num_threads(1)
-SIZE, DIM = zoo.DEFAULT.image_size, zoo.DEFAULT.dim
+SIZE, DIM = pocket.DEFAULT.image_size, pocket.DEFAULT.dim
 TINY = dataclasses.replace(
     POCKET_INCONTEXT,
     dim=32, heads=2, ffn_width=32, decoder_layers=2, queries=9, fuser_width=32, trunk_maps=2, top=4, min_score=0.0,
@@ -118,7 +118,7 @@ def test_results_are_in_pixels_of_the_image(scenes: CocoDataset, split: Split) -
 
 
 def test_find_keeps_the_best_of_what_the_model_says(scenes: CocoDataset) -> None:
-    sam = zoo.build("sam")
+    sam = pocket.build("sam")
     model = build_model(TINY, sam, 0).eval()
     source = LiveFeatures(sam, scenes, TINY.trunk_maps)
     embeddings = torch.randn(3, TINY.dim, generator=torch.Generator().manual_seed(0)) * 5
@@ -138,7 +138,7 @@ def test_find_keeps_the_best_of_what_the_model_says(scenes: CocoDataset) -> None
 
 
 def test_masks_are_those_of_the_detections_boxes(scenes: CocoDataset) -> None:
-    sam = zoo.build("sam")
+    sam = pocket.build("sam")
     source = LiveFeatures(sam, scenes, 2)
     boxes = np.array([[10, 10, 90, 90], [10.3, 9.8, 90.2, 90], [30, 60, 100, 120]], np.float32)
     found = Found(np.array([1, 1, 4]), np.array([0, 2, 1]), np.ones(3, np.float32), boxes)
@@ -151,7 +151,7 @@ def test_masks_are_those_of_the_detections_boxes(scenes: CocoDataset) -> None:
 
 
 def test_trials_are_one_for_each_draw_and_survive_the_disk(scenes: CocoDataset, split: Split, tmp_path: Path) -> None:
-    sam = zoo.build("sam")
+    sam = pocket.build("sam")
     model = build_model(TINY, sam, 0).eval()
     source = LiveFeatures(sam, scenes, TINY.trunk_maps)
     draws = {(1, 0): torch.randn(22, TINY.dim), (5, 2): torch.randn(22, TINY.dim)}
@@ -170,7 +170,7 @@ def test_trials_are_one_for_each_draw_and_survive_the_disk(scenes: CocoDataset, 
 
 
 def test_embeddings_of_averaged_tokens_and_matching_noise() -> None:
-    model = build_model(TINY, zoo.build("sam"), 0).eval()
+    model = build_model(TINY, pocket.build("sam"), 0).eval()
     tokens = np.random.default_rng(0).normal(size=(6, 4, DIM)).astype(np.float16)
     embeddings = class_embeddings(model, tokens, np.array([[0, 1], [2, 5]]))
     averaged = torch.from_numpy(tokens[[2, 5]].astype(np.float32).mean(0, keepdims=True))

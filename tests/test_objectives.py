@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from samantics.data import first_world as mojiworld
-from samantics.models import pocket as zoo
+from samantics.models import pocket
 from samantics.zoo import objectives
 
 
@@ -24,7 +24,7 @@ def batch() -> objectives.Batch:
 
 def test_batched_sam_decoding_equals_the_packages_decoder_image_by_image(batch) -> None:
     torch.manual_seed(0)
-    sam = objectives.SamObjective("sam", zoo.DEFAULT).eval()
+    sam = objectives.SamObjective("sam", pocket.DEFAULT).eval()
     points, labels = torch.rand(3, 2, 2) * 100, torch.tensor([[1.0, 0], [1, 1], [0, 1]])
     with torch.no_grad():
         image = sam.embed(objectives.normalised(batch.images))
@@ -39,7 +39,7 @@ def test_batched_sam_decoding_equals_the_packages_decoder_image_by_image(batch) 
 
 def test_batched_sam2_decoding_equals_the_packages_heads(batch) -> None:
     torch.manual_seed(0)
-    sam = objectives.SamObjective("sam2", zoo.DEFAULT).eval()
+    sam = objectives.SamObjective("sam2", pocket.DEFAULT).eval()
     points, labels = torch.rand(3, 1, 2) * 100, torch.ones(3, 1)
     with torch.no_grad():
         embedding, *fine = sam.embed(objectives.normalised(batch.images))
@@ -112,12 +112,12 @@ def test_a_caption_names_every_object_by_its_words() -> None:
         text = objectives.caption(rng, [5, 300, -1])
         for drawing in (5, 300):
             assert table["drawing"][drawing] in text or table["category"][drawing] in text
-        zoo.WordTokenizer()([text])
+        pocket.WordTokenizer()([text])
 
 
 def test_the_clip_that_is_shipped_holds_the_statistics_of_its_training(batch) -> None:
     torch.manual_seed(0)
-    objective = objectives.ClipObjective(zoo.DEFAULT)
+    objective = objectives.ClipObjective(pocket.DEFAULT)
     for _ in range(3):
         objective(batch, 0.0)
     objective.eval()
@@ -135,7 +135,7 @@ def test_the_clip_that_is_shipped_holds_the_statistics_of_its_training(batch) ->
 
 def test_clip_reads_captions_as_sets_of_words() -> None:
     torch.manual_seed(0)
-    clip, tokenizer = zoo.build("clip"), zoo.WordTokenizer()
+    clip, tokenizer = pocket.build("clip"), pocket.WordTokenizer()
     same = tokenizer(["a picture of dog a mammal and tool", "tool dog mammal", "tool dog bird"])
     with torch.no_grad():
         first, second, other = clip.encode_text(same)

@@ -17,7 +17,7 @@ from segment_anything.modeling import Sam
 from samantics.data import coco
 from samantics.data import first_world as mojiworld
 from samantics.errors import StudyError
-from samantics.models import pocket as zoo
+from samantics.models import pocket
 from samantics.models.encoder import load_encoder
 from samantics.training_free.decoder import PointDecoder, encode_image, sam2_predictor
 from samantics.training_free.proposals import (
@@ -39,7 +39,7 @@ def decisive(name: str) -> Any:
 
     Untrained, all masks of an image are much the same. Larger kernels and prompts make the point matter.
     """
-    model = zoo.build(name, seed=1)
+    model = pocket.build(name, seed=1)
     decoder = model.mask_decoder if name == "sam" else model.sam_mask_decoder
     prompts = model.prompt_encoder if name == "sam" else model.sam_prompt_encoder
     with torch.no_grad():
@@ -95,13 +95,15 @@ def test_same_masks_as_the_package(name: str, size: tuple[int, int], box_nms: fl
 
 def test_decoder_and_encoder_give_the_package_logits() -> None:
     model = decisive("sam")
-    side = zoo.DEFAULT.grid
+    side = pocket.DEFAULT.grid
     for number, block in enumerate(model.image_encoder.blocks):  # official SAM has these, the pocket one does not
         block.window_size = 0 if number else 5
         block.attn.use_rel_pos = True
         for name in ("rel_pos_h", "rel_pos_w"):
             reach = 2 * (block.window_size or side) - 1
-            setattr(block.attn, name, torch.nn.Parameter(torch.randn(reach, zoo.DEFAULT.width // zoo.DEFAULT.heads)))
+            setattr(
+                block.attn, name, torch.nn.Parameter(torch.randn(reach, pocket.DEFAULT.width // pocket.DEFAULT.heads))
+            )
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 110, 3), dtype=np.uint8))
     predictor = SamPredictor(model)
     predictor.set_image(np.asarray(image))
@@ -131,12 +133,12 @@ def test_odd_images(name: str, size: tuple[int, int]) -> None:
 
 def test_no_proposal_and_no_decoder() -> None:
     image = Image.new("RGB", (40, 30))
-    found = propose(zoo.build("sam"), image, ProposalSettings(2, predicted_iou=99))
+    found = propose(pocket.build("sam"), image, ProposalSettings(2, predicted_iou=99))
     assert len(found) == 0 and found.masks.shape == (0, 30, 40) and found.boxes.shape == (0, 4)
     with pytest.raises(StudyError, match="Dinov2Model has no mask decoder"):
-        propose(zoo.build("dinov2"), image)
+        propose(pocket.build("dinov2"), image)
     with pytest.raises(StudyError, match="too narrow for SAM"):
-        propose(zoo.build("sam"), Image.new("RGB", (10_000, 2)))
+        propose(pocket.build("sam"), Image.new("RGB", (10_000, 2)))
     with pytest.raises(StudyError, match="points_per_side is 0"):
         ProposalSettings(0)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from samantics.models import pocket as zoo
+from samantics.models import pocket
 from samantics.zoo import quality
 
 
@@ -52,7 +52,7 @@ def test_effective_rank_counts_directions() -> None:
 
 
 def test_an_untrained_zoo_is_measured_as_bad() -> None:
-    table = quality.quality_table({"clip": zoo.build("clip"), "sam": zoo.build("sam")}, scenes=2, views=1)
+    table = quality.quality_table({"clip": pocket.build("clip"), "sam": pocket.build("sam")}, scenes=2, views=1)
     assert {"encoder", "measure", "value", "low", "high", "n"} == set(table.columns)
     zero_shot = table[table["measure"].str.contains("zero-shot")]
     assert (zero_shot["value"] < 25).all()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from samantics.data import first_world as mojiworld
 from samantics.errors import StudyError
-from samantics.models import pocket as zoo
+from samantics.models import pocket
 from samantics.zoo import training
 
 RECIPE = training.Recipe(images=16, pool=12, batch=4, probe_points=2, checkpoint_every=1)
@@ -46,8 +46,8 @@ def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path, monkeypatch, data) 
     whole, resumed = (load_file(tmp_path / run / "clip.safetensors") for run in ("whole", "killed"))
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     assert not (tmp_path / "killed" / "clip.ckpt").exists()
-    assert zoo.verify("clip", tmp_path / "killed")
-    zoo.load("clip", tmp_path / "killed")
+    assert pocket.verify("clip", tmp_path / "killed")
+    pocket.load("clip", tmp_path / "killed")
 
 
 def test_a_checkpoint_of_another_recipe_or_a_damaged_one_is_refused(tmp_path, monkeypatch, data) -> None:
@@ -67,7 +67,7 @@ def test_a_checkpoint_of_another_recipe_or_a_damaged_one_is_refused(tmp_path, mo
         training.train("clip", RECIPE, tmp_path, pictures, pictures, probing)
 
 
-@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize("name", pocket.NAMES)
 def test_the_number_of_tokens_follows_from_the_size_of_the_pictures(tmp_path, name) -> None:
     world = mojiworld.World(image_size=64)
     pictures = mojiworld.render(functools.partial(mojiworld.pretraining_picture, world), range(4))
@@ -75,9 +75,9 @@ def test_the_number_of_tokens_follows_from_the_size_of_the_pictures(tmp_path, na
     data = training.DeviceData(pictures, torch.device("cpu"))
     probing = training.ProbeData(np.tile(pictures.images, (3, 1, 1, 1)), np.arange(12), np.arange(12) >= 11)
     training.train(name, recipe, tmp_path, data, data, probing)
-    card = zoo.card(name, tmp_path)
+    card = pocket.card(name, tmp_path)
     assert (card["architecture"]["image_size"], card["world"]["image_size"]) == (64, 64)
-    zoo.filled(name, tmp_path / f"{name}.safetensors", dataclasses.replace(zoo.DEFAULT, image_size=64))
+    pocket.filled(name, tmp_path / f"{name}.safetensors", dataclasses.replace(pocket.DEFAULT, image_size=64))
 
 
 def test_pictures_that_tokens_do_not_divide_are_refused_before_any_is_rendered() -> None:
@@ -118,14 +118,14 @@ def test_mirroring_moves_images_and_masks_alike(data) -> None:
 
 
 def test_sam_can_begin_with_the_trunk_of_a_dinov2(tmp_path) -> None:
-    dinov2, sam = zoo.build("dinov2", seed=1), zoo.build("sam")
+    dinov2, sam = pocket.build("dinov2", seed=1), pocket.build("sam")
     with torch.no_grad():
         for layer in dinov2.encoder.layer:
             layer.layer_scale1.lambda1.fill_(0.5)
     path = tmp_path / "dinov2.safetensors"
     save_file({key: value.contiguous() for key, value in dinov2.state_dict().items()}, path)
     training.copy_trunk(path, sam)
-    x = torch.randn(1, zoo.DEFAULT.grid, zoo.DEFAULT.grid, zoo.DEFAULT.width)
+    x = torch.randn(1, pocket.DEFAULT.grid, pocket.DEFAULT.grid, pocket.DEFAULT.width)
     with torch.no_grad():  # a block without a class token: both see the same tokens
         expected = dinov2.encoder.layer[0](x.flatten(1, 2))
         expected = expected[0] if isinstance(expected, tuple) else expected

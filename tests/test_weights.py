@@ -35,8 +35,7 @@ from transformers import (
 )
 
 from samantics.errors import StudyError
-from samantics.models import official, weights
-from samantics.models import pocket as zoo
+from samantics.models import official, pocket, weights
 from samantics.models.encoder import load_encoder
 from samantics.models.weights import FILES, WeightFile, download, read_weights, weight_file
 
@@ -273,16 +272,20 @@ DINOV3 = DINOv3ViTConfig(**TRUNK, image_size=64, num_register_tokens=4)
 SAM3_CONFIG = Sam3VisionConfig(backbone_config={**TRUNK, **SAM3, "model_type": "sam3_vit_model"})
 FORMATS: dict[str, Format] = {
     "sam": Format(
-        zoo.build_sam, lambda m: m, zoo.build_sam, lambda m, p: torch.save(m.state_dict(), p), zoo.DEFAULT.image_size
+        pocket.build_sam,
+        lambda m: m,
+        pocket.build_sam,
+        lambda m, p: torch.save(m.state_dict(), p),
+        pocket.DEFAULT.image_size,
     ),
     "sam2": Format(
-        zoo.build_sam2,
+        pocket.build_sam2,
         lambda m: m,
-        zoo.build_sam2,
+        pocket.build_sam2,
         lambda m, p: torch.save({"model": m.state_dict()}, p),
-        zoo.DEFAULT.image_size,
+        pocket.DEFAULT.image_size,
     ),
-    "clip": Format(zoo.build_clip, lambda m: m.float(), zoo.build_clip, torchscript, zoo.DEFAULT.image_size),
+    "clip": Format(pocket.build_clip, lambda m: m.float(), pocket.build_clip, torchscript, pocket.DEFAULT.image_size),
     "dinov2": Format(lambda: Dinov2Model(DINOV2), lambda m: m, lambda: Dinov2Model(DINOV2), saved, 64),
     "mae": Format(mae, lambda m: m.vit, lambda: ViTMAEModel(mae().config), saved, 64),
     "hiera": Format(
@@ -370,7 +373,7 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
 
 def test_torchscript_of_another_hash_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "ViT-B-32.pt"
-    torchscript(zoo.build_clip(), path)
+    torchscript(pocket.build_clip(), path)
     with pytest.raises(StudyError, match="TorchScript"):
         load_encoder("clip", path)
 

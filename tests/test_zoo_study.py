@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from samantics.errors import StudyError
-from samantics.models import pocket as zoo
+from samantics.models import pocket
 from samantics.zoo import curves as zoo_study
 from samantics.zoo.controls import KEYS, training_of
 from samantics.zoo.objectives import Batch
@@ -77,7 +77,7 @@ def test_flops_are_those_of_the_matrix_products(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_sam_2_and_sam_cost_alike() -> None:
-    flops = {name: zoo_study.training_flops(name, pictures=2) for name in zoo.NAMES}
+    flops = {name: zoo_study.training_flops(name, pictures=2) for name in pocket.NAMES}
     assert min(flops.values()) > 1e8 and max(flops.values()) < 4 * min(flops.values())
 
 
@@ -114,7 +114,7 @@ def test_controls_stand_beside_the_encoder_that_they_differ_from_in_one_thing(tm
     probes = pd.DataFrame([row(name, value) for name, value in (("sam", 5), ("clip", 40), ("random", 1))])
     for name in ("zoos", "layers", "pooling"):
         probes[probes["encoder"] == "random" if name == "pooling" else slice(None)].to_csv(tmp_path / f"01_{name}.csv")
-    images = zoo.card("sam")["recipe"]["images"]
+    images = pocket.card("sam")["recipe"]["images"]
     controls = pd.DataFrame(
         [
             row("", value)
@@ -154,7 +154,7 @@ def test_longer_trainings_stand_beside_the_shipped_ones() -> None:
     ]
     curves = zoo_study.longer_curves(pd.concat([longer.assign(**recipe) for recipe in recipes]))
     clip = curves[curves["encoder"] == "clip"]
-    assert set(clip["in_all"]) == {512_000, ours["images"]} and set(curves["encoder"]) == set(zoo.NAMES)
+    assert set(clip["in_all"]) == {512_000, ours["images"]} and set(curves["encoder"]) == set(pocket.NAMES)
     assert clip[clip["in_all"] == 512_000]["probe_top1"].tolist() == [1.0, 90.0]
     figure = zoo_study.longer_figure(curves)
     assert "CLIP +" in figure.get_suptitle() and "SAM" not in figure.get_suptitle()

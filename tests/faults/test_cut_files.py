@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 from samantics.data import coco
 from samantics.errors import StudyError
 from samantics.incontext import model as incontext
-from samantics.models import pocket as zoo
-from samantics.models import weights
+from samantics.models import pocket, weights
 from samantics.models.encoder import load_encoder
 from samantics.training_free.proposals import compute_proposals, get_proposals
 from samantics.zoo import training
@@ -62,7 +61,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kept]:
     checkpoint = incontext.Checkpoint(folder / "model.pt", {"seed": 0})
     checkpoint.save({"step": 9, "model": module.state_dict()})
     for ending in ("safetensors", "json"):
-        shutil.copy(zoo.ASSETS / f"clip.{ending}", folder)
+        shutil.copy(pocket.ASSETS / f"clip.{ending}", folder)
     save_file({"weight": torch.arange(50.0)}, folder / "dinov2.safetensors")
     torch.save({"weight": torch.arange(50.0)}, folder / "sam.pth")
     shard = sorted(features.folder.glob("shard_*.npy"))[3]
@@ -76,8 +75,8 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kept]:
         "in-context checkpoint": Kept(
             checkpoint.path, lambda: str(checkpoint.load(torch.device("cpu"))),
         ),
-        "card": Kept(folder / "clip.json", lambda: zoo.card("clip", folder)),
-        "zoo weights": Kept(folder / "clip.safetensors", lambda: zoo.verify("clip", folder)),
+        "card": Kept(folder / "clip.json", lambda: pocket.card("clip", folder)),
+        "zoo weights": Kept(folder / "clip.safetensors", lambda: pocket.verify("clip", folder)),
         "safetensors": Kept(
             folder / "dinov2.safetensors", lambda: str(weights.read_weights(folder / "dinov2.safetensors", ""))
         ),

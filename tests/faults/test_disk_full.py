@@ -25,7 +25,7 @@ import study
 from samantics.cache import atomic_path
 from samantics.errors import StudyError
 from samantics.incontext import model as incontext
-from samantics.models import pocket as zoo
+from samantics.models import pocket
 from samantics.models.weights import WeightFile, download
 from samantics.plots import save_figure
 from samantics.run import Run
@@ -111,7 +111,7 @@ def test_zoo_training_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: p
         with monkeypatch.context() as patch:
             patch.setattr(training, "_step", None)  # no step is taken again
             training.train("clip", recipe, disk, data, data, probing)
-        assert zoo.verify("clip", disk) == zoo.verify("clip", tmp_path)
+        assert pocket.verify("clip", disk) == pocket.verify("clip", tmp_path)
         weights = load_file(disk / "clip.safetensors")
         assert all(torch.equal(weights[key], value.half()) for key, value in undisturbed.shipped().state_dict().items())
 

@@ -19,7 +19,7 @@ from processes import finish, hidden, is_running, kill_again_and_again, tell, to
 from servers import Handler, serve
 
 from samantics.cache import remove_leftovers
-from samantics.models import pocket as zoo
+from samantics.models import pocket
 from samantics.models.weights import WeightFile
 from stub_encoder import MEAN
 
@@ -99,7 +99,7 @@ def test_zoo_training(seed: int, tmp_path: Path) -> None:
     assert contents(tmp_path / "killed", ".safetensors") == contents(tmp_path / "whole", ".safetensors")
     curves = [pd.read_csv(tmp_path / run / "clip.csv").drop(columns="seconds") for run in ("killed", "whole")]
     pd.testing.assert_frame_equal(*curves)
-    assert zoo.verify("clip", tmp_path / "killed")
+    assert pocket.verify("clip", tmp_path / "killed")
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [
         "clip.csv",
         "clip.json",

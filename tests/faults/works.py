@@ -22,8 +22,7 @@ from samantics.data.coco import CocoDataset, write_mojiworld
 from samantics.data.first_world import Pictures
 from samantics.incontext import model as incontext
 from samantics.incontext.tokens import SamMaps, StoredFeatures, objects_of, reference_tokens, stored_features
-from samantics.models import pocket as zoo
-from samantics.models import weights
+from samantics.models import pocket, weights
 from samantics.models.encoder import load_encoder
 from samantics.plots import save_figure
 from samantics.probing.features import FeatureStore, encode_images
@@ -137,12 +136,12 @@ class ToldFeatures:
 
 def prepare_lesson(dataset: CocoDataset, folder: Path) -> incontext.Lesson:
     """What in-context training needs, computed by the first call and read by the others."""
-    sam = zoo.build("sam").requires_grad_(False)
-    objects = objects_of(dataset, zoo.DEFAULT.image_size)
+    sam = pocket.build("sam").requires_grad_(False)
+    objects = objects_of(dataset, pocket.DEFAULT.image_size)
     source = stored_features(sam, dataset, TINY.trunk_maps, "random", folder)
     tokens = reference_tokens(sam, source, objects, folder / "tokens")
     common = [c for c in dataset.categories if len(np.unique(objects.image[objects.categories == c])) > 2]
-    return incontext.Lesson(source, objects, tokens, tuple(common[:-1]), zoo.DEFAULT.image_size, TINY)
+    return incontext.Lesson(source, objects, tokens, tuple(common[:-1]), pocket.DEFAULT.image_size, TINY)
 
 
 def train_in_context(dataset: CocoDataset, prepared: Path, checkpoint: Path, log: Path) -> None:
@@ -150,7 +149,7 @@ def train_in_context(dataset: CocoDataset, prepared: Path, checkpoint: Path, log
     incontext.SAVE_EVERY, incontext.RECORD_EVERY = SAVE_EVERY, 1
     lesson = prepare_lesson(dataset, prepared)
     lesson = dataclasses.replace(lesson, source=ToldFeatures(lesson.source, log))
-    model = incontext.build_model(TINY, zoo.build("sam"), 0)
+    model = incontext.build_model(TINY, pocket.build("sam"), 0)
     incontext.train(model, lesson, incontext.Checkpoint(checkpoint, {"seed": 0}))
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 Layer = str
-Wanted = tuple[Layer, str]  # layer and pooling
+Readout = tuple[Layer, str]  # layer and pooling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Architecture:
     blocks: Callable[[Any], Sequence[nn.Module]]
     forward: Callable[[Any, Tensor], dict[Layer, LayerOutput]]
     read: Callable[[Any, Any], LayerOutput]
-    headline: Wanted
+    headline: Readout
     cls_in: Literal["none", "final", "all"]
     after: tuple[Layer, ...] = ("final",)
     any_size: bool = False

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from samantics.errors import StudyError
-from samantics.models import pocket as zoo
-from samantics.models.architectures import CLIP, DINOV2, SAM, SAM2, Architecture, Layer, LayerOutput, Wanted, listen
+from samantics.models import pocket
+from samantics.models.architectures import CLIP, DINOV2, SAM, SAM2, Architecture, Layer, LayerOutput, Readout, listen
 from samantics.models.preprocessing import Preprocessing
 
 POOLINGS = ("mean", "cls", "object")
@@ -40,7 +40,7 @@ class Encoder:
     name: str
     weights_hash: str
     layers: tuple[Layer, ...]
-    headline: Wanted
+    headline: Readout
     model: Any
     preprocess: Preprocessing
     architecture: Architecture
@@ -80,8 +80,8 @@ class Encoder:
         return {name: _as_float(outputs[name]) for name in layers}
 
     def pooled(
-        self, pixels: Tensor, wanted: Sequence[Wanted], masks: Tensor | None = None, seen: Tensor | None = None
-    ) -> dict[Wanted, Tensor]:
+        self, pixels: Tensor, wanted: Sequence[Readout], masks: Tensor | None = None, seen: Tensor | None = None
+    ) -> dict[Readout, Tensor]:
         """One ``(B, C)`` float32 vector per image for each (layer, pooling), all from one forward.
 
         Args:
@@ -101,7 +101,7 @@ class Encoder:
         over = {"mean": seen, "object": masks}
         return {(layer, pooling): _pool(outputs[layer], pooling, over.get(pooling)) for layer, pooling in wanted}
 
-    def check(self, wanted: Sequence[Wanted]) -> None:
+    def check(self, wanted: Sequence[Readout]) -> None:
         """Refuse layers and poolings that the encoder does not have, before any time is spent.
 
         Raises:
@@ -189,7 +189,7 @@ def load_encoder(
     return _encoder(name, architecture, model, weights_hash, preprocess, device, half)
 
 
-def zoo_encoder(name: str, model: nn.Module, weights_hash: str, image_size: int = zoo.DEFAULT.image_size) -> Encoder:
+def zoo_encoder(name: str, model: nn.Module, weights_hash: str, image_size: int = pocket.DEFAULT.image_size) -> Encoder:
     """A model of the zoo's architecture ``name`` as an encoder, wherever its weights come from."""
     return _encoder(name, ZOO[name], model, weights_hash, Preprocessing(image_size, "squash"))
 
@@ -222,11 +222,11 @@ def _from_zoo(name: str, weights: str, seed: int) -> tuple[Architecture, nn.Modu
     if name not in ZOO:
         raise StudyError(f"no pocket encoder is called {name!r}: choose from {', '.join(ZOO)}")
     if name == "random" or weights == "zoo_random":
-        model = zoo.build("sam" if name == "random" else name, seed=seed)
+        model = pocket.build("sam" if name == "random" else name, seed=seed)
         weights_hash = hash_model(model)
     else:
-        model, weights_hash = zoo.load(name), zoo.verify(name)[:16]
-    return ZOO[name], model, weights_hash, Preprocessing(zoo.DEFAULT.image_size, "squash")
+        model, weights_hash = pocket.load(name), pocket.verify(name)[:16]
+    return ZOO[name], model, weights_hash, Preprocessing(pocket.DEFAULT.image_size, "squash")
 
 
 def _from_official(

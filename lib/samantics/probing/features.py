@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from samantics.cache import atomic_path, cache_dir, hash_value, remove_leftovers, write_json
 from samantics.data.folders import image_folders
 from samantics.errors import StudyError
-from samantics.models.architectures import Wanted
+from samantics.models.architectures import Readout
 from samantics.models.encoder import PIXELS_AT_ONCE, Encoder, load_encoder
 from samantics.models.preprocessing import Geometry
 
@@ -69,7 +69,7 @@ class FeatureStore:
     folder: Path
     rows: int
     shard_rows: int
-    dims: dict[Wanted, int]
+    dims: dict[Readout, int]
     skipped: dict[int, str]
 
     @functools.cached_property
@@ -77,7 +77,7 @@ class FeatureStore:
         """``(N,)`` rows that have features: select labels with it (``labels[store.kept]``)."""
         return np.setdiff1d(np.arange(self.rows), list(self.skipped))
 
-    def read(self, wanted: Wanted) -> NDArray[np.float32]:
+    def read(self, wanted: Readout) -> NDArray[np.float32]:
         """``(N, C)`` float32 features of the kept rows, all in memory, in the order of the images.
 
         Raises:
@@ -90,7 +90,7 @@ class FeatureStore:
             out[positions] = vectors
         return out
 
-    def column(self, wanted: Wanted) -> Column:
+    def column(self, wanted: Readout) -> Column:
         """The same, to be read block by block.
 
         Raises:
@@ -112,7 +112,7 @@ class Column:
     """One (layer, pooling) of a store, read shard by shard, so that memory does not grow with the number of images."""
 
     store: FeatureStore
-    wanted: Wanted
+    wanted: Readout
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -147,7 +147,7 @@ def _shard_rows(rows: int, shard_rows: int, shard: int) -> NDArray[np.int64]:
     return _order(rows)[shard * shard_rows : (shard + 1) * shard_rows]
 
 
-def _read_block(folder: Path, shard: int, wanted: Wanted) -> NDArray[np.float16]:
+def _read_block(folder: Path, shard: int, wanted: Readout) -> NDArray[np.float16]:
     """One column of one shard, its checksum verified; only its own pages are read."""
     path, note = _shard_path(folder, shard), _read_note(folder, shard)
     start = 0
@@ -194,7 +194,7 @@ def _read_note(folder: Path, shard: int) -> dict[str, Any]:
 def encode_images(
     encoder: Encoder,
     images: Images,
-    wanted: Sequence[Wanted],
+    wanted: Sequence[Readout],
     data_hash: str,
     masks: Images | None = None,
     folder: Path | None = None,
@@ -236,7 +236,7 @@ def encode_images(
     return _open(place, len(images), shard_rows, max_unreadable)
 
 
-def _covering(parent: Path, wanted: Sequence[Wanted]) -> Path | None:
+def _covering(parent: Path, wanted: Sequence[Readout]) -> Path | None:
     """A store of the same encoder and data that has all that is wanted, and perhaps more."""
     for path in sorted(parent.glob("*/key.json")):
         try:
@@ -278,7 +278,7 @@ class _Job:
     encoder: Encoder
     images: Images
     masks: Images | None
-    wanted: tuple[Wanted, ...]
+    wanted: tuple[Readout, ...]
     folder: Path
     shard_rows: int
     batch_size: int
@@ -315,7 +315,7 @@ def _encode_shards(job: _Job, pending: Sequence[int], max_unreadable: float) -> 
 def _encode_shard(job: _Job, shard: int, pool: ThreadPoolExecutor) -> list[str]:
     """Encode and write one shard; returns why some of its images were unreadable."""
     rows = job.rows(shard)
-    features: dict[Wanted, NDArray[np.float16]] = {}
+    features: dict[Readout, NDArray[np.float16]] = {}
     skipped: dict[int, str] = {}
     start = 0
     for batch, inputs in _prefetched(job, rows, pool):
@@ -392,7 +392,7 @@ def mask_in_input(mask: NDArray[Any], geometry: Geometry) -> Tensor:
     return torch.from_numpy((taken > 0) & inside)
 
 
-def _encode_batch(job: _Job, inputs: list[_Input | str]) -> dict[Wanted, NDArray[np.float32]]:
+def _encode_batch(job: _Job, inputs: list[_Input | str]) -> dict[Readout, NDArray[np.float32]]:
     """``(B, C)`` of every wanted pair; rows without an input are zero."""
     there = [number for number, item in enumerate(inputs) if isinstance(item, _Input)]
     items = [item for item in inputs if isinstance(item, _Input)]

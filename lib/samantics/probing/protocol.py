@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from samantics.models.architectures import Wanted
+from samantics.models.architectures import Readout
 from samantics.models.encoder import Encoder
 from samantics.models.preprocessing import IMAGENET, OPENAI
 from samantics.probing.linear import ProbeResult, linear_probe, paper_probe
 
-Features = Mapping[Wanted, tuple[NDArray[Any], NDArray[Any]]]  # train (N, C) and test (n, C) of every layer and pooling
+Features = Mapping[Readout, tuple[NDArray[Any], NDArray[Any]]]  # train (N, C) and test (n, C)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Line:
 
 def protocol_lines(
     features: Features,
-    headline: Wanted,
+    headline: Readout,
     train_y: NDArray[Any],
     test_y: NDArray[Any],
     classes: int,
@@ -76,7 +76,7 @@ def protocol_lines(
 
 def feature_lines(
     features: Features,
-    headline: Wanted,
+    headline: Readout,
     train_y: NDArray[Any],
     test_y: NDArray[Any],
     classes: int,
@@ -97,7 +97,7 @@ def feature_lines(
     return lines
 
 
-def _question(headline: Wanted, wanted: Wanted) -> str:
+def _question(headline: Readout, wanted: Readout) -> str:
     if wanted == headline:
         return "headline"
     if wanted[0] == "before_projection":

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from samantics.cache import atomic_path, hash_value, reading
 from samantics.data.classification import ClassificationData, Part, Task
 from samantics.metrics.intervals import Interval, across_trainings, bootstrap_mean
-from samantics.models.architectures import Wanted
+from samantics.models.architectures import Readout
 from samantics.models.encoder import load_encoder
 from samantics.plots import LABELS
 from samantics.probing import protocol as ablation
@@ -42,11 +42,11 @@ class Encoded:
     """
 
     name: str
-    headline: Wanted
+    headline: Readout
     layers: tuple[str, ...]
     stores: Mapping[str, FeatureStore]
 
-    def features(self, part: Part, wanted: Wanted | None = None) -> tuple[Features, NDArray[np.int64]]:
+    def features(self, part: Part, wanted: Readout | None = None) -> tuple[Features, NDArray[np.int64]]:
         """Features and labels of the readable images of a part: streamed where it is a whole split."""
         store = self.stores[part.split]
         column = store.column(wanted or self.headline)
@@ -116,7 +116,7 @@ class _Chosen:
 
 
 def probe(
-    encoded: Encoded, task: Task, kind: str = "linear", wanted: Wanted | None = None, seeds: int = 1, k: int = KNN
+    encoded: Encoded, task: Task, kind: str = "linear", wanted: Readout | None = None, seeds: int = 1, k: int = KNN
 ) -> ProbeResult:
     """One probe of one task: ``linear`` (its settings chosen on held-out train images) or ``knn``; kept on disk."""
 
@@ -161,7 +161,7 @@ def _kept_table(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         return pd.read_csv(path, float_precision="round_trip", keep_default_na=False)
 
 
-def row(encoded: Encoded, task: Task, kind: str, result: ProbeResult, wanted: Wanted | None = None) -> dict[str, Any]:
+def row(encoded: Encoded, task: Task, kind: str, result: ProbeResult, wanted: Readout | None = None) -> dict[str, Any]:
     """A line of ``01_probe_accuracy.csv``: percent, with 95 % intervals over test images and seeds."""
     layer, pooling = wanted or encoded.headline
     top1, top5 = (bootstrap_mean(100.0 * hits) for hits in (result.top1, result.top5))
@@ -234,7 +234,7 @@ def pooling_rows(features: Mapping[str, Encoded], task: Task, seeds: int) -> pd.
     return _linear_rows(jobs, task, seeds)
 
 
-def _linear_rows(jobs: Sequence[tuple[Encoded, Wanted]], task: Task, seeds: int) -> pd.DataFrame:
+def _linear_rows(jobs: Sequence[tuple[Encoded, Readout]], task: Task, seeds: int) -> pd.DataFrame:
     results = on_all_cores(lambda job: probe(job[0], task, wanted=job[1], seeds=seeds), jobs)
     return pd.DataFrame([row(e, task, "linear", r, pair) for (e, pair), r in zip(jobs, results, strict=True)])
 
@@ -341,7 +341,7 @@ def _protocol_lines(encoded: Encoded, task: Task, width: int, seeds: tuple[int, 
     return lines + ablation.feature_lines(arrays, *shared, width=width, seeds=seeds)
 
 
-def _other_outputs(encoded: Encoded, task: Task) -> list[Wanted]:
+def _other_outputs(encoded: Encoded, task: Task) -> list[Readout]:
     """What the headline is compared with: other poolings of its layer, CLIP before its projection, the last block."""
     dims = encoded.stores[task.train.split].dims
     last = [layer for layer in encoded.layers if layer.startswith("block")][-1]
@@ -352,7 +352,7 @@ def _other_outputs(encoded: Encoded, task: Task) -> list[Wanted]:
     ]
 
 
-def _array(encoded: Encoded, part: Part, wanted: Wanted) -> NDArray[np.float32]:
+def _array(encoded: Encoded, part: Part, wanted: Readout) -> NDArray[np.float32]:
     found = encoded.features(part, wanted)[0]
     return gathered(found, np.arange(len(found))) if isinstance(found, Column) else found
 

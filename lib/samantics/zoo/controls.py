@@ -23,17 +23,17 @@ from samantics.data import first_world as mojiworld
 from samantics.data.classification import ClassificationData, mojiworld_data
 from samantics.errors import StudyError
 from samantics.metrics.intervals import Interval, across_trainings
-from samantics.models import pocket as zoo
+from samantics.models import pocket
 from samantics.models.encoder import zoo_encoder
 from samantics.probing.features import encode_images
 from samantics.probing.tables import Encoded, probe, row
 from samantics.run import Run, start_run
 from samantics.zoo.quality import quality_table
 
-TABLE = zoo.ASSETS / "controls.csv"
-CURVES = zoo.ASSETS / "control_curves.csv"
-QUALITY = zoo.ASSETS / "control_quality.csv"
-ARCHITECTURES = {name: name for name in zoo.NAMES} | {
+TABLE = pocket.ASSETS / "controls.csv"
+CURVES = pocket.ASSETS / "control_curves.csv"
+QUALITY = pocket.ASSETS / "control_quality.csv"
+ARCHITECTURES = {name: name for name in pocket.NAMES} | {
     "supervised": "sam",
     "sam_from_dinov2": "sam",
     "simclr": "dinov2",
@@ -43,9 +43,9 @@ KEYS = [*TRAINED, "labels"]
 SHOWN = {"images": "seen", "held_out_loss": "objective", "probe_top1": "probe_top1", "knn_top1": "knn_top1"}
 
 
-def training_of(name: str, folder: Path = zoo.ASSETS) -> dict[str, Any]:
+def training_of(name: str, folder: Path = pocket.ASSETS) -> dict[str, Any]:
     """Which training a model's card tells of: :data:`TRAINED`."""
-    card = zoo.card(name, folder)
+    card = pocket.card(name, folder)
     recipe = {key: card["recipe"][key] for key in ("theme_strength", "seed", "images")}
     return {"model": name, **recipe, "image_size": card["architecture"]["image_size"]}
 
@@ -58,14 +58,14 @@ def control_model(name: str, folder: Path) -> nn.Module:
     """
     if name not in ARCHITECTURES:
         raise StudyError(f"{folder / name}.json is of no model that is known: choose from {', '.join(ARCHITECTURES)}")
-    zoo.verify(name, folder)
-    config = dataclasses.replace(zoo.DEFAULT, image_size=training_of(name, folder)["image_size"])
-    return zoo.filled(ARCHITECTURES[name], folder / f"{name}.safetensors", config)
+    pocket.verify(name, folder)
+    config = dataclasses.replace(pocket.DEFAULT, image_size=training_of(name, folder)["image_size"])
+    return pocket.filled(ARCHITECTURES[name], folder / f"{name}.safetensors", config)
 
 
 def control_rows(run: Run, data: ClassificationData, name: str, folder: Path) -> list[dict[str, Any]]:
     """Linear probes of one model's headline features, a row for each label level, with what its card says."""
-    card, training = zoo.card(name, folder), training_of(name, folder)
+    card, training = pocket.card(name, folder), training_of(name, folder)
     size, sha256 = training["image_size"], card["sha256"]
     encoder = zoo_encoder(ARCHITECTURES[name], control_model(name, folder), sha256[:16], size)
     stores = {
@@ -118,7 +118,7 @@ def control_quality() -> pd.DataFrame:
 
 def other_zoos(table: pd.DataFrame) -> pd.DataFrame:
     """The rows (of any table) of models trained as those of the zoo were, but for another seed."""
-    recipes = pd.DataFrame([training_of(name) for name in zoo.NAMES])
+    recipes = pd.DataFrame([training_of(name) for name in pocket.NAMES])
     same = [key for key in TRAINED if key != "seed"]
     alike = table.merge(recipes, on=same, suffixes=("", "_of_the_zoo"))
     return alike[alike["seed"] != alike["seed_of_the_zoo"]].drop(columns="seed_of_the_zoo")
@@ -166,7 +166,7 @@ def main(words: Sequence[str] | None = None) -> None:
             training = training_of(name, folder)
             rows = control_rows(run, probed_data(run, training["image_size"]), name, folder)
             _enter(CURVES, control_curve(name, folder), [*TRAINED, "seen"])
-            if name in zoo.NAMES and training["theme_strength"] == mojiworld.World().theme_strength:
+            if name in pocket.NAMES and training["theme_strength"] == mojiworld.World().theme_strength:
                 _enter(QUALITY, quality_rows(name, folder), [*TRAINED, "measure"])
             _enter(TABLE, pd.DataFrame(rows), KEYS)
             printed += rows

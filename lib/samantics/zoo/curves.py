@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from samantics.data import first_world as mojiworld
 from samantics.errors import StudyError
-from samantics.models import pocket as zoo
+from samantics.models import pocket
 from samantics.plots import COLOURS, LABELS, headline
 from samantics.zoo.controls import TRAINED, control_curve, other_zoos, over_seeds, training_of
 from samantics.zoo.objectives import Batch, SelfDistillation, build_objective
@@ -24,7 +24,7 @@ CURVES = ["encoder", "seed", "images", "objective", "probe_top1", "knn_top1"]
 LAST_PART = 1 / 3  # of the training; where the objective changes little in it, it has flattened
 
 
-def training_curves(names: Sequence[str] = zoo.NAMES, folder: Path = zoo.ASSETS) -> pd.DataFrame:
+def training_curves(names: Sequence[str] = pocket.NAMES, folder: Path = pocket.ASSETS) -> pd.DataFrame:
     """What the training of the zoo wrote down: :data:`CURVES`, a row for each measuring point.
 
     ``objective`` is the loss on pictures never trained on; ``probe_top1`` and ``knn_top1``: percent at drawing level.
@@ -134,7 +134,8 @@ def longer_curves(controls: pd.DataFrame) -> pd.DataFrame:
     Args:
         controls: :func:`controls.control_curves`.
     """
-    parts = [control_curve(name, zoo.ASSETS) for name in zoo.NAMES] + [_longest(controls, name) for name in zoo.NAMES]
+    shipped = [control_curve(name, pocket.ASSETS) for name in pocket.NAMES]
+    parts = shipped + [_longest(controls, name) for name in pocket.NAMES]
     curves = pd.concat(parts, ignore_index=True)
     return _shown(curves).assign(in_all=curves["images"])
 
@@ -240,13 +241,13 @@ def _trained(controls: pd.DataFrame) -> Iterator[tuple[str, str, str, str, pd.Da
     """Encoder, factor, its setting, the other one, and the rows of the controls that have it (none: not trained)."""
     for model, (encoder, factor, setting, other) in CONTROLS.items():
         yield encoder, factor, setting, other, _unlike_the_zoo(controls, model, encoder, None)
-    for name in zoo.NAMES:
+    for name in pocket.NAMES:
         yield name, "world", "themes", "no themes", _unlike_the_zoo(controls, name, name, "theme_strength")
-    for name in zoo.NAMES:
+    for name in pocket.NAMES:
         usual, longest = training_of(name)["images"], _longest(controls, name)
         yield name, "pictures", f"{usual:,}", f"{longest['images'].max():,.0f}", longest
-    grid = zoo.DEFAULT.grid
-    for name in zoo.NAMES:
+    grid = pocket.DEFAULT.grid
+    for name in pocket.NAMES:
         yield name, "tokens", f"{grid} x {grid}", f"{2 * grid} x {2 * grid}", _finer(controls, name)
 
 
@@ -260,7 +261,7 @@ def _longest(controls: pd.DataFrame, name: str) -> pd.DataFrame:
 def _finer(controls: pd.DataFrame, name: str) -> pd.DataFrame:
     """Rows of one of the zoo's models trained on pictures of twice the side, with tokens of the same size."""
     larger = _unlike_the_zoo(controls, name, name, "image_size")
-    return larger[larger["image_size"] == 2 * zoo.DEFAULT.image_size]
+    return larger[larger["image_size"] == 2 * pocket.DEFAULT.image_size]
 
 
 def _unlike_the_zoo(controls: pd.DataFrame, model: str, encoder: str, factor: str | None) -> pd.DataFrame:

@@ -28,7 +28,7 @@ from typing_extensions import override
 
 from samantics.data import first_world as mojiworld
 from samantics.errors import StudyError
-from samantics.models import pocket as zoo
+from samantics.models import pocket
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Batch:
 def normalised(images: Tensor) -> Tensor:
     """``(B, 3, S, S)`` uint8 RGB, or float RGB in 0-1, to what the zoo's encoders take."""
     pixels = images.float() / 255 if images.dtype == torch.uint8 else images
-    mean = torch.tensor(zoo.MEAN, device=pixels.device).view(3, 1, 1)
-    std = torch.tensor(zoo.STD, device=pixels.device).view(3, 1, 1)
+    mean = torch.tensor(pocket.MEAN, device=pixels.device).view(3, 1, 1)
+    std = torch.tensor(pocket.STD, device=pixels.device).view(3, 1, 1)
     return (pixels - mean) / std
 
 
@@ -87,10 +87,10 @@ class SamObjective(Objective):
     in the region of error with the last mask as a prompt. SAM 2 on images is trained in the same way.
     """
 
-    def __init__(self, name: str, config: zoo.ZooConfig) -> None:
+    def __init__(self, name: str, config: pocket.ZooConfig) -> None:
         super().__init__()
         self.name = name
-        self.model = zoo.BUILDERS[name](config)
+        self.model = pocket.BUILDERS[name](config)
         self.mask_side = 8 * config.grid  # masks are compared at twice the resolution of the logits
 
     @override
@@ -246,11 +246,11 @@ class ClipObjective(Objective):
     has the statistics in its last weights.
     """
 
-    def __init__(self, config: zoo.ZooConfig) -> None:
+    def __init__(self, config: pocket.ZooConfig) -> None:
         super().__init__()
-        self.model = zoo.build_clip(config)
+        self.model = pocket.build_clip(config)
         self.loss = open_clip.ClipLoss()
-        self.tokenizer = zoo.WordTokenizer()
+        self.tokenizer = pocket.WordTokenizer()
         self.image_statistics, self.text_statistics = (nn.BatchNorm1d(config.dim, affine=False) for _ in range(2))
 
     @override
@@ -330,10 +330,10 @@ class SelfDistillation(Objective):
     prototypes = 2048
     local_views = 4
 
-    def __init__(self, config: zoo.ZooConfig, warmup: float) -> None:
+    def __init__(self, config: pocket.ZooConfig, warmup: float) -> None:
         super().__init__()
         self.config, self.warmup = config, warmup
-        self.student = zoo.build_dinov2(config)
+        self.student = pocket.build_dinov2(config)
         self.contrast = SimCLRProjectionHead(config.width, 512, 128)
         self.heads = self._heads()
         self.model = copy.deepcopy(self.student).requires_grad_(False)
@@ -481,9 +481,9 @@ class SupervisedObjective(Objective):
     measured: the features move faster, in the training, than their running averages, and these would be off.
     """
 
-    def __init__(self, config: zoo.ZooConfig) -> None:
+    def __init__(self, config: pocket.ZooConfig) -> None:
         super().__init__()
-        self.model = zoo.build_sam(config)
+        self.model = pocket.build_sam(config)
         self.classes = len(mojiworld.catalogue())
         self.standardise = nn.BatchNorm1d(config.dim, affine=False, track_running_stats=False)
         self.names = nn.Parameter(0.02 * torch.randn(self.classes, config.dim))
@@ -505,7 +505,7 @@ class SupervisedObjective(Objective):
         return self.model.image_encoder(pixels).mean((2, 3))
 
 
-def build_objective(name: str, config: zoo.ZooConfig = zoo.DEFAULT) -> Objective:
+def build_objective(name: str, config: pocket.ZooConfig = pocket.DEFAULT) -> Objective:
     """The objective of that name: a model of the zoo, or a control (``simclr``, ``supervised``).
 
     Raises:

@@ -21,7 +21,7 @@ from torch.nn import functional
 from samantics.cache import atomic_path
 from samantics.data import first_world as mojiworld
 from samantics.metrics.intervals import Interval, bootstrap_mean
-from samantics.models import pocket as zoo
+from samantics.models import pocket
 from samantics.probing.linear import linear_probe
 from samantics.zoo.objectives import SamObjective, boxes_of, build_objective, caption, normalised
 
@@ -36,7 +36,7 @@ def quality_table(
     """All measurements of the given models: ``encoder, measure, value, low, high, n``; percent, but for ranks.
 
     Args:
-        models: by zoo name, as :func:`zoo.load` gives them.
+        models: by zoo name, as :func:`pocket.load` gives them.
         scenes: unseen scenes for masks, and four times as many pictures for captions.
         views: unseen views of each drawing for the zero-shot and nearest-neighbour figures.
         world: that the pictures are of; its image size is the models'.
@@ -104,7 +104,7 @@ def coarse_masks(masks: NDArray[np.bool_], side: int) -> Tensor:
 
 def segmenter(name: str, model: Any) -> SamObjective:
     """The model with the batched decoding that it was trained with."""
-    sam = SamObjective(name, zoo.DEFAULT)
+    sam = SamObjective(name, pocket.DEFAULT)
     sam.model = model
     return sam.eval()
 
@@ -168,17 +168,17 @@ def clip_quality(
     vectors = batched(lambda x: model.encode_image(x, normalize=True), shown.images)
 
     def called(prompts: list[str]) -> NDArray[np.int64]:
-        return (vectors @ model.encode_text(zoo.WordTokenizer()(prompts), normalize=True).T).argmax(1).numpy()
+        return (vectors @ model.encode_text(pocket.WordTokenizer()(prompts), normalize=True).T).argmax(1).numpy()
 
-    right = 100.0 * (called(zoo.category_prompts()) == mojiworld.category_of_drawing()[drawings])
-    drawing = called(zoo.drawing_prompts())
+    right = 100.0 * (called(pocket.category_prompts()) == mojiworld.category_of_drawing()[drawings])
+    drawing = called(pocket.drawing_prompts())
     by_drawings = 100.0 * (mojiworld.category_of_drawing()[drawing] == mojiworld.category_of_drawing()[drawings])
     held_out = mojiworld.held_out()[drawings]
     make = functools.partial(mojiworld.pretraining_picture, world, stream=STREAM)
     captioned = mojiworld.render(make, range(pictures))
     rng = np.random.default_rng(0)
     texts = [caption(rng, row.tolist()) for row in captioned.drawings]
-    words = model.encode_text(zoo.WordTokenizer()(texts), normalize=True)
+    words = model.encode_text(pocket.WordTokenizer()(texts), normalize=True)
     similar = batched(lambda x: model.encode_image(x, normalize=True), captioned.images) @ words.T
     ranks = (similar > similar.diagonal()[:, None]).sum(1).numpy()
     return {
@@ -255,8 +255,8 @@ def cards_page(table: pd.DataFrame) -> str:
         "Trained on MojiWorld pictures (drawings: [OpenMoji](https://openmoji.org), CC BY-SA 4.0) and licensed as they",
         "are. For study only: these models know drawings on random backgrounds and nothing else.\n",
     ]
-    for name in zoo.NAMES:
-        card = zoo.card(name)
+    for name in pocket.NAMES:
+        card = pocket.card(name)
         recipe = card["recipe"]
         ended = {k.removeprefix("held_out_"): v for k, v in card["last"].items() if k.startswith("held_out_")}
         lines += [
@@ -280,9 +280,9 @@ def cards_page(table: pd.DataFrame) -> str:
 
 def main() -> None:
     """Measure the shipped zoo and write its page."""
-    table = quality_table({name: zoo.load(name) for name in zoo.NAMES})
+    table = quality_table({name: pocket.load(name) for name in pocket.NAMES})
     print(table.to_string(index=False))
-    with atomic_path(zoo.ASSETS / "README.md") as temporary:
+    with atomic_path(pocket.ASSETS / "README.md") as temporary:
         temporary.write_text(cards_page(table), encoding="utf-8")
 
 

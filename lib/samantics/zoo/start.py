@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from samantics.data import first_world as mojiworld
-from samantics.models import pocket as zoo
+from samantics.models import pocket
 from samantics.models.encoder import Encoder
 from samantics.plots import COLOURS, LABELS, headline
 from samantics.zoo import quality
@@ -98,7 +98,7 @@ def ranked_captions(model: Any, picture: mojiworld.Picture, captions: Sequence[s
     """``caption, similarity`` (cosine) of a picture and each caption, best first."""
     with torch.no_grad():
         image = model.encode_image(quality.pixels_of(picture.image[None]), normalize=True)
-        words = model.encode_text(zoo.WordTokenizer()(captions), normalize=True)
+        words = model.encode_text(pocket.WordTokenizer()(captions), normalize=True)
     scores = pd.DataFrame({"caption": list(captions), "similarity": (image @ words.T)[0].numpy()})
     return scores.sort_values("similarity", ascending=False, ignore_index=True)
 

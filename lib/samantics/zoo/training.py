@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from samantics.cache import atomic_path, hash_file, hash_value, remove_leftovers, write_json
 from samantics.data import first_world as mojiworld
 from samantics.errors import StudyError
-from samantics.models import pocket as zoo
+from samantics.models import pocket
 from samantics.zoo.objectives import Batch, Objective, build_objective, normalised
 
 CONTROLS = ("simclr", "supervised", "sam_from_dinov2")
@@ -123,7 +123,7 @@ class ProbeData:
 
 
 def probe_data(
-    per_drawing: int = 6, test_views: int = 2, workers: int = 0, image_size: int = zoo.DEFAULT.image_size
+    per_drawing: int = 6, test_views: int = 2, workers: int = 0, image_size: int = pocket.DEFAULT.image_size
 ) -> ProbeData:
     """The classification set of notebook 01 at drawing level (default world), rendered with all cores."""
     pictures = mojiworld.classification_pictures(mojiworld.World(image_size), per_drawing, workers)
@@ -198,7 +198,7 @@ def train(
 ) -> Objective:
     """Train one model and leave ``<name>.safetensors``, its card ``<name>.json`` and ``<name>.csv`` in ``folder``.
 
-    Its tokens are :data:`zoo.DEFAULT`'s, 16 pixels wide; how many there are follows from the size of the pictures.
+    Its tokens are :data:`pocket.DEFAULT`'s, 16 pixels wide; how many there are follows from the size of the pictures.
 
     Args:
         start_from: a trained DINOv2 (safetensors) whose trunk ``sam_from_dinov2`` begins with.
@@ -207,7 +207,7 @@ def train(
         StudyError: unknown name; a checkpoint of another recipe lies in ``folder``; the loss is not finite.
     """
     device = data.device
-    config = dataclasses.replace(zoo.DEFAULT, image_size=data.pictures.images.shape[1])
+    config = dataclasses.replace(pocket.DEFAULT, image_size=data.pictures.images.shape[1])
     torch.manual_seed(recipe.seed)
     objective = build_objective("sam" if name == "sam_from_dinov2" else name, config)
     objective = objective.to(device).to(memory_format=torch.channels_last).train()
@@ -340,12 +340,12 @@ def copy_trunk(dinov2: Path, sam: Any) -> None:
     encoder = sam.image_encoder
     trunk = {key: value for key, value in encoder.state_dict().items() if not key.startswith("neck")}
     renamed: dict[str, Tensor] = {}
-    grid = zoo.DEFAULT.grid
+    grid = pocket.DEFAULT.grid
     renamed["pos_embed"] = source["embeddings.position_embeddings"][:, 1:].reshape(1, grid, grid, -1)
     for key, value in source.items():
         if key.startswith("embeddings.patch_embeddings.projection."):
             renamed[key.replace("embeddings.patch_embeddings.projection", "patch_embed.proj")] = value
-    for block in range(zoo.DEFAULT.depth):
+    for block in range(pocket.DEFAULT.depth):
         old, new = f"encoder.layer.{block}.", f"blocks.{block}."
         for kind in ("weight", "bias"):
             qkv = [source[f"{old}attention.{part}.{kind}"] for part in ("q_proj", "k_proj", "v_proj")]
@@ -362,7 +362,7 @@ def copy_trunk(dinov2: Path, sam: Any) -> None:
 
 
 def _export(
-    name: str, recipe: Recipe, config: zoo.ZooConfig, folder: Path, objective: Objective, state: _State
+    name: str, recipe: Recipe, config: pocket.ZooConfig, folder: Path, objective: Objective, state: _State
 ) -> None:
     """The model in 16 bit, its curve, and its card."""
     weights = {
@@ -403,16 +403,16 @@ def _export(
 
 
 def prepared_data(
-    recipe: Recipe, device: torch.device, workers: int = 0, image_size: int = zoo.DEFAULT.image_size
+    recipe: Recipe, device: torch.device, workers: int = 0, image_size: int = pocket.DEFAULT.image_size
 ) -> tuple[DeviceData, DeviceData, ProbeData]:
     """The pool, unseen pictures of the default world, and the probing set.
 
     Raises:
         StudyError: tokens do not divide pictures of that size.
     """
-    if image_size % zoo.DEFAULT.patch_size:
+    if image_size % pocket.DEFAULT.patch_size:
         raise StudyError(
-            f"the image size is {image_size}: choose a multiple of {zoo.DEFAULT.patch_size}, a token's side"
+            f"the image size is {image_size}: choose a multiple of {pocket.DEFAULT.patch_size}, a token's side"
         )
     world = mojiworld.World(image_size, recipe.theme_strength)
     data = DeviceData(pretraining_pool(world, recipe.pool, workers=workers), device)
@@ -424,17 +424,17 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m samantics.zoo.training", description=__doc__)
     parser.add_argument(
-        "names", nargs="+", choices=(*zoo.NAMES, *CONTROLS), help="models to train, one after the other"
+        "names", nargs="+", choices=(*pocket.NAMES, *CONTROLS), help="models to train, one after the other"
     )
     parser.add_argument(
-        "--out", type=Path, default=zoo.ASSETS, help="folder of the results (default: where the zoo is loaded from)"
+        "--out", type=Path, default=pocket.ASSETS, help="folder of the results (default: where the zoo is loaded from)"
     )
     parser.add_argument("--start-from", type=Path, help="trained DINOv2 weights, for sam_from_dinov2")
     parser.add_argument("--workers", type=int, default=0, help="processes that render (default: all cores)")
     parser.add_argument(
         "--image-size",
         type=int,
-        default=zoo.DEFAULT.image_size,
+        default=pocket.DEFAULT.image_size,
         help="pixels of a side; other sizes do not fit the zoo",
     )
     for field in dataclasses.fields(Recipe):
@@ -446,9 +446,9 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
 def main(words: list[str] | None = None) -> None:
     """Train the models named on the command line."""
     options = arguments(words)
-    if options.image_size != zoo.DEFAULT.image_size and options.out == zoo.ASSETS:
+    if options.image_size != pocket.DEFAULT.image_size and options.out == pocket.ASSETS:
         raise SystemExit(
-            f"error: the zoo's pictures have {zoo.DEFAULT.image_size} pixels: name another folder with --out"
+            f"error: the zoo's pictures have {pocket.DEFAULT.image_size} pixels: name another folder with --out"
         )
     recipe = Recipe(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Recipe)})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
