@@ -50,8 +50,7 @@ from PIL import Image
 from report import notebook_page, write_report
 from samantics.cache import PROJECT, atomic_path, cache_dir, remove_leftovers
 from samantics.errors import StudyError
-from samantics.plots import few_colours
-from samantics.run import available_cores, checked_seed, figures_dir, own_figures
+from samantics.run import available_cores, checked_seed, few_colours, figures_dir, own_figures
 from samantics.scales import get_scale
 
 NOTEBOOKS = PROJECT / "notebooks"

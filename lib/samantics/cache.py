@@ -1,8 +1,9 @@
-"""Places and safe writing: where a run keeps its files, and how a file appears whole or not at all."""
+"""Where a run keeps what it computed: files that appear whole or not at all, one cache, one checkpoint."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import hashlib
@@ -10,14 +11,22 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
+import pandas as pd
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
 
 from samantics.errors import StudyError
 
 PROJECT = Path(__file__).resolve().parents[2]
 TEMPORARY = re.compile(r"\..+(\.\w+)\.\w+\1")  # names of half-written files: .name.ending.random.ending
+T = TypeVar("T")
+MISSING = "\\N"  # a missing number in a kept table, as databases write it: an empty cell is an empty text
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, the limit on a file's size
 
 
@@ -126,3 +135,115 @@ def hash_value(value: Any) -> str:
     """SHA-256 (first 16 hexadecimal digits) of any JSON-able value; equal values give equal hashes."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# ----------------------------------------------------------------------------------------------------- the cache
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _write_npz(arrays: Any, path: Path) -> None:
+    with open(path, "wb") as file:  # given a name, NumPy would add an ending of its own
+        np.savez(file, **arrays)
+
+
+def _read_npz(path: Path) -> dict[str, Any]:
+    with np.load(path) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+_READERS: dict[str, Callable[[Path], Any]] = {
+    ".csv": lambda path: pd.read_csv(path, keep_default_na=False, na_values=[MISSING]),
+    ".json": lambda path: json.loads(path.read_text(encoding="utf-8")),
+    ".npz": _read_npz,
+    ".safetensors": load_file,
+}
+_WRITERS: dict[str, Callable[[Any, Path], None]] = {
+    ".csv": lambda table, path: table.to_csv(path, index=False, na_rep=MISSING),
+    ".json": lambda value, path: _write_text(path, json.dumps(value, allow_nan=False)),
+    ".npz": _write_npz,
+    ".safetensors": lambda tensors, path: save_file(tensors, path),
+}
+
+
+def kept(path: Path, make: Callable[[], T]) -> T:
+    """What a file of the cache holds; it is made and written first where the file is not there.
+
+    The value is read back even when it was just made, so that the first run and every later one go on with the same.
+    Processes that ask at the same time wait for the first one instead of computing it twice.
+
+    Args:
+        path: the file, named after all that its content depends on (`hash_value` of the settings). Its ending says
+            what it holds: `.csv` a table, `.json` a JSON value, `.npz` arrays by name, `.safetensors` tensors by name.
+        make: computes the value.
+
+    Raises:
+        StudyError: the file is damaged, its folder cannot be written, or the disk is full.
+    """
+    if not path.is_file():
+        with _alone(path):
+            if not path.is_file():
+                value = make()
+                with atomic_path(path) as temporary:
+                    _WRITERS[path.suffix](value, temporary)
+    with reading(path):
+        found: T = _READERS[path.suffix](path)
+    return found
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Wait until no other process makes this file; where a disk knows no locks, both make it and the last one stays."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{path}.lock")
+        lock.acquire()
+    except (OSError, NotImplementedError):
+        yield  # `atomic_path` says what is wrong with the folder
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Where a training is saved, and what it must have been trained with to be resumed.
+
+    Attributes:
+        path: of the file.
+        identity: JSON-able values by name: settings, hashes of data and weights, seed.
+    """
+
+    path: Path
+    identity: dict[str, Any]
+
+    def load(self, device: torch.device | str = "cpu") -> dict[str, Any] | None:
+        """What was saved, or None where nothing was.
+
+        Raises:
+            StudyError: the file is damaged, or belongs to a training with other settings.
+        """
+        if not self.path.is_file():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(self.path, map_location=device, weights_only=True)
+            saved = state["identity"]
+        except Exception as error:  # torch.load raises nearly anything on a damaged file
+            raise StudyError(f"the checkpoint {self.path} is damaged: delete it, and training starts anew") from error
+        changed = [name for name in self.identity if saved.get(name) != self.identity[name]]
+        if changed:
+            raise StudyError(
+                f"the checkpoint {self.path} was trained with another {changed[0]} ({saved.get(changed[0])!r}, now "
+                f"{self.identity[changed[0]]!r}): delete it, or train under another name"
+            )
+        return state
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the file, whole."""
+        with atomic_path(self.path) as temporary:
+            torch.save(state | {"identity": self.identity}, temporary)

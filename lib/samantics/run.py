@@ -1,4 +1,4 @@
-"""Where a result comes from: every run knows its settings and places, and signs each file that it leaves."""
+"""A run of one notebook at one scale: its settings and places, and the results it leaves, each with its origin."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import psutil
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 
-from samantics.cache import PROJECT, cache_dir
+from samantics.cache import PROJECT, atomic_path, cache_dir, write_json
 from samantics.errors import StudyError
 from samantics.scales import Scale, get_scale
 
@@ -32,6 +35,9 @@ PACKAGES = (
     "numpy",
     "matplotlib",
 )
+PIXELS_WIDE = 1400
+HEAVY = 400_000  # bytes; a larger picture (of many photographs) is kept in 256 colours
+NUMBERS = "%.6g"  # of a table's floats: more digits than any result has, few enough that reruns give equal bytes
 SOURCES = ("lib", "notebooks", "pyproject.toml", "requirements.lock")  # what decides a result
 
 
@@ -70,6 +76,35 @@ class Run:
                 f"{self.notebook} recorded {key!r} as {self.facts[key]!r} and now as {value!r}: use two names"
             )
         self.facts[key] = value
+
+    def save(self, figure: Figure | None, table: pd.DataFrame, name: str, caption: str = "") -> None:
+        """Write a result: picture (`.png`, 1400 pixels wide), the numbers it shows (`.csv`), their origin (`.json`).
+
+        Args:
+            figure: None for a table without a picture.
+            table: written without its index.
+            name: file name without ending, beginning with the notebook's number: `01_probe_accuracy`.
+            caption: one or two sentences that say what is shown, also to somebody who cannot see the picture.
+
+        Raises:
+            StudyError: the folder cannot be written or the disk is full; older files stay as they were.
+        """
+        path = self.figures / f"{name}.csv"
+        if figure is not None:
+            with atomic_path(path.with_suffix(".png")) as temporary:
+                figure.savefig(temporary, dpi=PIXELS_WIDE / figure.get_figwidth(), metadata={"Software": None})
+                if temporary.stat().st_size > HEAVY:
+                    with Image.open(temporary) as drawn:
+                        few = few_colours(drawn)
+                    few.save(temporary, optimize=True)
+        with atomic_path(path) as temporary:
+            table.to_csv(temporary, index=False, float_format=NUMBERS)
+        write_json(path.with_suffix(".json"), {"name": name, "caption": caption} | provenance(self))
+
+
+def few_colours(picture: Image.Image) -> Image.Image:
+    """A picture in 256 colours: a third of its size as a file."""
+    return picture.convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG)
 
 
 def figures_dir() -> Path:

@@ -1,0 +1,29 @@
+"""How results look: one palette, one style, and the primitives that every figure of the notebooks is drawn with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from samantics.plots.images import heat, image_grid, show_instances
+from samantics.plots.style import COLOURS, CYCLE, LABELS, colours, headline, label, style
+from samantics.plots.tables import bars, dots, end_labels, heatmaps, lines, scatter, stacked
+
+__all__ = [
+    "COLOURS", "CYCLE", "LABELS", "bars", "colours", "dots", "end_labels", "headline", "heat", "heatmaps", "image_grid",
+    "label", "lines", "scatter", "show_instances", "stacked", "style",
+]  # fmt: skip
+
+
+def save_figure(run: Any, fig: Figure, table: pd.DataFrame, name: str, caption: str) -> Any:
+    """`Run.save` under its old name."""
+    run.save(fig, table, name, caption)
+    return run.figures / f"{name}.png"
+
+
+def save_table(run: Any, table: pd.DataFrame, name: str, caption: str = "") -> Any:
+    """`Run.save` without a figure, under its old name."""
+    run.save(None, table, name, caption)
+    return run.figures / f"{name}.csv"

@@ -1,0 +1,116 @@
+"""Figures of images: grids, instances, maps over an image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+from torchvision.utils import draw_segmentation_masks
+
+from samantics.plots.style import COLOURS, ink, label
+
+
+def image_grid(
+    rows: Mapping[str, Sequence[Any]],
+    titles: Mapping[str, Sequence[str]] | None = None,
+    *,
+    size: float = 1.35,
+    draw: Callable[[Axes, Any], None] | None = None,
+) -> Figure:
+    """A row of pictures for each name, with a word over each; `figure.axes` are in reading order.
+
+    Args:
+        rows: pictures by row name: `(H, W, 3)` arrays, PIL images, or whatever `draw` takes; rows may
+                differ in length.
+        titles: a word for each picture, by row name.
+        size: of a picture, inches.
+        draw: draws one entry on its axes; by default the entry is shown as an image.
+    """
+    columns = max(1, *(len(entries) for entries in rows.values()))
+    figure, axes = plt.subplots(
+        len(rows), columns, squeeze=False, layout="constrained",
+        figsize=(size * columns + 0.5, (size + (0.3 if titles else 0.1)) * len(rows) + 0.3),
+    )  # fmt: skip
+    for line, (name, entries) in zip(axes, rows.items(), strict=True):
+        for axis in line:
+            axis.set_axis_off()
+        for axis, entry in zip(line, entries, strict=False):
+            draw(axis, entry) if draw else axis.imshow(np.asarray(entry))
+        for axis, text in zip(line, (titles or {}).get(name, ()), strict=False):
+            axis.set_title(text, fontsize=8, fontweight="normal", loc="center")
+        line[0].text(
+            -0.08, 0.5, label(name), transform=line[0].transAxes, rotation=90, va="center", ha="right",
+            color=COLOURS.get(name, "black"), fontweight="bold",
+        )  # fmt: skip
+    return figure
+
+
+def show_instances(
+    axis: Axes,
+    image: Any,
+    *,
+    masks: Sequence[NDArray[np.bool_]] = (),
+    boxes: Sequence[Sequence[float]] = (),
+    names: Sequence[str] = (),
+    shades: Sequence[str] = ("#00E5FF",),
+    dashed: bool = False,
+    tint: float = 0.45,
+) -> None:
+    """An image with instances on it: masks tinted and outlined, boxes, and a word at each.
+
+    Args:
+        image: `(H, W, 3)` uint8 or a PIL image, RGB.
+        masks: `(H, W)` bool each.
+        boxes: `(x0, y0, x1, y1)` each, pixels.
+        names: a word for each instance, at its box or else its mask.
+        shades: colours, one for each instance; the last one goes on for the rest.
+        dashed: dash boxes and outlines, as for the truth beside predictions.
+        tint: opacity of the masks; 0 leaves the outline only.
+    """
+    pixels = np.array(image)
+    shade = [shades[min(place, len(shades) - 1)] for place in range(max(len(masks), len(boxes)))]
+    if len(masks) and tint > 0:
+        stack = torch.from_numpy(np.stack([np.asarray(mask) for mask in masks]))
+        picture = torch.from_numpy(pixels).permute(2, 0, 1)
+        pixels = (
+            draw_segmentation_masks(picture, stack, alpha=tint, colors=shade[: len(masks)]).permute(1, 2, 0).numpy()
+        )
+    axis.imshow(pixels)
+    axis.set_axis_off()
+    pattern = "--" if dashed else "-"
+    for mask, colour in zip(masks, shade, strict=False):
+        axis.contour(np.asarray(mask, float), [0.5], colors=[colour], linewidths=1.3, linestyles=pattern)
+    for (x0, y0, x1, y1), colour in zip(boxes, shade, strict=False):
+        axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=colour, lw=1.6, ls=pattern))
+    for place, name in enumerate(names):
+        x, y = boxes[place][:2] if len(boxes) else _corner(masks[place])
+        axis.text(
+            x, y, name, fontsize=7.5, color=ink(shade[place]), va="bottom", clip_on=True,
+            bbox={"facecolor": shade[place], "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
+        )  # fmt: skip
+
+
+def _corner(mask: NDArray[np.bool_]) -> tuple[float, float]:
+    """Upper left corner `(x, y)` of what a mask covers."""
+    ys, xs = np.nonzero(mask)
+    return (float(xs.min()), float(ys.min())) if len(xs) else (0.0, 0.0)
+
+
+def heat(
+    axis: Axes, image: Any, values: NDArray[Any], *, title: str = "", limits: tuple[float, float] | None = None
+) -> None:
+    """A map `(h, w)` of any resolution over an image, bright where it is high; without `limits` on its own scale."""
+    pixels = np.asarray(image)
+    extent = (-0.5, pixels.shape[1] - 0.5, pixels.shape[0] - 0.5, -0.5)
+    low, high = limits or (None, None)
+    axis.imshow(pixels)
+    axis.imshow(values, cmap="inferno", alpha=0.7, extent=extent, interpolation="bilinear", vmin=low, vmax=high)
+    axis.set_axis_off()
+    axis.set_title(title, fontsize=9)

@@ -1,0 +1,289 @@
+"""Figures of tables: bars, dots, curves, shares, matrices, maps of points.
+
+A primitive takes a table that was computed before, the names of its columns, and gives a figure. None computes a
+result: intervals are columns of the table. `figure.axes` lets a cell add a line of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+
+from samantics.plots.style import COLOURS, colours, ink, label
+
+
+def _panels(
+    table: pd.DataFrame, panel: str | None, size: tuple[float, float], share: bool = True
+) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
+    """A figure with one panel for each value of a column, side by side, and the rows that each shows."""
+    parts = [(None, table)] if panel is None else list(table.groupby(panel, sort=False))
+    figure, axes = plt.subplots(
+        1, len(parts), figsize=(size[0] * len(parts), size[1]), sharey=share, squeeze=False, layout="constrained"
+    )
+    for axis, (name, _) in zip(axes[0], parts, strict=True):
+        if name is not None:
+            axis.set_title(label(name))
+    return figure, [(axis, rows) for axis, (_, rows) in zip(axes[0], parts, strict=True)]
+
+
+def _span(rows: pd.DataFrame, value: str, low: str | None, high: str | None) -> NDArray[np.float64] | None:
+    """`(2, n)` distances from a value to the ends of its interval; None without an interval."""
+    if low is None or high is None:
+        return None
+    ends = rows[[low, high]].to_numpy(float).T
+    return np.abs(ends - rows[value].to_numpy(float))
+
+
+def bars(
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    *,
+    hue: str | None = None,
+    panel: str | None = None,
+    low: str | None = None,
+    high: str | None = None,
+    ylabel: str = "",
+    floor: str | None = None,
+    digits: int = 1,
+    size: tuple[float, float] = (4.2, 4.0),
+) -> Figure:
+    """Bars with their intervals and their values written above; a panel for each value of a column.
+
+    Args:
+        x: column of the bars' names (models keep their colours and labels).
+        y: column of the heights.
+        hue: column by which bars of one name stand side by side, with a legend; None: coloured by `x`.
+        panel: column of the panels; None: one panel.
+        low, high: columns of the interval's ends, in the units of `y`.
+        ylabel: what is measured, with its unit.
+        floor: column of a level to compare with (chance, a shuffled label), a dotted line over each bar.
+        digits: after the point, of the values above the bars.
+        size: of a panel, inches.
+    """
+    figure, parts = _panels(table, panel, size)
+    by = hue or x
+    palette = colours(table[by])
+    for axis, rows in parts:
+        names, groups = list(dict.fromkeys(rows[x])), list(dict.fromkeys(table[by])) if hue else [None]
+        width = 0.8 / len(groups)
+        sns.barplot(
+            rows, x=x, y=y, hue=by, order=names, hue_order=list(palette) if hue else names, palette=palette, ax=axis,
+            errorbar=None, width=0.8, legend=False, saturation=1,
+        )  # fmt: skip
+        for place, group in enumerate(groups):
+            chosen = rows if group is None else rows[rows[by] == group]
+            at = np.array([names.index(name) for name in chosen[x]]) + (place - (len(groups) - 1) / 2) * width
+            span = _span(chosen, y, low, high)
+            tops = chosen[y].to_numpy(float) + (0 if span is None else np.nan_to_num(span[1]))
+            axis.errorbar(at, chosen[y], span, fmt="none", ecolor="black", elinewidth=1.3, capsize=3, zorder=4)
+            for spot, top, value in zip(at, tops, chosen[y], strict=True):
+                text = f"{value:.{digits}f}"
+                axis.annotate(text, (spot, max(top, 0)), (0, 3), textcoords="offset points", ha="center", fontsize=8.5)
+            if floor is not None:
+                axis.hlines(chosen[floor], at - width / 2, at + width / 2, colors="black", linestyles=":", zorder=5)
+        axis.set_xticks(range(len(names)), [label(name) for name in names])
+        axis.grid(axis="x", visible=False)
+        axis.margins(y=0.12)
+        axis.set(xlabel="", ylabel="")
+    parts[0][0].set_ylabel(ylabel or y)
+    if hue:
+        _legend(parts[-1][0], {label(name): colour for name, colour in palette.items()})
+    return figure
+
+
+def _legend(axis: Axes, entries: Mapping[str, str]) -> None:
+    """A legend of coloured squares outside the panel, at its right."""
+    handles = [Rectangle((0, 0), 1, 1, color=colour, label=name) for name, colour in entries.items()]
+    axis.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
+
+
+def dots(
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    *,
+    hue: str | None = None,
+    panel: str | None = None,
+    low: str | None = None,
+    high: str | None = None,
+    xlabel: str = "",
+    size: tuple[float, float] | None = None,
+) -> Figure:
+    """Horizontal dots with their intervals, one row for each name, for comparisons of many things.
+
+    Args:
+        x: column of the values.
+        y: column of the rows' names, drawn from top to bottom in the table's order.
+        hue, panel, low, high: as in `bars`.
+        xlabel: what is measured, with its unit.
+        size: of a panel, inches; by default high enough for all names.
+    """
+    names = list(dict.fromkeys(table[y]))
+    figure, parts = _panels(table, panel, size or (5.5, 0.3 * len(names) + 1.2))
+    palette = colours(table[hue or y])
+    for axis, rows in parts:
+        groups = list(palette) if hue else [None]
+        for place, group in enumerate(groups):
+            chosen = rows if group is None else rows[rows[hue] == group]
+            at = np.array([names.index(name) for name in chosen[y]]) + 0.6 * ((place + 0.5) / len(groups) - 0.5)
+            for spot, (_, line) in zip(at, chosen.iterrows(), strict=True):
+                one = _span(line.to_frame().T, x, low, high)
+                colour = palette[line[hue or y]]
+                axis.errorbar(line[x], spot, xerr=one, fmt="o", color=colour, ms=4.5, lw=1.3, capsize=0)
+        axis.set_yticks(range(len(names)), [label(name) for name in names])
+        axis.set(xlabel=xlabel or x, ylim=(len(names) - 0.4, -0.6))
+    if hue:
+        _legend(parts[-1][0], {label(name): colour for name, colour in palette.items()})
+    return figure
+
+
+def lines(
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    *,
+    hue: str,
+    panel: str | None = None,
+    low: str | None = None,
+    high: str | None = None,
+    xlabel: str = "",
+    ylabel: str = "",
+    logx: bool = False,
+    size: tuple[float, float] = (5.2, 4.0),
+) -> Figure:
+    """Curves with their intervals as bands and their names at their ends.
+
+    Args:
+        x, y: columns of numbers.
+        hue: column of the curves' names.
+        panel, low, high: as in `bars`.
+        xlabel, ylabel: what is measured, with units.
+        logx: a logarithmic axis whose ticks are the values of `x` themselves.
+        size: of a panel, inches.
+    """
+    figure, parts = _panels(table, panel, size, share=False)
+    palette = colours(table[hue])
+    for axis, rows in parts:
+        ends = []
+        for name, curve in rows.groupby(hue, sort=False):
+            axis.plot(curve[x], curve[y], "o-", color=palette[name], markersize=4)
+            if low is not None and high is not None:
+                span = [curve[low].astype(float), curve[high].astype(float)]
+                axis.fill_between(curve[x], *span, color=palette[name], alpha=0.18, lw=0)
+            ends.append((float(curve[y].iloc[-1]), float(curve[x].iloc[-1]), name))
+        axis.set(xlabel=xlabel or x)
+        if logx:
+            axis.set_xscale("log", base=2)
+            ticks = sorted(set(rows[x]))
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.minorticks_off()
+        end_labels(axis, ends, palette)
+    parts[0][0].set_ylabel(ylabel or y)
+    return figure
+
+
+def end_labels(axis: Axes, ends: Sequence[tuple[float, float, Any]], palette: Mapping[Any, str]) -> None:
+    """Names at the ends of curves `(y, x, name)`, moved apart where they would cover each other."""
+    bottom, top = axis.get_ylim()
+    gap, lowest = 0.06 * (top - bottom), -np.inf
+    for value, _, name in sorted(ends, key=lambda end: end[0]):
+        lowest = max(value, lowest + gap)
+        axis.annotate(
+            label(name), (1.0, lowest), (5, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
+            color=palette[name], va="center", fontweight="bold", fontsize=10, annotation_clip=False,
+        )  # fmt: skip
+
+
+def stacked(
+    table: pd.DataFrame, y: str, x: str, *, hue: str, palette: Mapping[Any, str] | None = None, xlabel: str = "",
+    size: tuple[float, float] | None = None,
+) -> Figure:  # fmt: skip
+    """Horizontal bars of shares: one for each name of `y`, in it a part for each value of `hue`, as long as `x`.
+
+    Parts of at least a tenth of the longest bar carry their number.
+    """
+    wide = table.pivot_table(index=y, columns=hue, values=x, sort=False, aggfunc="sum").fillna(0)
+    shades = palette or colours(wide.columns)
+    figure, axis = plt.subplots(figsize=size or (8, 0.5 * len(wide) + 1.6), layout="constrained")
+    left, longest = np.zeros(len(wide)), float(wide.sum(axis=1).max())
+    for name in wide.columns:
+        values = wide[name].to_numpy(float)
+        drawn = axis.barh(range(len(wide)), values, left=left, color=shades[name], label=label(name), height=0.7)
+        texts = [f"{value:.0f}" if value >= 0.1 * longest else "" for value in values]
+        axis.bar_label(drawn, texts, label_type="center", fontsize=9, color=ink(shades[name]))
+        left += values
+    axis.set_yticks(range(len(wide)), [label(name) for name in wide.index])
+    axis.invert_yaxis()
+    axis.set_xlabel(xlabel or x)
+    axis.grid(axis="y", visible=False)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(5, len(wide.columns)), fontsize=9)
+    return figure
+
+
+def heatmaps(
+    matrices: Mapping[str, pd.DataFrame], *, xlabel: str = "", ylabel: str = "", unit: str = "", cmap: str = "viridis",
+    numbers: bool = False, size: tuple[float, float] = (3.4, 4.4),
+) -> Figure:  # fmt: skip
+    """Matrices side by side on one colour scale, as seaborn draws them; row names at the first, one colour bar.
+
+    Args:
+        matrices: by panel title; all with the same rows.
+        unit: written at the colour bar.
+        numbers: write every value into its cell.
+    """
+    figure, axes = plt.subplots(
+        1, len(matrices), figsize=(size[0] * len(matrices) + 0.8, size[1]), squeeze=False, layout="constrained"
+    )
+    low = min(0.0, *(float(matrix.to_numpy().min()) for matrix in matrices.values()))
+    high = max(float(matrix.to_numpy().max()) for matrix in matrices.values())
+    for place, (axis, (name, matrix)) in enumerate(zip(axes[0], matrices.items(), strict=True)):
+        sns.heatmap(
+            matrix, ax=axis, vmin=low, vmax=high, cmap=cmap, cbar=False, annot=numbers, fmt=".1f",
+            yticklabels=place == 0, xticklabels=True,
+        )  # fmt: skip
+        axis.set(xlabel=xlabel, ylabel=ylabel if place == 0 else "")
+        axis.set_title(label(name), color=COLOURS.get(name, "black"))
+        axis.tick_params(labelsize=8, length=0)
+    figure.colorbar(axes[0][-1].collections[0], ax=list(axes[0]), label=unit, fraction=0.04, pad=0.02)
+    return figure
+
+
+def scatter(
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    *,
+    hue: str,
+    style: str | None = None,
+    panel: str | None = None,
+    palette: Mapping[Hashable, str] | None = None,
+    legend: bool = True,
+    size: tuple[float, float] = (4.4, 4.4),
+) -> Figure:
+    """Points of a map (t-SNE), coloured by one column and shaped by another; a panel for each value of a column.
+
+    Axes carry no numbers: a t-SNE map has no units.
+    """
+    figure, parts = _panels(table, panel, size, share=False)
+    shades = palette or colours(table[hue])
+    for place, (axis, rows) in enumerate(parts):
+        last = legend and place == len(parts) - 1
+        sns.scatterplot(
+            rows, x=x, y=y, hue=hue, style=style, palette=dict(shades), hue_order=list(shades), ax=axis, s=22,
+            linewidth=0.2, legend="full" if last else False,
+        )  # fmt: skip
+        axis.set(xticks=[], yticks=[], xlabel="", ylabel="")
+        axis.grid(visible=False)
+        if last:
+            sns.move_legend(axis, "center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, title=None)
+    return figure
