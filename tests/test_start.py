@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from samantics.data import first_world as mojiworld
 from samantics.zoo import start as start_figures
