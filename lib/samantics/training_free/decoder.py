@@ -1,11 +1,11 @@
 """SAM's and SAM 2's mask decoders for many single-point prompts on one image: the packages' weights, less work.
 
 The results are the packages' up to rounding. Three identities save most of the work (C channels, N image tokens, T
-prompt tokens, a dozen at most; ``x`` are image tokens, ``q, k, v`` the projections of an attention):
+prompt tokens, a dozen at most; `x` are image tokens, `q, k, v` the projections of an attention):
 
 - before the first layer all prompts see the same image tokens: their projections are made once;
-- ``q . (W x + b) = (W^T q) . x + q . b``: where few tokens meet many, the few are projected instead of the many, and
-  ``sum_i a_i (W x_i + b) = W (sum_i a_i x_i) + b`` likewise;
+- `q . (W x + b) = (W^T q) . x + q . b`: where few tokens meet many, the few are projected instead of the many, and
+  `sum_i a_i (W x_i + b) = W (sum_i a_i x_i) + b` likewise;
 - a transposed convolution of kernel 2 and stride 2 is a matrix product, and in channels-last order nothing is moved.
 
 Predicted IoUs come before the masks, so masks that will be dropped for theirs are never made.
@@ -40,9 +40,9 @@ class EncodedImage:
     """An image as SAM's decoder sees it.
 
     Attributes:
-        model: the ``Sam`` or ``SAM2Base`` that encoded it.
-        embedding: ``(C, h, w)``.
-        high_res: SAM 2's finer maps ``(C / 8, 4h, 4w)`` and ``(C / 4, 2h, 2w)``; empty for SAM.
+        model: the `Sam` or `SAM2Base` that encoded it.
+        embedding: `(C, h, w)`.
+        high_res: SAM 2's finer maps `(C / 8, 4h, 4w)` and `(C / 4, 2h, 2w)`; empty for SAM.
         size: height and width of the image, pixels.
         frame: height and width that it takes of the model's input, pixels (the rest is padding).
     """
@@ -55,19 +55,16 @@ class EncodedImage:
 
     @functools.cached_property
     def upscaling(self) -> tuple[Tensor, Tensor]:
-        """``(height, 4h)`` and ``(width, 4w)``: the packages' resizing of mask logits to the image, as two matrices."""
-        side, inside = 4 * self.embedding.shape[1], self.model.image_size if isinstance(self.model, SAM2Base) else None
-        identity = torch.eye(side, device=self.embedding.device)[None]
-        if inside is None:  # SAM resizes to its input, cuts the padding off, and resizes to the image
-            identity = _resized(identity, self.model.image_encoder.img_size)
-        shapes = zip(self.frame, self.size, strict=True)
-        rows, columns = (
-            _resized(identity[..., :used] if inside is None else identity, whole)[0].T for used, whole in shapes
-        )
+        """`(height, 4h)` and `(width, 4w)`: the packages' resizing of mask logits to the image, as two matrices."""
+        identity = torch.eye(4 * self.embedding.shape[1], device=self.embedding.device)[None]
+        sides = [identity, identity]
+        if isinstance(self.model, Sam):  # SAM resizes to its input, cuts the padding off, and resizes to the image
+            sides = [_resized(identity, self.model.image_encoder.img_size)[..., :used] for used in self.frame]
+        rows, columns = (_resized(side, whole)[0].T for side, whole in zip(sides, self.size, strict=True))
         return rows.contiguous(), columns.contiguous()
 
     def full_logits(self, low: Tensor) -> Tensor:
-        """``(M, 4h, 4w)`` logits at the image's resolution, ``(M, width, height)``: the order of COCO's run lengths."""
+        """`(M, 4h, 4w)` logits at the image's resolution, `(M, width, height)`: the order of COCO's run lengths."""
         rows, columns = self.upscaling
         return columns @ (low.transpose(1, 2) @ rows.T)
 
@@ -81,15 +78,13 @@ def encode_image(model: Any, image: Image.Image) -> EncodedImage:
     """Encode an RGB image as the package's own predictor does.
 
     Raises:
-        StudyError: the model is neither a ``Sam`` nor a ``SAM2Base``, or the image is too narrow for it.
+        StudyError: the model is neither a `Sam` nor a `SAM2Base`, or the image is too narrow for it.
     """
     size = (image.height, image.width)
     if isinstance(model, Sam):
-        scale = model.image_encoder.img_size / max(size)
-        if min(size) * scale < 0.5:
-            raise StudyError(
-                f"an image of {image.width}x{image.height} pixels is too narrow for SAM: remove or crop it"
-            )
+        if min(size) * model.image_encoder.img_size / max(size) < 0.5:
+            shape = f"{image.width}x{image.height}"
+            raise StudyError(f"an image of {shape} pixels is too narrow for SAM: remove or crop it")
         resized = SamPredictor(model).transform.apply_image(np.asarray(image))
         pixels = torch.as_tensor(resized, device=model.device).permute(2, 0, 1)[None]
         return EncodedImage(model, _embedding(model, pixels)[0], (), size, (resized.shape[0], resized.shape[1]))
@@ -102,8 +97,16 @@ def encode_image(model: Any, image: Image.Image) -> EncodedImage:
     raise StudyError(f"{type(model).__name__} has no mask decoder: propose masks with sam or sam2")
 
 
+def sam2_predictor(model: SAM2Base) -> SAM2ImagePredictor:
+    """The package's predictor, also for input sizes other than 1024, for which it assumes the shapes of its maps."""
+    predictor = SAM2ImagePredictor(model)
+    side = model.image_size // model.backbone_stride
+    predictor._bb_feat_sizes = [(4 * side, 4 * side), (2 * side, 2 * side), (side, side)]
+    return predictor
+
+
 def _embedding(model: Sam, pixels: Tensor) -> Tensor:
-    """``(1, C, h, w)``: SAM's image encoder with its attention computed in parts that fit a processor's cache."""
+    """`(1, C, h, w)`: SAM's image encoder with its attention computed in parts that fit a processor's cache."""
     encoder = model.image_encoder
     x = encoder.patch_embed(model.preprocess(pixels))
     x = x if encoder.pos_embed is None else x + encoder.pos_embed
@@ -120,7 +123,7 @@ def _embedding(model: Sam, pixels: Tensor) -> Tensor:
 
 
 def _attended(attention: Any, x: Tensor) -> Tensor:
-    """``(B, h, w, C)`` after SAM's attention with decomposed relative positions: the package's sums, in small parts."""
+    """`(B, h, w, C)` after SAM's attention with decomposed relative positions: the package's sums, in small parts."""
     batch, height, width, _ = x.shape
     tokens, heads = height * width, attention.num_heads
     query, key, value = attention.qkv(x).view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).flatten(1, 2)
@@ -142,22 +145,14 @@ def _attended(attention: Any, x: Tensor) -> Tensor:
     return attention.proj(seen)
 
 
-def sam2_predictor(model: SAM2Base) -> SAM2ImagePredictor:
-    """The package's predictor, also for input sizes other than 1024, for which it assumes the shapes of its maps."""
-    predictor = SAM2ImagePredictor(model)
-    side = model.image_size // model.backbone_stride
-    predictor._bb_feat_sizes = [(4 * side, 4 * side), (2 * side, 2 * side), (side, side)]
-    return predictor
-
-
 @dataclasses.dataclass(frozen=True)
 class Decoded:
     """Prompts after the decoder's transformer, before any mask is made.
 
     Attributes:
-        predicted_iou: ``(P, 3)``.
-        kernels: ``(P, 3, C / 8)``, the output of the mask tokens' MLPs.
-        image_tokens: ``(P, N, C)``.
+        predicted_iou: `(P, 3)`.
+        kernels: `(P, 3, C / 8)`, the output of the mask tokens' MLPs.
+        image_tokens: `(P, N, C)`.
     """
 
     predicted_iou: Tensor
@@ -170,74 +165,68 @@ class PointDecoder:
 
     def __init__(self, image: EncodedImage) -> None:
         self.image = image
-        model = image.model
-        two = isinstance(model, SAM2Base)
-        self.prompts = model.sam_prompt_encoder if two else model.prompt_encoder
-        self.decoder = model.sam_mask_decoder if two else model.mask_decoder
-        self.input_side = model.image_size if two else None
+        two = isinstance(image.model, SAM2Base)
+        self.prompts = image.model.sam_prompt_encoder if two else image.model.prompt_encoder
+        self.decoder = image.model.sam_mask_decoder if two else image.model.mask_decoder
+        self.has_object_score = bool(getattr(self.decoder, "pred_obj_scores", False))  # SAM 2.1: a token more in front
         self.tokens = (image.embedding + self.prompts.no_mask_embed.weight[0][:, None, None]).flatten(1).T.contiguous()
         self.positions = self.prompts.get_dense_pe()[0].flatten(1).T.contiguous()
 
     def decode(self, points: NDArray[Any]) -> Decoded:
-        """Three masks' worth of tokens for each of ``(P, 2)`` points (x, y) in pixels of the image."""
+        """Three masks' worth of tokens for each of `(P, 2)` points (x, y) in pixels of the image."""
         prompt = self._prompt_tokens(points)
-        first, second = self.decoder.transformer.layers
+        transformer = self.decoder.transformer
+        first, second = transformer.layers
         queries = _self_attended(first, prompt, prompt)
         whole = self.tokens.expand(len(points), -1, -1)
         queries, tokens = self._layer(first, queries, prompt, whole, self._first_projections)
         queries = _self_attended(second, queries, prompt)
         queries, tokens = self._layer(second, queries, prompt, tokens, None)
-        final = self.decoder.transformer.final_attn_token_to_image
+        final = transformer.final_attn_token_to_image
         queries = queries + _read(final, queries + prompt, tokens, tokens + self.positions)
-        queries = self.decoder.transformer.norm_final_attn(queries)
-        start = 1 + int(getattr(self.decoder, "pred_obj_scores", False))  # SAM 2.1 has one token more in front
-        heads = self.decoder.output_hypernetworks_mlps
+        queries = transformer.norm_final_attn(queries)
+        start, heads = 1 + self.has_object_score, self.decoder.output_hypernetworks_mlps
         kernels = torch.stack([heads[n](queries[:, start + n]) for n in range(1, len(heads))], dim=1)
         return Decoded(self.decoder.iou_prediction_head(queries[:, start - 1])[:, 1:], kernels, tokens)
 
     def low_logits(self, decoded: Decoded, keep: Tensor) -> Tensor:
-        """``(M, 4h, 4w)`` mask logits of the masks that ``keep`` ``(P, 3)`` marks, in its order."""
+        """`(M, 4h, 4w)` mask logits of the masks that `keep` `(P, 3)` marks, in its order."""
         rows = keep.any(1)
+        height, width = self.image.embedding.shape[1:]
         if not rows.any():
-            side = 4 * self.image.embedding.shape[1]
-            return decoded.kernels.new_empty(0, side, side)
-        coarse, _, activation, fine, last = self.decoder.output_upscaling
-        x = _doubled(decoded.image_tokens[rows], coarse)
-        levels = self._finer_maps
+            return decoded.kernels.new_empty(0, 4 * height, 4 * width)
+        coarse, norm, activation, fine, last = self.decoder.output_upscaling
+        x, levels = _doubled(decoded.image_tokens[rows], coarse), self._finer_maps
         x = x + levels[1] if levels else x
-        norm = self.decoder.output_upscaling[1]
         x = activation(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps))
         x = _doubled(x, fine)
         x = last(x + levels[0] if levels else x)
         pixels = x.flatten(1, -2) @ decoded.kernels[rows].transpose(1, 2)
-        height, width = self.image.embedding.shape[1:]
         pixels = pixels.view(-1, height, width, 2, 2, 2, 2, pixels.shape[-1]).permute(0, 7, 1, 3, 5, 2, 4, 6)
         return pixels.reshape(len(pixels), -1, 4 * height, 4 * width)[keep[rows]]
 
     def _prompt_tokens(self, points: NDArray[Any]) -> Tensor:
-        """``(P, T, C)``: the decoder's own tokens, then the point and the padding point."""
-        height, width = self.image.size
-        frame = np.array([self.image.frame[1] / width, self.image.frame[0] / height])
-        at = torch.as_tensor(points * frame, dtype=torch.float32, device=self.positions.device)[:, None]
+        """`(P, T, C)`: the decoder's own tokens, then the point and the padding point."""
+        (height, width), frame = self.image.size, self.image.frame
+        scaled = points * np.array([frame[1] / width, frame[0] / height])
+        at = torch.as_tensor(scaled, dtype=torch.float32, device=self.positions.device)[:, None]
         labels = torch.ones(at.shape[:2], dtype=torch.int, device=at.device)
         sparse, _ = self.prompts(points=(at, labels), boxes=None, masks=None)
         own = [self.decoder.iou_token.weight, self.decoder.mask_tokens.weight]
-        if getattr(self.decoder, "pred_obj_scores", False):
+        if self.has_object_score:
             own.insert(0, self.decoder.obj_score_token.weight)
         return torch.cat([torch.cat(own).expand(len(points), -1, -1), sparse], dim=1)
 
     @functools.cached_property
-    def _first_projections(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values of the first layer's reading, queries of its writing, each ``(heads, N, C / heads / 2)``."""
+    def _first_projections(self) -> tuple[Tensor, ...]:
+        """Keys and values of the first layer's reading, queries of its writing, each `(heads, N, C / heads / 2)`."""
         first, placed = self.decoder.transformer.layers[0], self.tokens + self.positions
         reading, writing = first.cross_attn_token_to_image, first.cross_attn_image_to_token
         projected = (reading.k_proj(placed), reading.v_proj(self.tokens), writing.q_proj(placed))
-        return projected[0].unflatten(1, (reading.num_heads, -1)).transpose(0, 1), *(
-            p.unflatten(1, (reading.num_heads, -1)).transpose(0, 1) for p in projected[1:]
-        )
+        return tuple(p.unflatten(1, (reading.num_heads, -1)).transpose(0, 1) for p in projected)
 
     def _layer(
-        self, layer: Any, queries: Tensor, prompt: Tensor, tokens: Tensor, shared: tuple[Tensor, Tensor, Tensor] | None
+        self, layer: Any, queries: Tensor, prompt: Tensor, tokens: Tensor, shared: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, Tensor]:
         """One two-way block after its self-attention: prompt tokens read the image, think, and write to it."""
         reading, writing = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
@@ -248,26 +237,25 @@ class PointDecoder:
             read = _read_shared(reading, queries + prompt, shared[0], shared[1])
         queries = layer.norm2(queries + read)
         queries = layer.norm3(queries + layer.mlp(queries))
-        keys = writing.k_proj(queries + prompt).unflatten(2, (writing.num_heads, -1)).transpose(1, 2)
+        keys = _heads(writing.k_proj(queries + prompt), writing)
         keys = keys * keys.shape[-1] ** -0.5
         if shared is None:
             weight = writing.q_proj.weight.unflatten(0, (writing.num_heads, -1))
             few = (keys @ weight).flatten(1, 2)  # (P, heads * T, C)
             constant = (keys @ writing.q_proj.bias.view(writing.num_heads, -1, 1)).flatten(1, 2)
-            logits = torch.baddbmm(constant, few, placed.transpose(1, 2))
-            logits = logits.unflatten(1, (writing.num_heads, -1))
+            logits = torch.baddbmm(constant, few, placed.transpose(1, 2)).unflatten(1, (writing.num_heads, -1))
         else:
             logits = keys @ shared[2].transpose(1, 2)
-        weights = logits.softmax(dim=2).flatten(1, 2)  # over the T tokens that an image token may listen to
-        values = writing.v_proj(queries).unflatten(2, (writing.num_heads, -1)).transpose(1, 2)
+        weights = logits.softmax(dim=2).flatten(1, 2)  # over the T tokens that an image token may read
         outward = writing.out_proj.weight.unflatten(1, (writing.num_heads, -1)).permute(1, 2, 0)
-        written = torch.baddbmm(writing.out_proj.bias, weights.transpose(1, 2), (values @ outward).flatten(1, 2))
+        values = (_heads(writing.v_proj(queries), writing) @ outward).flatten(1, 2)
+        written = torch.baddbmm(writing.out_proj.bias, weights.transpose(1, 2), values)
         norm = layer.norm4
         return queries, F.layer_norm(written.add_(tokens), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
     @functools.cached_property
     def _finer_maps(self) -> tuple[Tensor, ...]:
-        """SAM 2's finer maps in :func:`_doubled`'s order: ``(N, 2, 2, 2, 2, C / 8)`` and ``(N, 2, 2, C / 4)``."""
+        """SAM 2's finer maps in the order of `_doubled`: `(N, 2, 2, 2, 2, C / 8)` and `(N, 2, 2, C / 4)`."""
         if not self.image.high_res:
             return ()
         finest, finer = self.image.high_res
@@ -275,6 +263,11 @@ class PointDecoder:
         finest = finest.reshape(-1, height, 2, 2, width, 2, 2).permute(1, 4, 2, 5, 3, 6, 0).flatten(0, 1)
         finer = finer.reshape(-1, height, 2, width, 2).permute(1, 3, 2, 4, 0).flatten(0, 1)
         return finest.contiguous(), finer.contiguous()
+
+
+def _heads(x: Tensor, attention: Any) -> Tensor:
+    """`(P, T, C)` to `(P, heads, T, C / heads)`."""
+    return x.unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
 
 
 def _self_attended(layer: Any, queries: Tensor, prompt: Tensor) -> Tensor:
@@ -285,7 +278,7 @@ def _self_attended(layer: Any, queries: Tensor, prompt: Tensor) -> Tensor:
 
 
 def _read_shared(attention: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Prompt tokens ``(P, T, C)`` attend to image tokens that are the same for all prompts."""
+    """Prompt tokens `(P, T, C)` attend to image tokens that are the same for all prompts."""
     prompts, tokens = queries.shape[:2]
     asked = attention.q_proj(queries).flatten(0, 1).unflatten(1, (attention.num_heads, -1)).transpose(0, 1)
     found = F.scaled_dot_product_attention(asked[None], keys[None], values[None])[0]
@@ -293,12 +286,12 @@ def _read_shared(attention: Any, queries: Tensor, keys: Tensor, values: Tensor) 
 
 
 def _read(attention: Any, queries: Tensor, tokens: Tensor, placed: Tensor) -> Tensor:
-    """Prompt tokens ``(P, T, C)`` attend to image tokens ``(P, N, C)``, ``placed`` with their positions added.
+    """Prompt tokens `(P, T, C)` attend to image tokens `(P, N, C)`, `placed` with their positions added.
 
     The bias of the keys is left out: it is the same for all image tokens, so it cancels in the softmax.
     """
     heads = attention.num_heads
-    asked = attention.q_proj(queries).unflatten(2, (heads, -1)).transpose(1, 2)
+    asked = _heads(attention.q_proj(queries), attention)
     few = (asked * asked.shape[-1] ** -0.5 @ attention.k_proj.weight.unflatten(0, (heads, -1))).flatten(1, 2)
     weights = (few @ placed.transpose(1, 2)).softmax(dim=-1)
     seen = (weights @ tokens).unflatten(1, (heads, -1))
@@ -307,7 +300,7 @@ def _read(attention: Any, queries: Tensor, tokens: Tensor, placed: Tensor) -> Te
 
 
 def _doubled(x: Tensor, convolution: Any) -> Tensor:
-    """``(P, ..., c)`` to ``(P, ..., 2, 2, C)``: a transposed convolution of kernel and stride 2, channels last."""
+    """`(P, ..., c)` to `(P, ..., 2, 2, C)`: a transposed convolution of kernel and stride 2, channels last."""
     weight = convolution.weight.permute(0, 2, 3, 1)
     out = torch.addmm(convolution.bias.repeat(4), x.flatten(0, -2), weight.flatten(1))
     return out.view(*x.shape[:-1], *weight.shape[1:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,54 +13,60 @@ from numpy.typing import NDArray
 from pycocotools import mask as mask_tools
 
 from samantics.data.coco import CocoDataset, Instance, Rle, box_iou
-from samantics.metrics.coco_ap import Result, ap_gain, evaluate
+from samantics.metrics.coco_ap import IOU_TYPES, Result, ap_gain, evaluate, perfect_results
 from samantics.metrics.intervals import bootstrap_statistic
-from samantics.training_free.matching import MatchSettings, ranked, result_of
-from samantics.training_free.proposals import Proposals
+from samantics.training_free.matching import ranked, result_of
+from samantics.training_free.pipeline import Pipeline, Variant, ap_row
+from samantics.training_free.proposals import Proposals, objects_of
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 FOREGROUND, BACKGROUND = 0.5, 0.1  # IoU, as TIDE sets them (arXiv 2008.08115)
 KINDS = ("class", "location", "both", "duplicate", "background", "missed")
-
-
-def objects_of(dataset: CocoDataset, image_id: int) -> list[Instance]:
-    """The objects of an image that count: no crowds."""
-    return [instance for instance in dataset.by_image[image_id] if not instance.crowd]
-
-
-# -------------------------------------------------------------------------------------------------------- oracles
-
-
-def true_masks(dataset: CocoDataset) -> dict[int, Proposals]:
-    """The annotated masks as proposals of perfect quality."""
-    return {image_id: _as_proposals(dataset, image_id) for image_id in dataset.images}
-
-
-def _as_proposals(dataset: CocoDataset, image_id: int) -> Proposals:
-    objects, record = objects_of(dataset, image_id), dataset.images[image_id]
-    boxes = np.array([instance.box for instance in objects], np.float64).reshape(-1, 4)
-    ones = np.ones(len(objects))
-    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-    rles = tuple(instance.rle for instance in objects)
-    return Proposals((record.height, record.width), rles, boxes, ones, ones, centres)
+SIZES = (0, 0.01, 0.03, 0.06, 0.12, 1.0)  # ends of the ranges, shares of the image
 
 
 def overlaps(dataset: CocoDataset, image_id: int, rles: Sequence[Rle]) -> NDArray[np.float64]:
-    """``(N, G)`` mask IoU of ``rles`` with the image's objects."""
+    """`(N, G)` mask IoU of `rles` with the image's objects."""
     objects = [instance.rle for instance in objects_of(dataset, image_id)]
     if not objects or not rles:
         return np.zeros((len(rles), len(objects)))
     return np.asarray(mask_tools.iou(list(rles), objects, [0] * len(objects)))
 
 
-def with_true_classes(
-    dataset: CocoDataset, proposals: Mapping[int, Proposals], settings: MatchSettings | None = None
-) -> list[Result]:
+# -------------------------------------------------------------------------------------------------------- oracles
+
+
+def oracle_table(pipeline: Pipeline, variant: Variant) -> pd.DataFrame:
+    """`oracle, iou_type, AP, AR100, low, high`: what remains when one difficulty after the other is taken away.
+
+    `low` and `high` bound AP. `recall_ceiling` has no AP (proposals have no classes): its AR100 is the recall of all
+    proposals, not only the best hundred, and the interval bounds that.
+    """
+    targets, seeds = pipeline.data.targets, pipeline.references
+    found = pipeline.proposals(variant.proposals)
+    true_masks = dataclasses.replace(variant, proposals="truth")
+    outcomes = {
+        "none": [pipeline.predict(variant, seed) for seed in seeds],
+        "true_masks": [pipeline.predict(true_masks, seed) for seed in seeds],
+        "true_classes": [with_true_classes(targets, found)],
+        "best_mask": [best_masks(targets, found)],
+        "truth": [perfect_results(targets)],
+    }
+    rows = [{"oracle": name} | ap_row(targets, runs, t) for name, runs in outcomes.items() for t in IOU_TYPES]
+    for iou_type in IOU_TYPES:
+        best = covered(targets, found, iou_type)
+        low, high = recall_interval(best)
+        rows.append(
+            {"oracle": "recall_ceiling", "iou_type": iou_type, "AR100": recall(best), "low": low, "high": high}
+        )
+    return pd.DataFrame(rows)[["oracle", "iou_type", "AP", "AR100", "low", "high"]]
+
+
+def with_true_classes(dataset: CocoDataset, proposals: Mapping[int, Proposals]) -> list[Result]:
     """Predicted masks named by the annotation: the class of the object a mask covers best (IoU at least one half).
 
     Masks that cover none are dropped, and the score is the predicted IoU: what is left are location and duplicates.
     """
-    settings = dataclasses.replace(settings or MatchSettings(), merging="none")
     results: list[Result] = []
     for image_id, found in proposals.items():
         iou = overlaps(dataset, image_id, found.rles)
@@ -67,7 +74,7 @@ def with_true_classes(
         classes = np.array([instance.category_id for instance in objects_of(dataset, image_id)], int)
         named = classes[iou[rows].argmax(1)] if len(rows) else np.empty(0, int)
         scores = found.predicted_iou[rows].clip(min=1e-6)  # a predicted IoU may be below zero, a score may not
-        results += ranked(image_id, found.select(rows), np.zeros((len(rows), 1), np.float32), named, scores, settings)
+        results += ranked(image_id, found.select(rows), np.zeros((len(rows), 1), np.float32), named, scores)
     return results
 
 
@@ -85,86 +92,80 @@ def best_masks(dataset: CocoDataset, proposals: Mapping[int, Proposals]) -> list
 
 
 def covered(dataset: CocoDataset, proposals: Mapping[int, Proposals], iou_type: str = "segm") -> pd.DataFrame:
-    """One row per object: ``image_id, id, category_id, area, share`` (of the image), ``iou`` of its best proposal."""
+    """One row per object: `image_id, share` (of the image) and `iou` of its best proposal."""
     rows = []
     for image_id, found in proposals.items():
-        boxes = [instance.box for instance in objects_of(dataset, image_id)]
+        objects, record = objects_of(dataset, image_id), dataset.images[image_id]
+        boxes = [instance.box for instance in objects]
         iou = overlaps(dataset, image_id, found.rles) if iou_type == "segm" else box_iou(found.boxes, boxes)
-        best = iou.max(0, initial=0)
-        record = dataset.images[image_id]
-        for instance, iou in zip(objects_of(dataset, image_id), best, strict=True):
-            share = instance.area / (record.width * record.height)
-            rows.append((image_id, instance.id, instance.category_id, instance.area, share, float(iou)))
-    return pd.DataFrame(rows, columns=["image_id", "id", "category_id", "area", "share", "iou"])
+        pixels = record.width * record.height
+        rows += [(image_id, i.area / pixels, best) for i, best in zip(objects, iou.max(0, initial=0), strict=True)]
+    return pd.DataFrame(rows, columns=["image_id", "share", "iou"])
 
 
-def recall(iou: NDArray[np.float64]) -> float:
-    """Percent of objects that a proposal covers, averaged over COCO's thresholds: the ceiling of AR."""
-    return 100 * float((np.asarray(iou)[:, None] >= THRESHOLDS).mean())
+def _hits(objects: pd.DataFrame) -> NDArray[np.float64]:
+    """At how many of COCO's thresholds each object of `covered` has a proposal, as a share."""
+    return (objects["iou"].to_numpy(float)[:, None] >= THRESHOLDS).mean(1)
+
+
+def recall(objects: pd.DataFrame) -> float:
+    """Percent of the objects of `covered` that a proposal covers, averaged over COCO's thresholds: the ceiling of AR."""
+    return 100 * float(_hits(objects).mean())
 
 
 def recall_interval(objects: pd.DataFrame) -> tuple[float, float]:
-    """95 % interval of :func:`recall`, in percent, over the images of :func:`covered`'s table."""
-    hits = (objects["iou"].to_numpy()[:, None] >= THRESHOLDS).mean(1)
-    per_image = (
-        pd.DataFrame({"image": objects["image_id"], "hits": hits}).groupby("image")["hits"].agg(["sum", "count"])
-    )
-    sums, counts = per_image["sum"].to_numpy(), per_image["count"].to_numpy()
+    """95 % interval of `recall`, in percent, over images."""
+    per_image = pd.Series(_hits(objects)).groupby(objects["image_id"].to_numpy()).agg(["sum", "count"]).to_numpy()
 
     def statistic(rows: NDArray[np.int64]) -> float:
-        return float(sums[rows].sum() / counts[rows].sum())
+        hits, count = per_image[rows].sum(0)
+        return float(hits / count)
 
-    interval = bootstrap_statistic(statistic, len(per_image)).times(100)
-    return interval.low, interval.high
+    _, low, high = bootstrap_statistic(statistic, len(per_image)).times(100)
+    return low, high
+
+
+def size_table(pipeline: Pipeline, proposer: str = "sam") -> pd.DataFrame:
+    """`size, objects, recall, low, high`: recall of the proposals by an object's share of the image."""
+    best = covered(pipeline.data.targets, pipeline.proposals(proposer))
+    rows = []
+    for least, most in zip(SIZES, SIZES[1:], strict=False):
+        chosen = best[(best["share"] >= least) & (best["share"] < most)]
+        if len(chosen):
+            name = f"{100 * least:.0f}–{100 * most:.0f} %"
+            rows.append((name, len(chosen), recall(chosen), *recall_interval(chosen)))
+    return pd.DataFrame(rows, columns=["size", "objects", "recall", "low", "high"])
 
 
 # ----------------------------------------------------------------------------------------------------------- TIDE
 
 
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """What one detection is at IoU 0.5.
+def verdicts(dataset: CocoDataset, results: Sequence[Result]) -> pd.DataFrame:
+    """What each result is at IoU 0.5: `image_id, category_id, score, kind, object`, in the order of the results.
 
-    Attributes:
-        kind: ``correct`` or one of :data:`KINDS` but ``missed``.
-        object: the object it found or, for a class or location error, was near to; None otherwise.
+    `kind` is one of correct; class: covers an object of another class (IoU >= 0.5); location: near one of its class
+    (0.1 to 0.5); both: near one of another class; duplicate: covers one of its class that is taken; background: covers
+    nothing (IoU < 0.1). `object` is the annotated one that it found or, of a class or location error, was near to, else
+    None. As COCO does, better-scored results take their objects first.
     """
-
-    kind: str
-    object: Instance | None
-
-
-def verdicts(dataset: CocoDataset, results: Sequence[Result]) -> list[Verdict]:
-    """A verdict on every result. As COCO does, better-scored results take their objects first.
-
-    class: covers an object of another class (IoU >= 0.5); location: near one of its class (0.1 to 0.5); both: near
-    one of another class; duplicate: covers one of its class that is taken; background: covers nothing (IoU < 0.1).
-    """
-    rows: dict[int, list[int]] = {image_id: [] for image_id in dataset.images}
-    for row, result in enumerate(results):
-        rows[result["image_id"]].append(row)
-    found: dict[int, Verdict] = {}
-    for image_id, chosen in rows.items():
-        chosen.sort(key=lambda row: -results[row]["score"])
-        iou = overlaps(dataset, image_id, [results[row]["segmentation"] for row in chosen])
-        objects = objects_of(dataset, image_id)
-        taken: set[int] = set()
-        for position, row in enumerate(chosen):
-            found[row] = _verdict(iou[position], objects, results[row]["category_id"], taken)
-            if found[row].kind == "correct":
-                taken.add(_object(found[row]).id)
-    return [found[row] for row in range(len(results))]
+    table = pd.DataFrame(results, columns=["image_id", "category_id", "score"]).assign(kind="", object=None)
+    found: dict[int, tuple[str, Instance | None]] = {}
+    for image_id, rows in table.sort_values("score", ascending=False, kind="stable").groupby("image_id"):
+        objects = objects_of(dataset, int(str(image_id)))
+        iou = overlaps(dataset, int(str(image_id)), [results[row]["segmentation"] for row in rows.index])
+        classes = np.array([instance.category_id for instance in objects], int)
+        free = np.ones(len(objects), bool)
+        for values, row, category in zip(iou, rows.index, rows["category_id"], strict=True):
+            kind, place = _verdict(values, classes == category, free)
+            found[row] = (kind, objects[place] if kind in ("correct", "class", "location") else None)
+            if kind == "correct":
+                free[place] = False
+    table[["kind", "object"]] = pd.DataFrame([found[row] for row in table.index], columns=["kind", "object"], dtype=object)
+    return table
 
 
-def _verdict(iou: NDArray[np.float64], objects: Sequence[Instance], category: int, taken: set[int]) -> Verdict:
-    """``iou``: ``(G,)`` with the image's objects."""
-    same = np.array([instance.category_id == category for instance in objects], bool)
-    free = np.array([instance.id not in taken for instance in objects], bool)
-
-    def best(allowed: NDArray[np.bool_]) -> tuple[float, int]:
-        values = np.where(allowed, iou, -1.0)
-        return (float(values.max()), int(values.argmax())) if len(values) else (-1.0, -1)
-
+def _verdict(iou: NDArray[np.float64], same: NDArray[np.bool_], free: NDArray[np.bool_]) -> tuple[str, int]:
+    """Kind and place of the object. All arguments are `(G,)`: IoU, whether of the class, whether not yet found."""
     for kind, allowed, least in (
         ("correct", same & free, FOREGROUND),
         ("duplicate", same & ~free, FOREGROUND),
@@ -172,21 +173,22 @@ def _verdict(iou: NDArray[np.float64], objects: Sequence[Instance], category: in
         ("location", same, BACKGROUND),
         ("both", ~same, BACKGROUND),
     ):
-        value, row = best(allowed)
-        if value >= least:
-            return Verdict(kind, objects[row] if kind in ("correct", "class", "location") else None)
-    return Verdict("background", None)
+        values = np.where(allowed, iou, -1.0)
+        if values.max(initial=-1.0) >= least:
+            return kind, int(values.argmax())
+    return "background", -1
 
 
-def _object(verdict: Verdict) -> Instance:
-    assert verdict.object is not None
-    return verdict.object
+def missed_objects(dataset: CocoDataset, judged: pd.DataFrame) -> set[Instance]:
+    """Objects that no result found, nor would have with another class or place."""
+    near = set(judged["object"].dropna())
+    return {i for i in dataset.instances if not i.crowd and i not in near}
 
 
-def error_table(dataset: CocoDataset, results: Sequence[Result], judged: Sequence[Verdict]) -> pd.DataFrame:
-    """Errors by kind: ``kind, count, share, share_low, share_high, gain, gain_low, gain_high``.
+def error_table(dataset: CocoDataset, results: Sequence[Result], judged: pd.DataFrame) -> pd.DataFrame:
+    """Errors by kind: `kind, count, share, share_low, share_high, gain, gain_low, gain_high`.
 
-    ``share`` is percent of all errors, ``gain`` the AP50 (masks) won by mending the kind; both with 95 % intervals over
+    `share` is percent of all errors, `gain` the AP50 (masks) won by mending the kind; both with 95 % intervals over
     images. A wrong class or place is put right unless its object is found already (then the result is removed);
     results of the other kinds are removed; missed objects (neither found nor near to being) are taken out of the
     annotations.
@@ -194,19 +196,14 @@ def error_table(dataset: CocoDataset, results: Sequence[Result], judged: Sequenc
     base = evaluate(dataset, results, "segm")
     missed = missed_objects(dataset, judged)
     without = dataclasses.replace(dataset, instances=tuple(i for i in dataset.instances if i not in missed))
-    place = {image_id: number for number, image_id in enumerate(dataset.images)}
-    counts = np.zeros((len(KINDS), len(place)), int)
-    for result, verdict in zip(results, judged, strict=True):
-        if verdict.kind in KINDS:
-            counts[KINDS.index(verdict.kind), place[result["image_id"]]] += 1
-    for instance in missed:
-        counts[KINDS.index("missed"), place[instance.image_id]] += 1
+    found = [*zip(judged["kind"], judged["image_id"], strict=True), *(("missed", i.image_id) for i in missed)]
+    table = pd.DataFrame(found, columns=["kind", "image"]).value_counts().unstack(fill_value=0)
+    counts = table.reindex(index=list(KINDS), columns=list(dataset.images), fill_value=0).to_numpy()
     rows = []
     for number, kind in enumerate(KINDS):
         mended = evaluate(without, results) if kind == "missed" else evaluate(dataset, _mended(results, judged, kind))
-        gain = ap_gain(base, mended, iou=0.5)
-        share = bootstrap_statistic(functools.partial(_share, counts, number), len(place)).times(100)
-        rows.append((kind, int(counts[number].sum()), *share, *gain))
+        share = bootstrap_statistic(functools.partial(_share, counts, number), counts.shape[1]).times(100)
+        rows.append((kind, int(counts[number].sum()), *share, *ap_gain(base, mended, iou=0.5)))
     columns = ["kind", "count", "share", "share_low", "share_high", "gain", "gain_low", "gain_high"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -216,22 +213,45 @@ def _share(counts: NDArray[np.int64], row: int, images: NDArray[np.int64]) -> fl
     return float(counts[row, images].sum() / max(1, counts[:, images].sum()))
 
 
-def missed_objects(dataset: CocoDataset, judged: Sequence[Verdict]) -> set[Instance]:
-    """Objects that no result found, nor would have with another class or place."""
-    near = {verdict.object.id for verdict in judged if verdict.object is not None}
-    return {i for i in dataset.instances if not i.crowd and i.id not in near}
-
-
-def _mended(results: Sequence[Result], judged: Sequence[Verdict], kind: str) -> list[Result]:
+def _mended(results: Sequence[Result], judged: pd.DataFrame, kind: str) -> list[Result]:
     """The results with all errors of one kind put right or removed."""
-    taken = {_object(verdict).id for verdict in judged if verdict.kind == "correct"}
+    taken = set(judged.loc[judged["kind"] == "correct", "object"])
     mended = []
-    for result, verdict in sorted(zip(results, judged, strict=True), key=lambda pair: -pair[0]["score"]):
-        if verdict.kind != kind:
+    for row in judged.sort_values("score", ascending=False, kind="stable").itertuples():
+        result, truth = results[row.Index], row.object
+        if row.kind != kind:
             mended.append(result)
-        elif verdict.object is not None and verdict.object.id not in taken:
-            taken.add(verdict.object.id)
-            truth = verdict.object
+        elif truth is not None and truth not in taken:
+            taken.add(truth)
             change = {"category_id": truth.category_id} if kind == "class" else {"segmentation": truth.rle}
             mended.append({**result, **change})
     return mended
+
+
+def best_results(dataset: CocoDataset, judged: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `verdicts` of each image's best-scored results, as many as it has objects."""
+    order = judged.sort_values(["image_id", "score"], ascending=[True, False], kind="stable")
+    counts = order["image_id"].map({image_id: len(objects_of(dataset, image_id)) for image_id in dataset.images})
+    return order[order.groupby("image_id").cumcount() < counts]
+
+
+def ranked_images(dataset: CocoDataset, best: pd.DataFrame, least: int = 3) -> pd.DataFrame:
+    """`image_id, objects, right, share`, best first: images of at least `least` objects by the share found right.
+
+    An image with G objects is judged by its G best-scored results (`best_results`), so neither many nor few predictions
+    help. Ties go to the lower id. Where no image has `least` objects, those with the most are ranked.
+    """
+    right = best[best["kind"] == "correct"].groupby("image_id").size()
+    table = pd.DataFrame({"image_id": list(dataset.images)})
+    table["objects"] = [len(objects_of(dataset, image_id)) for image_id in dataset.images]
+    table["right"] = table["image_id"].map(right).fillna(0).astype(int)
+    table["share"] = table["right"] / table["objects"].clip(lower=1)
+    enough = table[table["objects"] >= min(least, table["objects"].max())]
+    return enough.sort_values(["share", "image_id"], ascending=[False, True])
+
+
+def confusions(best: pd.DataFrame, names: Mapping[int, str]) -> pd.DataFrame:
+    """`true, predicted, count` of confident wrong names, most frequent first: class errors among `best_results`."""
+    wrong = best[best["kind"] == "class"]
+    pairs = {"true": [names[i.category_id] for i in wrong["object"]], "predicted": wrong["category_id"].map(names)}
+    return pd.DataFrame(pairs).value_counts().reset_index(name="count")

@@ -8,7 +8,7 @@ still weighs on its nearest tokens: no reference vanishes and nothing becomes Na
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as mask_tools
 from safetensors import safe_open
-from safetensors.numpy import save
+from torch import Tensor
 from torchvision.ops import batched_nms
 from tqdm.auto import tqdm
-from typing_extensions import override
 
-from samantics.cache import atomic_path, cache_dir, hash_value, reading, remove_leftovers
+from samantics.cache import cache_dir, hash_value, kept, reading, remove_leftovers
 from samantics.data.coco import CocoDataset, Instance, Rle, mask_of, read_image
 from samantics.errors import StudyError
 from samantics.metrics.coco_ap import Result
@@ -33,56 +32,29 @@ from samantics.training_free.proposals import Proposals
 
 Features = NDArray[np.float32]  # (N, C)
 FORMAT = 1  # of the files of features
-SCORINGS = ("prototype", "nearest", "softmax", "centred")
 MASK_PIXELS_AT_ONCE = 2**24
+TEMPERATURE = 0.05  # of the softmax over classes
 
 
-def _shrunk(most: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.sqrt((1 - most).clip(min=0))
-
-
-# What a mask's score is multiplied by, from the largest share of it inside a better mask of its class.
-MERGINGS: Mapping[str, Callable[[NDArray[np.float64]], NDArray[Any]]] = {
-    "none": np.ones_like,
-    "hard": lambda most: most <= 0.5,
-    "soft": _shrunk,
-    "semantic_soft": _shrunk,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class MatchSettings:
-    """How proposals become scored instances. The defaults are the paper's.
-
-    Attributes:
-        scoring: by ``prototype`` (cosine to the class's mean reference), ``nearest`` (to its nearest reference),
-            ``softmax`` (over classes, of cosines to prototypes) or ``centred`` (cosine to the prototype, both less the
-            mean of all prototypes: where all features share one direction, their plain cosines are all near 1).
-        temperature: of the softmax.
-        nms: within a class, of two boxes with a higher IoU the one with the better predicted IoU stays.
-        merging: what becomes of a mask that lies inside better-scored ones of its class: see :func:`merged_scores`.
-        max_detections: best-scored instances kept per image.
-    """
-
-    scoring: str = "prototype"
-    temperature: float = 0.05
-    nms: float = 0.5
-    merging: str = "none"
-    max_detections: int = 100
-
-    def __post_init__(self) -> None:
-        for name, value, known in (("scoring", self.scoring, SCORINGS), ("merging", self.merging, MERGINGS)):
-            if value not in known:
-                raise StudyError(f"{name} is {value!r}: choose from {', '.join(known)}")
+def unit(vectors: NDArray[Any]) -> Features:
+    """`(..., C)` vectors scaled to length 1; a zero vector stays zero instead of becoming NaN."""
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return np.divide(vectors, lengths, out=np.zeros(vectors.shape, np.float32), where=lengths > 0).astype(np.float32)
 
 
 # ------------------------------------------------------------------------------------------------------- features
 
 
 def token_weights(masks: NDArray[np.bool_], geometry: Geometry, grid: tuple[int, int]) -> NDArray[np.float32]:
-    """``(M, h * w)`` weights, summing to 1, with which tokens make up the mean over each ``(M, height, width)`` mask.
+    """Which tokens make up the mean over each mask, as bilinear resizing of the map to the image would have it.
 
-    Each pixel takes its feature from the (up to four) tokens around it, as bilinear resizing of the map would give it.
+    Args:
+        masks: `(M, height, width)`.
+        geometry: where the image's pixels land in the encoder's input.
+        grid: rows and columns `(h, w)` of the encoder's map.
+
+    Returns:
+        `(M, h * w)` weights, summing to 1.
 
     Raises:
         StudyError: a mask is empty.
@@ -96,7 +68,7 @@ def token_weights(masks: NDArray[np.bool_], geometry: Geometry, grid: tuple[int,
 
 
 def _interpolation(pixels: int, scale: float, offset: float, size: int, tokens: int) -> NDArray[np.float32]:
-    """``(pixels, tokens)`` bilinear weights along one side, token centres half a token from the edge."""
+    """`(pixels, tokens)` bilinear weights along one side, token centres half a token from the edge."""
     at = ((np.arange(pixels) + 0.5) * scale + offset) * tokens / size - 0.5
     at = at.clip(0, tokens - 1)
     below = np.minimum(at.astype(int), max(tokens - 2, 0))
@@ -113,17 +85,31 @@ def uncropped(encoder: Encoder) -> Encoder:
     return dataclasses.replace(encoder, preprocess=dataclasses.replace(encoder.preprocess, fit="squash", short=0))
 
 
-def _weights(rles: Sequence[Rle], geometry: Geometry, grid: tuple[int, int]) -> NDArray[np.float32]:
-    """:func:`token_weights` of run lengths, a few masks at a time: all at once, a photograph's may not fit memory."""
-    some = max(1, MASK_PIXELS_AT_ONCE // (geometry.width * geometry.height))
-    chunks = (np.array([mask_of(rle) for rle in rles[i : i + some]]) for i in range(0, len(rles), some))
-    found = [token_weights(chunk, geometry, grid) for chunk in chunks]
-    return np.concatenate(found) if found else np.empty((0, grid[0] * grid[1]), np.float32)
-
-
 def dense_maps(encoder: Encoder, images: Sequence[Image.Image]) -> NDArray[np.float32]:
-    """``(B, C, h, w)`` final features of images (see :func:`uncropped`)."""
+    """`(B, C, h, w)` final features of images, each seen whole (see `uncropped`)."""
     return encoder.encode(uncropped(encoder).inputs(images))["final"].dense.cpu().numpy()
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskFeatures:
+    """Features of masks, in files: those of all masks of COCO's images would fill the memory.
+
+    Attributes:
+        places: file of each image.
+    """
+
+    places: Mapping[int, Path]
+
+    def of(self, source: str, image_id: int) -> Features:
+        """`(N, C)` features of unit length of an image's masks, by one encoder.
+
+        Raises:
+            StudyError: the file is damaged.
+        """
+        path = self.places[image_id]
+        with reading(path), safe_open(path, "numpy") as file:
+            found: Features = file.get_tensor(f"{source}/{image_id}")
+        return found
 
 
 def pooled_features(
@@ -131,14 +117,13 @@ def pooled_features(
     dataset: CocoDataset,
     masks: Mapping[int, Sequence[Rle]],
     folder: Path | None = None,
-) -> dict[str, KeptFeatures]:
-    """``(N, C)`` features of unit length of the masks of each image, by encoder and image id.
-
-    Every image is opened once and its masks are weighed once for all encoders of one geometry and grid. The features
-    lie in files, not in memory, which those of all masks of COCO's images would fill; a rerun finds them there.
+) -> MaskFeatures:
+    """Features of the masks of each image by all encoders; a rerun finds them in their files.
 
     Args:
-        folder: of those files; default ``mask_features`` in the cache folder.
+        encoders: by name.
+        masks: by image id.
+        folder: of the files; default `mask_features` in the cache folder.
 
     Raises:
         StudyError: an image cannot be read, a mask is empty, or no space is left. What was encoded stays.
@@ -152,66 +137,56 @@ def pooled_features(
         chosen = {image_id: masks[image_id] for image_id in ids[start : start + batch]}
         counts = [(image_id, [rle["counts"] for rle in rles]) for image_id, rles in chosen.items()]
         path = folder / f"{hash_value([*key, counts])}.safetensors"
-        if not path.is_file():
-            pooled = _pooled(encoders, dataset, chosen)
-            with atomic_path(path) as temporary:
-                temporary.write_bytes(save(pooled))
+        if not path.is_file():  # else nothing is read yet
+            kept(path, lambda chosen=chosen: _pooled(encoders, dataset, chosen))
         places |= dict.fromkeys(chosen, path)
-    return {name: KeptFeatures(name, places) for name in encoders}
+    return MaskFeatures(places)
 
 
 def _pooled(
     encoders: Mapping[str, Encoder], dataset: CocoDataset, masks: Mapping[int, Sequence[Rle]]
-) -> dict[str, Features]:
-    """Features of the masks of a few images, named as :class:`KeptFeatures` looks them up."""
+) -> dict[str, Tensor]:
+    """Features of the masks of a few images, named as `MaskFeatures` looks them up."""
     images = {image_id: read_image(dataset, image_id) for image_id in masks}
     maps = {name: dense_maps(encoder, list(images.values())) for name, encoder in encoders.items()}
-    pooled: dict[str, Features] = {}
+    pooled: dict[str, Tensor] = {}
     for row, (image_id, image) in enumerate(images.items()):
-        weights: dict[tuple[Geometry, tuple[int, int]], NDArray[np.float32]] = {}
+        weights: dict[tuple[Geometry, tuple[int, int]], NDArray[np.float32]] = {}  # shared by encoders of one geometry
         for name, encoder in encoders.items():
             tokens = maps[name][row]
             key = (uncropped(encoder).preprocess.geometry(*image.size), (tokens.shape[1], tokens.shape[2]))
             if key not in weights:
                 weights[key] = _weights(masks[image_id], *key)
-            pooled[f"{name}/{image_id}"] = unit(weights[key] @ tokens.reshape(len(tokens), -1).T)
+            features = unit(weights[key] @ tokens.reshape(len(tokens), -1).T)
+            pooled[f"{name}/{image_id}"] = torch.from_numpy(features)
     return pooled
 
 
-@dataclasses.dataclass(frozen=True)
-class KeptFeatures(Mapping[int, Features]):
-    """``(N, C)`` features by image id, read from the images' files when they are asked for.
-
-    Attributes:
-        name: of the encoder.
-        places: file of each image.
-        rows: which of an image's features; all where it does not say.
-    """
-
-    name: str
-    places: Mapping[int, Path]
-    rows: Mapping[int, slice] = dataclasses.field(default_factory=dict)
-
-    @override
-    def __getitem__(self, image_id: int) -> Features:
-        path = self.places[image_id]
-        with reading(path), safe_open(path, "numpy") as file:
-            found: Features = file.get_tensor(f"{self.name}/{image_id}")
-        return found[self.rows.get(image_id, slice(None))]
-
-    @override
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.places)
-
-    @override
-    def __len__(self) -> int:
-        return len(self.places)
+def _weights(rles: Sequence[Rle], geometry: Geometry, grid: tuple[int, int]) -> NDArray[np.float32]:
+    """`token_weights` of run lengths, a few masks at a time: all at once, a photograph's may not fit memory."""
+    some = max(1, MASK_PIXELS_AT_ONCE // (geometry.width * geometry.height))
+    chunks = (np.array([mask_of(rle) for rle in rles[i : i + some]]) for i in range(0, len(rles), some))
+    none = np.empty((0, grid[0] * grid[1]), np.float32)
+    return np.concatenate([none, *(token_weights(chunk, geometry, grid) for chunk in chunks)])
 
 
-def unit(vectors: NDArray[Any]) -> Features:
-    """``(..., C)`` vectors scaled to length 1; a zero vector stays zero instead of becoming NaN."""
-    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return np.divide(vectors, lengths, out=np.zeros(vectors.shape, np.float32), where=lengths > 0).astype(np.float32)
+def reference_features(
+    encoders: Mapping[str, Encoder], dataset: CocoDataset, instances: Sequence[Instance], folder: Path | None = None
+) -> dict[str, dict[int, Features]]:
+    """`(C,)` feature of each instance, by encoder and instance id (see `pooled_features`)."""
+    by_image: dict[int, list[Instance]] = {}
+    for instance in instances:
+        by_image.setdefault(instance.image_id, []).append(instance)
+    rles = {image_id: [i.rle for i in found] for image_id, found in by_image.items()}
+    features = pooled_features(encoders, dataset, rles, folder)
+    return {
+        name: {
+            instance.id: vector
+            for image_id, found in by_image.items()
+            for instance, vector in zip(found, features.of(name, image_id), strict=True)
+        }
+        for name in encoders
+    }
 
 
 # ---------------------------------------------------------------------------------------------------- memory bank
@@ -223,9 +198,9 @@ class MemoryBank:
 
     Attributes:
         category_ids: the K classes.
-        features: ``(R, C)`` one unit vector per reference.
-        labels: ``(R,)`` position of its class in ``category_ids``.
-        prototypes: ``(K, C)`` the mean of each class's features, of unit length.
+        features: `(R, C)` one unit vector per reference.
+        labels: `(R,)` position of its class in `category_ids`.
+        prototypes: `(K, C)` the mean of each class's features, of unit length.
     """
 
     category_ids: tuple[int, ...]
@@ -235,7 +210,11 @@ class MemoryBank:
 
 
 def remember(references: Mapping[int, Sequence[Instance]], features: Mapping[int, Features]) -> MemoryBank:
-    """The memory bank of ``references`` (by category), given their ``features`` by instance id ``(C,)``.
+    """The memory bank of references.
+
+    Args:
+        references: by category.
+        features: `(C,)` by instance id.
 
     Raises:
         StudyError: no category has a reference.
@@ -249,76 +228,58 @@ def remember(references: Mapping[int, Sequence[Instance]], features: Mapping[int
     return MemoryBank(tuple(chosen), stacked, labels, unit(prototypes))
 
 
-def reference_features(
-    encoders: Mapping[str, Encoder], dataset: CocoDataset, instances: Sequence[Instance], folder: Path | None = None
-) -> dict[str, dict[int, Features]]:
-    """``(C,)`` feature of each instance, by encoder and instance id (see :func:`pooled_features`)."""
-    by_image: dict[int, list[Instance]] = {}
-    for instance in instances:
-        by_image.setdefault(instance.image_id, []).append(instance)
-    rles = {image_id: [i.rle for i in found] for image_id, found in by_image.items()}
-    features = pooled_features(encoders, dataset, rles, folder)
-    return {
-        name: {
-            i.id: vector for image_id, found in by_image.items() for i, vector in zip(found, f[image_id], strict=True)
-        }
-        for name, f in features.items()
-    }
+# --------------------------------------------------------------------------------------------------------- scores
 
 
-def class_scores(bank: MemoryBank, features: Features, settings: MatchSettings) -> NDArray[np.float32]:
-    """``(N, K)`` scores, 0-1, of ``(N, C)`` unit features for every class of the bank."""
-    if settings.scoring == "nearest":
-        cosines = features @ bank.features.T
-        best = [cosines[:, bank.labels == label].max(1) for label in range(len(bank.category_ids))]
-        return np.stack(best, axis=1).clip(min=0)
-    if settings.scoring == "centred":
-        mean = bank.prototypes.mean(0)
-        return (unit(features - mean) @ unit(bank.prototypes - mean).T).clip(min=0)
+def _nearest(bank: MemoryBank, features: Features) -> Features:
+    cosines = features @ bank.features.T
+    return np.stack([cosines[:, bank.labels == label].max(1) for label in range(len(bank.category_ids))], axis=1)
+
+
+def _softmax(bank: MemoryBank, features: Features) -> Features:
     cosines = features @ bank.prototypes.T
-    if settings.scoring == "prototype":
-        return cosines.clip(min=0)
-    powers = np.exp((cosines - cosines.max(1, keepdims=True)) / settings.temperature)
+    powers = np.exp((cosines - cosines.max(1, keepdims=True)) / TEMPERATURE)
     return powers / powers.sum(1, keepdims=True)
 
 
-# ------------------------------------------------------------------------------------------------------- matching
+def _centred(bank: MemoryBank, features: Features) -> Features:
+    mean = bank.prototypes.mean(0)
+    return unit(features - mean) @ unit(bank.prototypes - mean).T
 
 
-def match(
-    image_id: int, proposals: Proposals, features: Features, bank: MemoryBank, settings: MatchSettings | None = None
-) -> list[Result]:
-    """The classified, ranked instances of one image; none where there are no proposals."""
-    settings = settings or MatchSettings()
-    scores = class_scores(bank, features, settings)
-    categories = np.array(bank.category_ids)[scores.argmax(1)] if len(scores) else np.empty(0, int)
-    return ranked(image_id, proposals, features, categories, scores.max(1, initial=0), settings)
+SCORINGS: Mapping[str, Callable[[MemoryBank, Features], Features]] = {
+    "prototype": lambda bank, features: features @ bank.prototypes.T,  # cosine to the mean of the class
+    "nearest": _nearest,  # cosine to the class's nearest reference
+    "softmax": _softmax,  # over classes, of cosines to prototypes
+    "centred": _centred,  # cosine to the prototype, both less the mean of all prototypes
+}
 
 
-def ranked(
-    image_id: int,
-    proposals: Proposals,
-    features: Features,
-    categories: NDArray[np.int64],
-    scores: NDArray[np.floating[Any]],
-    settings: MatchSettings,
-) -> list[Result]:
-    """COCO results of labelled proposals after per-class NMS and merging, best score first.
+def _shrunk(most: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.sqrt((1 - most).clip(min=0))
+
+
+# What a mask's score is multiplied by, from the largest share of it inside a better mask of its class.
+MERGINGS: Mapping[str, Callable[[NDArray[np.float64]], NDArray[Any]]] = {
+    "none": np.ones_like,
+    "hard": lambda most: most <= 0.5,
+    "soft": _shrunk,
+    "semantic_soft": _shrunk,
+}
+
+
+def class_scores(bank: MemoryBank, features: Features, scoring: str = "prototype") -> Features:
+    """`(N, K)` scores, 0-1, of `(N, C)` unit features for every class of the bank.
 
     Args:
-        categories: ``(N,)`` category id of each proposal.
-        scores: ``(N,)``.
+        scoring: a name of `SCORINGS`.
+
+    Raises:
+        StudyError: no such scoring.
     """
-    quality = torch.as_tensor(proposals.predicted_iou)
-    kept = batched_nms(torch.as_tensor(proposals.boxes), quality, torch.as_tensor(categories), settings.nms).numpy()
-    kept = kept[np.argsort(-scores[kept], kind="stable")]
-    rles = [proposals.rles[row] for row in kept.tolist()]
-    final = merged_scores(rles, features[kept], categories[kept], scores[kept], settings.merging)
-    order = [row for row in np.argsort(-final, kind="stable").tolist() if final[row] > 0][: settings.max_detections]
-    return [
-        result_of(image_id, int(categories[kept[row]]), rles[row], proposals.boxes[kept[row]], final[row])
-        for row in order
-    ]
+    if scoring not in SCORINGS:
+        raise StudyError(f"scoring is {scoring!r}: choose from {', '.join(SCORINGS)}")
+    return SCORINGS[scoring](bank, features).clip(min=0)
 
 
 def merged_scores(
@@ -328,16 +289,21 @@ def merged_scores(
     scores: NDArray[np.floating[Any]],
     merging: str,
 ) -> NDArray[np.float64]:
-    """Scores ``(N,)`` after merging, for masks ranked best first; 0 marks a mask that is dropped.
+    """Scores `(N,)` after merging, for masks ranked best first; 0 marks a mask that is dropped.
 
     With IoS_ij = |M_i and M_j| / |M_i| the share of mask i inside a better-ranked mask j of its class:
 
-    - ``none``: as they are;
-    - ``hard``: dropped where the largest IoS exceeds one half;
-    - ``soft``: times sqrt(1 - largest IoS);
-    - ``semantic_soft``: the same with IoS_ij times max(0, f_i . f_j): a part that looks unlike the whole is kept
+    - `none`: as they are;
+    - `hard`: dropped where the largest IoS exceeds one half;
+    - `soft`: times sqrt(1 - largest IoS);
+    - `semantic_soft`: the same with IoS_ij times max(0, f_i . f_j): a part that looks unlike the whole is kept
       (arXiv 2507.02798).
+
+    Raises:
+        StudyError: no such merging.
     """
+    if merging not in MERGINGS:
+        raise StudyError(f"merging is {merging!r}: choose from {', '.join(MERGINGS)}")
     final = scores.astype(np.float64)
     if merging == "none":
         return final  # without asking which mask lies in which
@@ -351,8 +317,62 @@ def merged_scores(
     return final
 
 
+# ------------------------------------------------------------------------------------------------------- matching
+
+
+def match(
+    image_id: int,
+    proposals: Proposals,
+    features: Features,
+    bank: MemoryBank,
+    scoring: str = "prototype",
+    merging: str = "none",
+    nms: float = 0.5,
+) -> list[Result]:
+    """The classified, ranked instances of one image; none where there are no proposals.
+
+    Args:
+        features: `(N, C)` of the proposals, of unit length.
+        scoring, merging: names of `SCORINGS` and `MERGINGS`.
+        nms: see `ranked`.
+    """
+    scores = class_scores(bank, features, scoring) if len(features) else np.empty((0, len(bank.category_ids)))
+    categories = np.array(bank.category_ids)[scores.argmax(1)]
+    return ranked(image_id, proposals, features, categories, scores.max(1), merging, nms)
+
+
+def ranked(
+    image_id: int,
+    proposals: Proposals,
+    features: Features,
+    categories: NDArray[np.int64],
+    scores: NDArray[np.floating[Any]],
+    merging: str = "none",
+    nms: float = 0.5,
+    max_detections: int = 100,
+) -> list[Result]:
+    """COCO results of labelled proposals after per-class NMS and merging, best score first.
+
+    Args:
+        categories: `(N,)` category id of each proposal.
+        scores: `(N,)`.
+        nms: within a class, of two boxes with a higher IoU the one with the better predicted IoU stays.
+        max_detections: the best-scored that are kept.
+    """
+    quality = torch.as_tensor(proposals.predicted_iou)
+    alone = batched_nms(torch.as_tensor(proposals.boxes), quality, torch.as_tensor(categories), nms).numpy()
+    alone = alone[np.argsort(-scores[alone], kind="stable")]
+    rles = [proposals.rles[row] for row in alone.tolist()]
+    final = merged_scores(rles, features[alone], categories[alone], scores[alone], merging)
+    order = [row for row in np.argsort(-final, kind="stable").tolist() if final[row] > 0][:max_detections]
+    return [
+        result_of(image_id, int(categories[alone[row]]), rles[row], proposals.boxes[alone[row]], final[row])
+        for row in order
+    ]
+
+
 def result_of(image_id: int, category_id: int, rle: Rle, box: NDArray[np.float64], score: float) -> Result:
-    """One entry of a COCO result file."""
+    """One entry of a COCO result file; `box` is x0, y0, x1, y1."""
     x0, y0, x1, y1 = (float(v) for v in box)
     xywh = [x0, y0, x1 - x0, y1 - y0]
     return {"image_id": image_id, "category_id": category_id, "bbox": xywh, "segmentation": rle, "score": float(score)}

@@ -1,22 +1,15 @@
 """Proposals: every object's mask without its name, by prompting SAM or SAM 2 with a grid of points.
 
-The same masks as the packages' automatic mask generators without crops (settings have the same meaning), but several
-times faster: see `decoder`; masks stay small until predicted IoU has chosen among
-them, and are encoded by pycocotools instead of in Python.
-
-Proposals are stored one file per image, whole or not at all, so a killed run goes on where it stopped. Several
-processes share the work:
-
-    torchrun --nproc-per-node 8 -m samantics.training_free.proposals --annotations x.json --images folder --encoder sam
+The masks are those of the packages' automatic mask generators without crops, and the settings mean the same, but they
+come several times faster: see `decoder`. Masks stay small until their predicted IoU has chosen among them.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
-import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +21,8 @@ from torch import Tensor
 from torchvision.ops import nms
 from tqdm.auto import tqdm
 
-from samantics.cache import cache_dir, hash_value, remove_leftovers, write_json
-from samantics.data.coco import CocoDataset, Rle, load_coco, mask_of, read_image, rles_of
+from samantics.cache import cache_dir, hash_value, reading, remove_leftovers, write_json
+from samantics.data.coco import CocoDataset, Instance, Rle, load_coco, mask_of, read_image, rles_of
 from samantics.errors import StudyError
 from samantics.models.encoder import Encoder, load_encoder
 from samantics.training_free.decoder import MASK_THRESHOLD, EncodedImage, PointDecoder, encode_image
@@ -37,6 +30,7 @@ from samantics.training_free.decoder import MASK_THRESHOLD, EncodedImage, PointD
 FORMAT = 1  # of the files; raised when the same settings would give other proposals
 TOKENS_AT_ONCE = {"cpu": 4 * 4096, "cuda": 64 * 4096}  # on a CPU, what fits its cache; image tokens over all prompts
 PIXELS_AT_ONCE = 4_000_000
+ARRAYS = ("boxes", "predicted_iou", "stability", "points")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +62,10 @@ class Proposals:
 
     Attributes:
         size: height and width of the image, pixels.
-        rles: ``N`` masks as COCO run lengths, at the image's resolution.
-        boxes: ``(N, 4)`` x0, y0, x1, y1 in pixels, tight around the masks.
-        predicted_iou, stability: ``(N,)``.
-        points: ``(N, 2)`` the prompts, x, y in pixels.
+        rles: `N` masks as COCO run lengths, at the image's resolution.
+        boxes: `(N, 4)` x0, y0, x1, y1 in pixels, tight around the masks.
+        predicted_iou, stability: `(N,)`.
+        points: `(N, 2)` the prompts, x, y in pixels.
     """
 
     size: tuple[int, int]
@@ -86,26 +80,30 @@ class Proposals:
 
     @property
     def masks(self) -> NDArray[np.bool_]:
-        """``(N, height, width)``; decoded on every call, so a list of images keeps its memory small."""
+        """`(N, height, width)`; decoded on every call, so a list of images keeps its memory small."""
         return np.array([mask_of(rle) for rle in self.rles], bool).reshape(len(self), *self.size)
 
     def select(self, rows: NDArray[Any]) -> Proposals:
         """The proposals at these positions, in that order."""
-        rles = tuple(self.rles[int(row)] for row in rows)
         return Proposals(
-            self.size, rles, self.boxes[rows], self.predicted_iou[rows], self.stability[rows], self.points[rows]
+            self.size, tuple(self.rles[int(row)] for row in rows), *(getattr(self, name)[rows] for name in ARRAYS)
         )
 
 
 def point_grid(per_side: int, size: tuple[int, int]) -> NDArray[np.float64]:
-    """``(per_side ** 2, 2)`` x, y in pixels of an image of ``size`` (height, width), by rows."""
+    """`(per_side ** 2, 2)` x, y in pixels of an image of `size` (height, width), by rows."""
     steps = (np.arange(per_side) + 0.5) / per_side
     x, y = np.meshgrid(steps * size[1], steps * size[0])
     return np.stack([x.ravel(), y.ravel()], axis=1)
 
 
 def propose(model: Any, image: Image.Image, settings: ProposalSettings | None = None) -> Proposals:
-    """Masks of everything in an RGB image, by a ``Sam`` or a ``SAM2Base``.
+    """Masks of everything in an image.
+
+    Args:
+        model: a `Sam` or a `SAM2Base`.
+        image: RGB.
+        settings: SAM's own where None.
 
     Raises:
         StudyError: the model has no mask decoder.
@@ -115,64 +113,75 @@ def propose(model: Any, image: Image.Image, settings: ProposalSettings | None = 
 
 @torch.inference_mode()
 def propose_encoded(image: EncodedImage, settings: ProposalSettings) -> Proposals:
-    """:func:`propose` for an image that is encoded already."""
+    """`propose` for an image that is encoded already."""
     decoder = PointDecoder(image)
     points = point_grid(settings.points_per_side, image.size)
     tokens = image.embedding.shape[1] * image.embedding.shape[2]
     batch = max(1, TOKENS_AT_ONCE["cuda" if image.embedding.is_cuda else "cpu"] // tokens)
-    parts = [_kept(decoder, points[start : start + batch], settings) for start in range(0, len(points), batch)]
-    whole = Proposals(
-        image.size,
-        tuple(rle for part in parts for rle in part.rles),
-        *(
-            np.concatenate([getattr(part, name) for part in parts])
-            for name in ("boxes", "predicted_iou", "stability", "points")
-        ),
-    )
+    starts = range(0, len(points), batch)
+    parts = [part for start in starts for part in _masks_at(decoder, points[start : start + batch], settings)]
+    whole = _joined(image.size, parts)
     # float32, and boxes whose far sides are the last pixels: as the packages rank and compare them
     boxes = torch.as_tensor(whole.boxes - (0, 0, 1, 1), dtype=torch.float32)
     best = nms(boxes, torch.as_tensor(whole.predicted_iou, dtype=torch.float32), settings.box_nms)
     return whole.select(best.numpy())
 
 
-def _kept(decoder: PointDecoder, points: NDArray[np.float64], settings: ProposalSettings) -> Proposals:
-    """The masks at ``(P, 2)`` points that pass both thresholds."""
+def _masks_at(decoder: PointDecoder, points: NDArray[np.float64], settings: ProposalSettings) -> Iterator[Proposals]:
+    """The masks at `(P, 2)` points that pass both thresholds, as many at a time as fit memory at full resolution."""
     decoded = decoder.decode(points)
     promising = (decoded.predicted_iou > settings.predicted_iou) | (settings.predicted_iou <= 0)
     low = decoder.low_logits(decoded, promising)
-    height, width = decoder.image.size
-    share = max(1, PIXELS_AT_ONCE // (height * width))
-    parts = [_full(decoder.image, low[start : start + share], settings) for start in range(0, len(low), share)]
-    rows = np.concatenate([part[0] for part in parts]) if parts else np.empty(0, bool)
-    owner = np.repeat(points, 3, axis=0)[promising.flatten().cpu().numpy()]
-    return Proposals(
-        decoder.image.size,
-        tuple(rle for part in parts for rle in part[3]),
-        np.concatenate([part[2] for part in parts]) if parts else np.empty((0, 4)),
-        decoded.predicted_iou[promising].cpu().double().numpy()[rows],
-        np.concatenate([part[1] for part in parts]) if parts else np.empty(0),
-        owner[rows],
+    predicted_iou = decoded.predicted_iou[promising].cpu().double().numpy()
+    prompts = np.repeat(points, 3, axis=0)[promising.flatten().cpu().numpy()]
+    size = decoder.image.size
+    share = max(1, PIXELS_AT_ONCE // (size[0] * size[1]))
+    for start in range(0, len(low), share):
+        part = slice(start, start + share)
+        rows, rles, boxes, stability = _stable_masks(decoder.image.full_logits(low[part]), settings)
+        yield Proposals(size, tuple(rles), boxes, predicted_iou[part][rows], stability, prompts[part][rows])
+
+
+def _stable_masks(
+    logits: Tensor, settings: ProposalSettings
+) -> tuple[NDArray[np.bool_], list[Rle], NDArray[np.float64], NDArray[np.float64]]:
+    """Of `(M, width, height)` logits: which are stable and not empty `(M,)`; their run lengths, boxes and stability."""
+    inner, outer = (
+        (logits > MASK_THRESHOLD + offset).sum((1, 2))
+        for offset in (settings.stability_offset, -settings.stability_offset)
     )
-
-
-def _full(
-    image: EncodedImage, low: Tensor, settings: ProposalSettings
-) -> tuple[NDArray[np.bool_], NDArray[np.float64], NDArray[np.float64], list[Rle]]:
-    """Of ``(M, 4h, 4w)`` logits: which are stable and not empty ``(M,)``; their stability, boxes and run lengths."""
-    logits = image.full_logits(low)  # (M, width, height)
-    counts = [
-        (logits > MASK_THRESHOLD + o).sum((1, 2)) for o in (settings.stability_offset, -settings.stability_offset)
-    ]
-    stability = counts[0] / counts[1]
+    stability = inner / outer
     masks = logits > MASK_THRESHOLD
     columns, rows = masks.any(2), masks.any(1)
     good = columns.any(1) & ~(stability < settings.stability)
-    found = [side[good].cpu().numpy() for side in (columns, rows)]
-    low_ends = [side.argmax(1) for side in found]
-    high_ends = [side.shape[1] - side[:, ::-1].argmax(1) for side in found]
-    boxes = np.stack([*low_ends, *high_ends], axis=1).astype(np.float64)
+    sides = [side[good].cpu().numpy() for side in (columns, rows)]
+    ends = [side.argmax(1) for side in sides] + [side.shape[1] - side[:, ::-1].argmax(1) for side in sides]
     rles = rles_of(masks[good].transpose(1, 2).cpu().numpy())
-    return good.cpu().numpy(), stability[good].cpu().double().numpy(), boxes, rles
+    boxes = np.stack(ends, axis=1).astype(np.float64)
+    return good.cpu().numpy(), rles, boxes, stability[good].cpu().double().numpy()
+
+
+def _joined(size: tuple[int, int], parts: Sequence[Proposals]) -> Proposals:
+    none = Proposals(size, (), np.empty((0, 4)), np.empty(0), np.empty(0), np.empty((0, 2)))
+    arrays = (np.concatenate([getattr(part, name) for part in (none, *parts)]) for name in ARRAYS)
+    return Proposals(size, tuple(rle for part in parts for rle in part.rles), *arrays)
+
+
+def objects_of(dataset: CocoDataset, image_id: int) -> list[Instance]:
+    """The objects of an image that count: no crowds."""
+    return [instance for instance in dataset.by_image[image_id] if not instance.crowd]
+
+
+def true_masks(dataset: CocoDataset) -> dict[int, Proposals]:
+    """The annotated masks as proposals of perfect quality, by image id."""
+    found = {}
+    for image_id, record in dataset.images.items():
+        objects = objects_of(dataset, image_id)
+        boxes = np.array([instance.box for instance in objects], np.float64).reshape(-1, 4)
+        ones, centres = np.ones(len(objects)), (boxes[:, :2] + boxes[:, 2:]) / 2
+        rles = tuple(instance.rle for instance in objects)
+        found[image_id] = Proposals((record.height, record.width), rles, boxes, ones, ones, centres)
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------- storing
@@ -191,7 +200,8 @@ def compute_proposals(
 ) -> Path:
     """Propose and store for every image that has no stored proposals yet; returns their folder.
 
-    Under ``torchrun`` each process does its share. What is finished stays when a later image fails.
+    Proposals are stored one file an image, whole or not at all, so a killed run goes on where it stopped. Under
+    `torchrun` each process does its share.
 
     Raises:
         StudyError: an image cannot be read; the model has no mask decoder.
@@ -199,10 +209,12 @@ def compute_proposals(
     folder = proposals_folder(encoder, dataset, settings, root)
     remove_leftovers(folder)
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    share = list(dataset.images)[rank::world]
-    missing = [image_id for image_id in share if not _file(folder, image_id).is_file()]
-    for image_id in tqdm(missing, desc=f"proposals of {encoder.name}", disable=not missing, mininterval=1):
-        _write(propose(encoder.model, read_image(dataset, image_id), settings), _file(folder, image_id))
+    files = {image_id: folder / f"{image_id}.json" for image_id in list(dataset.images)[rank::world]}
+    missing = {image_id: path for image_id, path in files.items() if not path.is_file()}
+    for image_id, path in tqdm(missing.items(), desc=f"proposals of {encoder.name}", disable=not missing, mininterval=1):
+        found = propose(encoder.model, read_image(dataset, image_id), settings)
+        arrays = {name: getattr(found, name).tolist() for name in ARRAYS}
+        write_json(path, {"size": found.size, "counts": [rle["counts"] for rle in found.rles], **arrays})
     return folder
 
 
@@ -212,55 +224,40 @@ def get_proposals(
     """Proposals of every image by its id: stored ones, and the missing ones computed first.
 
     Raises:
-        StudyError: as :func:`compute_proposals`; a stored file is damaged.
+        StudyError: as `compute_proposals`; a stored file is damaged.
     """
     folder = compute_proposals(encoder, dataset, settings, root)
-    return {image_id: _read(_file(folder, image_id)) for image_id in dataset.images}
-
-
-def _file(folder: Path, image_id: int) -> Path:
-    return folder / f"{image_id}.json"
-
-
-def _write(proposals: Proposals, path: Path) -> None:
-    arrays = {name: getattr(proposals, name).tolist() for name in ("boxes", "predicted_iou", "stability", "points")}
-    write_json(path, {"size": proposals.size, "counts": [rle["counts"] for rle in proposals.rles], **arrays})
+    return {image_id: _read(folder / f"{image_id}.json") for image_id in dataset.images}
 
 
 def _read(path: Path) -> Proposals:
-    try:
+    with reading(path):
         content = json.loads(path.read_text(encoding="utf-8"))
-        size = (int(content["size"][0]), int(content["size"][1]))
-        rles = tuple({"size": list(size), "counts": counts} for counts in content["counts"])
-        arrays = {
-            name: np.array(content[name], np.float64) for name in ("boxes", "predicted_iou", "stability", "points")
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StudyError(f"{path} is damaged: delete it and run again, which redoes this image only") from error
-    arrays["boxes"], arrays["points"] = arrays["boxes"].reshape(-1, 4), arrays["points"].reshape(-1, 2)
-    return Proposals(size, rles, **arrays)
+        height, width = (int(side) for side in content["size"])
+        arrays = {name: np.array(content[name], np.float64) for name in ARRAYS}
+        arrays |= {"boxes": arrays["boxes"].reshape(-1, 4), "points": arrays["points"].reshape(-1, 2)}
+        rles = tuple({"size": [height, width], "counts": counts} for counts in content["counts"])
+        return Proposals((height, width), rles, **arrays)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Store the proposals of a COCO data set; one process per GPU under ``torchrun``."""
-    parser = argparse.ArgumentParser(prog="python -m samantics.training_free.proposals", description=main.__doc__)
-    parser.add_argument("--annotations", required=True, help="COCO JSON of the images (annotations may be missing)")
-    parser.add_argument("--images", required=True, help="their folder")
-    parser.add_argument("--encoder", default="sam", choices=("sam", "sam2"))
-    parser.add_argument("--weights", default="zoo")
-    for field in dataclasses.fields(ProposalSettings):
-        parser.add_argument("--" + field.name.replace("_", "-"), type=type(field.default), default=field.default)
-    options = vars(parser.parse_args(arguments))
+def propose_files(
+    annotations: Path | str,
+    images: Path | str,
+    encoder: str = "sam",
+    weights: str = "zoo",
+    settings: ProposalSettings | None = None,
+) -> Path:
+    """Store the proposals of a COCO data set in the cache, one process per GPU under `torchrun`; returns their folder.
+
+    Args:
+        annotations: COCO JSON of the images; it needs no annotations.
+        images: their folder.
+        encoder: `sam` or `sam2`.
+        weights: see `load_encoder`.
+
+    Raises:
+        StudyError: the files or the weights cannot be used.
+    """
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    settings = ProposalSettings(**{field.name: options[field.name] for field in dataclasses.fields(ProposalSettings)})
-    try:
-        encoder = load_encoder(options["encoder"], options["weights"], device)
-        print(compute_proposals(encoder, load_coco(options["annotations"], options["images"]), settings))
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    dataset = load_coco(annotations, images)
+    return compute_proposals(load_encoder(encoder, weights, device), dataset, settings or ProposalSettings())
