@@ -11,7 +11,7 @@ import pytest
 from samantics.data import coco
 from samantics.metrics.coco_ap import Result, evaluate
 from samantics.training_free import diagnosis
-from samantics.training_free.proposals import Proposals
+from samantics.training_free.proposals import Proposals, objects_of, true_masks
 
 BOXES = [(0, 0, 20, 20), (30, 0, 50, 20), (0, 30, 20, 50), (40, 40, 58, 58)]
 
@@ -52,14 +52,14 @@ RESULTS = [
 def test_verdicts() -> None:
     found = diagnosis.verdicts(scene(), RESULTS)
     kinds = ["correct", "duplicate", "class", "location", "both", "background", "background"]
-    assert [verdict.kind for verdict in found] == kinds
-    assert [None if v.object is None else v.object.id for v in found] == [1, None, 2, 3, None, None, None]
+    assert found["kind"].tolist() == kinds
+    assert [None if o is None else o.id for o in found["object"]] == [1, None, 2, 3, None, None, None]
     assert {i.id for i in diagnosis.missed_objects(scene(), found)} == {4}
 
 
 def test_better_scored_results_take_the_object() -> None:
     found = diagnosis.verdicts(scene(), [result(BOXES[0], 1, 0.1), result((1, 0, 21, 20), 1, 0.8)])
-    assert [verdict.kind for verdict in found] == ["duplicate", "correct"]
+    assert found["kind"].tolist() == ["duplicate", "correct"]
 
 
 def test_error_table() -> None:
@@ -78,7 +78,7 @@ def test_no_errors_in_the_truth() -> None:
     truth = [result(box, 1 + n // 2, 1.0) for n, box in enumerate(BOXES)]
     table = diagnosis.error_table(dataset, truth, diagnosis.verdicts(dataset, truth))
     assert table["count"].sum() == 0 and np.allclose(table["gain"], 0)
-    everything = diagnosis.error_table(dataset, [], [])
+    everything = diagnosis.error_table(dataset, [], diagnosis.verdicts(dataset, []))
     assert everything.set_index("kind")["count"].to_dict()["missed"] == 4
 
 
@@ -99,7 +99,7 @@ def test_oracles() -> None:
     assert all(r["score"] > 0 for r in named)
     best = diagnosis.best_masks(dataset, found)
     assert evaluate(dataset, best, "segm").metrics["AP50"] == pytest.approx(100)
-    true = diagnosis.true_masks(dataset)
+    true = true_masks(dataset)
     assert len(true[1]) == 4 and len(true[2]) == 0
     assert evaluate(dataset, diagnosis.best_masks(dataset, true), "segm").ap == pytest.approx(100)
 
@@ -108,7 +108,7 @@ def test_recall_ceiling() -> None:
     dataset = scene()
     covered = diagnosis.covered(dataset, {1: proposals([*BOXES[:2], (40, 40, 58, 52)]), 2: proposals([])})
     assert covered["iou"].tolist() == pytest.approx([1, 1, 0, 12 / 18])
-    assert diagnosis.recall(covered["iou"].to_numpy()) == pytest.approx(100 * (1 + 1 + 0 + 0.4) / 4)
+    assert diagnosis.recall(covered) == pytest.approx(100 * (1 + 1 + 0 + 0.4) / 4)
     low, high = diagnosis.recall_interval(covered)
     assert low <= 60 <= high
     boxes = diagnosis.covered(dataset, {1: proposals(BOXES)}, "bbox")
@@ -121,5 +121,17 @@ def test_crowds_do_not_count() -> None:
     with_crowd = coco.CocoDataset(
         dataset.path, dataset.folder, dataset.images, dataset.categories, (*dataset.instances, crowd), annotated=True
     )
-    assert len(diagnosis.objects_of(with_crowd, 1)) == 4
+    assert len(objects_of(with_crowd, 1)) == 4
     assert crowd not in diagnosis.missed_objects(with_crowd, diagnosis.verdicts(with_crowd, []))
+
+
+def test_best_results_and_order_of_images() -> None:
+    """Image 1 has four objects, so its four best-scored results count; image 2 has none."""
+    dataset = scene()
+    best = diagnosis.best_results(dataset, diagnosis.verdicts(dataset, RESULTS[::-1]))
+    assert best["kind"].tolist() == ["correct", "duplicate", "class", "location"]
+    assert best.index.tolist() == [6, 5, 4, 3]
+    order = diagnosis.ranked_images(dataset, best)
+    assert order.to_numpy().tolist() == [[1, 4, 1, 0.25]]
+    assert len(diagnosis.ranked_images(dataset, best, least=99)) == 1  # those with the most objects stand for them
+    assert diagnosis.confusions(best, dataset.categories).to_numpy().tolist() == [["cat", "dog", 1]]

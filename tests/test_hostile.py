@@ -261,7 +261,8 @@ def test_pictures_of_extreme_shape_give_finite_inputs_features_and_masks(size: t
     found = get_proposals(encoders["sam"], dataset, ProposalSettings(2, 0.0, 0.0), tmp_path)[7]
     assert len(found) and (found.boxes[:, 2:] <= size).all() and (found.boxes[:, 2:] > found.boxes[:, :2]).all()
     features = pooled_features(encoders, dataset, {7: found.rles})
-    assert all(np.isfinite(vectors[7]).all() and vectors[7].any(axis=1).all() for vectors in features.values())
+    vectors = [features.of(name, 7) for name in encoders]
+    assert all(np.isfinite(v).all() and v.any(axis=1).all() for v in vectors)
     for name in ("sam", "sam2", "clip", "dinov2"):
         assert official.OFFICIAL[name].own(open_image(tmp_path / "a.png")).isfinite().all()
 

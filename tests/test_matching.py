@@ -21,7 +21,7 @@ from samantics.errors import StudyError
 from samantics.models.encoder import Encoder, load_encoder
 from samantics.models.preprocessing import Geometry, Preprocessing
 from samantics.training_free import matching
-from samantics.training_free.matching import MatchSettings, MemoryBank
+from samantics.training_free.matching import MemoryBank
 from samantics.training_free.proposals import Proposals
 
 
@@ -104,7 +104,7 @@ def small_bank() -> MemoryBank:
 def test_scores(scoring: str) -> None:
     bank = small_bank()
     features = matching.unit(np.array([[1.0, 0.2, 0], [0, 0.6, 0.8], [-1, 0, 0]]))
-    scores = matching.class_scores(bank, features, MatchSettings(scoring=scoring))
+    scores = matching.class_scores(bank, features, scoring)
     assert scores.shape == (3, 2) and (scores >= 0).all() and (scores <= 1 + 1e-6).all()
     assert scores[:2].argmax(1).tolist() == [0, 1]
     if scoring == "nearest":
@@ -121,7 +121,7 @@ def test_centred_scores_do_not_see_a_direction_that_all_features_share() -> None
     features = np.array([[1.0, 0.2, 0], [0, 0.6, 0.8]])
     drowned = dataclasses.replace(bank, prototypes=matching.unit(bank.prototypes + shared))
     plain, centred = (
-        matching.class_scores(drowned, matching.unit(features + shared), MatchSettings(scoring=scoring))
+        matching.class_scores(drowned, matching.unit(features + shared), scoring)
         for scoring in ("prototype", "centred")
     )
     assert np.ptp(plain) < 0.01
@@ -139,8 +139,9 @@ def test_match_takes_the_best_class_and_thins_out_per_class() -> None:
     assert sum(r["category_id"] == 20 for r in found) == 1  # another class does not suppress it
     assert [r["score"] for r in found] == sorted((r["score"] for r in found), reverse=True)
     assert all(r["image_id"] == 7 for r in found)
-    few = matching.match(7, proposals_of(boxes), features, small_bank(), MatchSettings(max_detections=1))
-    assert len(few) == 1
+    scores, categories = np.linspace(1, 0.7, 4), np.full(4, 10)
+    few = matching.ranked(7, proposals_of(boxes), features, categories, scores, max_detections=1)
+    assert [r["score"] for r in few] == [1.0]
 
 
 def test_nms_keeps_what_a_plain_loop_keeps() -> None:
@@ -153,7 +154,7 @@ def test_nms_keeps_what_a_plain_loop_keeps() -> None:
     quality = (rng.permutation(80) + 1) / 80
     proposals = proposals_of(boxes, (100, 100), quality=quality.tolist())
     classes = rng.integers(0, 3, 80)
-    found = matching.ranked(1, proposals, np.zeros((80, 1), np.float32), classes, quality, MatchSettings())
+    found = matching.ranked(1, proposals, np.zeros((80, 1), np.float32), classes, quality)
     kept: list[int] = []
     for row in np.argsort(-quality):
         iou = box_iou(np.array([boxes[row]], float), [boxes[k] for k in kept if classes[k] == classes[row]])
@@ -185,9 +186,9 @@ def test_merging_by_hand() -> None:
 
 def test_unknown_settings() -> None:
     with pytest.raises(StudyError, match="merging is 'firm': choose from none, hard"):
-        MatchSettings(merging="firm")
+        matching.merged_scores([], np.zeros((0, 3), np.float32), np.empty(0, int), np.empty(0), "firm")
     with pytest.raises(StudyError, match="scoring is 'best': choose from prototype"):
-        MatchSettings(scoring="best")
+        matching.class_scores(small_bank(), np.zeros((1, 3), np.float32), "best")
 
 
 def test_features_are_kept_by_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,22 +207,24 @@ def test_features_are_kept_by_image(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(matching, "dense_maps", told)
 
-    def pooled() -> dict[str, dict[int, Any]]:
+    def pooled() -> dict[tuple[str, int], NDArray[np.float32]]:
         encoded.clear()
-        return {k: dict(f) for k, f in matching.pooled_features(encoders, dataset, masks, tmp_path / "files").items()}
+        found = matching.pooled_features(encoders, dataset, masks, tmp_path / "files")
+        return {(name, n): found.of(name, n) for name in encoders for n in masks}
 
     first = pooled()
-    assert len(encoded) == 6 and [len(f) for f in first["sam"].values()] == [len(rles) for rles in masks.values()]
+    assert len(encoded) == 6 and [len(first["sam", n]) for n in masks] == [len(rles) for rles in masks.values()]
     again = pooled()
-    assert not encoded and all(np.array_equal(again[k][n], f) for k, kept in first.items() for n, f in kept.items())
+    assert not encoded and all(np.array_equal(again[key], values) for key, values in first.items())  # the same files
     next((tmp_path / "files").iterdir()).unlink()
     again = pooled()
-    assert len(encoded) == 2 and all(
-        np.array_equal(again[k][n], f) for k, kept in first.items() for n, f in kept.items()
-    )
+    assert len(encoded) == 2
+    for key, values in first.items():
+        np.testing.assert_allclose(again[key], values, atol=1e-5)  # unit vectors, summed again
     masks[max(masks)] = masks[max(masks)][::-1]
-    turned = pooled()["sam"][max(masks)]
-    assert len(encoded) == 2 and np.array_equal(turned, first["sam"][max(masks)][::-1])
+    turned = pooled()["sam", max(masks)]
+    assert len(encoded) == 2
+    np.testing.assert_allclose(turned, first["sam", max(masks)][::-1], atol=1e-5)
     for path in (tmp_path / "files").iterdir():
         path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(StudyError, match="safetensors is damaged: delete it, and it is computed again"):

@@ -25,7 +25,6 @@ from samantics.training_free.proposals import (
     ProposalSettings,
     compute_proposals,
     get_proposals,
-    main,
     point_grid,
     proposals_folder,
     propose,
@@ -189,13 +188,3 @@ def test_processes_share_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv("RANK", rank)
         folder = compute_proposals(encoder, dataset, settings, tmp_path)
         assert sorted(path.name for path in folder.iterdir()) == names
-
-
-def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("SAMANTICS_CACHE", str(tmp_path / "cache"))
-    dataset = coco.write_mojiworld(SMALL, "test", 2, tmp_path / "scenes")
-    base = ["--weights", "zoo_random", "--points-per-side", "1", "--images", str(dataset.folder)]
-    assert main([*base, "--annotations", str(dataset.path)]) == 0
-    assert len(list(Path(capsys.readouterr().out.strip()).iterdir())) == 2
-    assert main([*base, "--annotations", "no.json"]) == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: no.json cannot be read")

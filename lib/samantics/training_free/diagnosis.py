@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -56,9 +56,7 @@ def oracle_table(pipeline: Pipeline, variant: Variant) -> pd.DataFrame:
     for iou_type in IOU_TYPES:
         best = covered(targets, found, iou_type)
         low, high = recall_interval(best)
-        rows.append(
-            {"oracle": "recall_ceiling", "iou_type": iou_type, "AR100": recall(best), "low": low, "high": high}
-        )
+        rows.append({"oracle": "recall_ceiling", "iou_type": iou_type, "AR100": recall(best), "low": low, "high": high})
     return pd.DataFrame(rows)[["oracle", "iou_type", "AP", "AR100", "low", "high"]]
 
 
@@ -109,7 +107,7 @@ def _hits(objects: pd.DataFrame) -> NDArray[np.float64]:
 
 
 def recall(objects: pd.DataFrame) -> float:
-    """Percent of the objects of `covered` that a proposal covers, averaged over COCO's thresholds: the ceiling of AR."""
+    """Percent of the objects of `covered` that a proposal covers, mean over COCO's thresholds: the ceiling of AR."""
     return 100 * float(_hits(objects).mean())
 
 
@@ -129,7 +127,7 @@ def size_table(pipeline: Pipeline, proposer: str = "sam") -> pd.DataFrame:
     """`size, objects, recall, low, high`: recall of the proposals by an object's share of the image."""
     best = covered(pipeline.data.targets, pipeline.proposals(proposer))
     rows = []
-    for least, most in zip(SIZES, SIZES[1:], strict=False):
+    for least, most in itertools.pairwise(SIZES):
         chosen = best[(best["share"] >= least) & (best["share"] < most)]
         if len(chosen):
             name = f"{100 * least:.0f}–{100 * most:.0f} %"
@@ -148,7 +146,7 @@ def verdicts(dataset: CocoDataset, results: Sequence[Result]) -> pd.DataFrame:
     nothing (IoU < 0.1). `object` is the annotated one that it found or, of a class or location error, was near to, else
     None. As COCO does, better-scored results take their objects first.
     """
-    table = pd.DataFrame(results, columns=["image_id", "category_id", "score"]).assign(kind="", object=None)
+    table = pd.DataFrame(results, columns=["image_id", "category_id", "score"])
     found: dict[int, tuple[str, Instance | None]] = {}
     for image_id, rows in table.sort_values("score", ascending=False, kind="stable").groupby("image_id"):
         objects = objects_of(dataset, int(str(image_id)))
@@ -160,8 +158,8 @@ def verdicts(dataset: CocoDataset, results: Sequence[Result]) -> pd.DataFrame:
             found[row] = (kind, objects[place] if kind in ("correct", "class", "location") else None)
             if kind == "correct":
                 free[place] = False
-    table[["kind", "object"]] = pd.DataFrame([found[row] for row in table.index], columns=["kind", "object"], dtype=object)
-    return table
+    judged = pd.DataFrame([found[row] for row in table.index], columns=["kind", "object"], dtype=object)
+    return table.join(judged)
 
 
 def _verdict(iou: NDArray[np.float64], same: NDArray[np.bool_], free: NDArray[np.bool_]) -> tuple[str, int]:

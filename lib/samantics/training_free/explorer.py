@@ -2,118 +2,113 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
+from samantics import plots
 from samantics.data.coco import read_image
 from samantics.errors import StudyError
 from samantics.models.encoder import Encoder
 from samantics.training_free.decoder import MASK_THRESHOLD, PointDecoder, encode_image
-from samantics.training_free.figures import click_figure, likeness_figure
-from samantics.training_free.matching import MatchSettings, class_scores, dense_maps, token_weights, uncropped, unit
+from samantics.training_free.matching import Features, class_scores, dense_maps, token_weights, uncropped, unit
 from samantics.training_free.pipeline import Pipeline
 
 Point = tuple[float, float]
 CELLS = 12  # clickable patches along a side of the image
 
 
+def features_at(encoder: Encoder, image: Image.Image, masks: NDArray[np.bool_]) -> tuple[Features, NDArray[np.float32]]:
+    """`(N, C)` features of unit length of `(N, height, width)` masks, and the map `(C, h, w)` they are means of."""
+    tokens = dense_maps(encoder, [image])[0]
+    weights = token_weights(masks, uncropped(encoder).preprocess.geometry(*image.size), tokens.shape[1:])
+    return unit(weights @ tokens.reshape(len(tokens), -1).T), tokens
+
+
 def likeness_map(encoder: Encoder, image: Image.Image, point: Point) -> NDArray[np.float32]:
-    """``(height, width)`` cosine of every pixel's feature to that of the pixel at ``point`` (x, y), not below 0.
+    """`(height, width)` cosine of every pixel's feature to that of the pixel at `point` (x, y), not below 0.
 
     Raises:
         StudyError: the point lies outside the image.
     """
     if not (0 <= point[0] < image.width and 0 <= point[1] < image.height):
-        raise StudyError(
-            f"the point {point} lies outside the image of {image.width}x{image.height} pixels: click inside"
-        )
-    tokens = dense_maps(encoder, [image])[0]
-    grid = (tokens.shape[1], tokens.shape[2])
-    features = unit(tokens.reshape(len(tokens), -1).T)
+        size = f"{image.width}x{image.height}"
+        raise StudyError(f"the point {point} lies outside the image of {size} pixels: click inside")
     here = np.zeros((1, image.height, image.width), bool)
     here[0, int(point[1]), int(point[0])] = True
+    clicked, tokens = features_at(encoder, image, here)
+    cosines = torch.from_numpy(unit(tokens.reshape(len(tokens), -1).T) @ clicked[0]).view(1, 1, *tokens.shape[1:])
     geometry = uncropped(encoder).preprocess.geometry(*image.size)
-    clicked = unit(token_weights(here, geometry, grid) @ features)[0]
-    whole = torch.from_numpy((features @ clicked).reshape(1, 1, *grid))
-    seen = geometry.seen
-    side = torch.nn.functional.interpolate(whole, (geometry.size, geometry.size), mode="bilinear", align_corners=False)
-    cut = side[..., seen[1] : seen[3], seen[0] : seen[2]]
-    shown = torch.nn.functional.interpolate(cut, (image.height, image.width), mode="bilinear", align_corners=False)
-    return shown[0, 0].numpy().clip(0, 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Clicked:
-    """SAM's three masks at a point.
-
-    Attributes:
-        masks: ``(3, height, width)``.
-        predicted_iou: ``(3,)``.
-        classes: name and score of the best class of each; an empty mask has none.
-    """
-
-    masks: NDArray[np.bool_]
-    predicted_iou: NDArray[np.float32]
-    classes: tuple[tuple[str, float], ...]
+    left, top, right, bottom = geometry.seen
+    resized = functools.partial(torch.nn.functional.interpolate, mode="bilinear", align_corners=False)
+    seen = resized(cosines, (geometry.size, geometry.size))[..., top:bottom, left:right]
+    return resized(seen, (image.height, image.width))[0, 0].numpy().clip(0, 1)
 
 
 @torch.inference_mode()
-def click(pipeline: Pipeline, image_id: int, point: Point, source: str = "dinov2") -> Clicked:
-    """What SAM cuts out at a point (x, y), and which class the references give each mask."""
+def click(
+    pipeline: Pipeline, image_id: int, point: Point, source: str = "dinov2"
+) -> tuple[NDArray[np.bool_], pd.DataFrame]:
+    """What SAM cuts out at a point (x, y): `(3, height, width)` masks, and `category, score, predicted_iou` of each."""
     image = read_image(pipeline.data.targets, image_id)
     encoded = encode_image(pipeline.models["sam"].model, image)
     decoder = PointDecoder(encoded)
     decoded = decoder.decode(np.array([point]))
-    low = decoder.low_logits(decoded, torch.ones(1, 3, dtype=torch.bool, device=decoded.predicted_iou.device))
+    low = decoder.low_logits(decoded, torch.ones_like(decoded.predicted_iou, dtype=torch.bool))
     masks = (encoded.full_logits(low) > MASK_THRESHOLD).transpose(1, 2).cpu().numpy()
-    names = tuple(_named(pipeline, image, mask, source) for mask in masks)
-    return Clicked(masks, decoded.predicted_iou[0].cpu().numpy(), names)
-
-
-def _named(pipeline: Pipeline, image: Image.Image, mask: NDArray[np.bool_], source: str) -> tuple[str, float]:
-    if not mask.any():
-        return "empty", 0.0
-    encoder = pipeline.models[source]
-    tokens = dense_maps(encoder, [image])[0]
-    geometry = uncropped(encoder).preprocess.geometry(*image.size)
-    weights = token_weights(mask[None], geometry, (tokens.shape[1], tokens.shape[2]))
-    bank = pipeline.bank(source, pipeline.run.scale.pipeline.shots)
-    scores = class_scores(bank, unit(weights @ tokens.reshape(len(tokens), -1).T), MatchSettings())[0]
-    best = int(scores.argmax())
-    return pipeline.data.names[bank.category_ids[best]], float(scores[best])
+    bank, filled = pipeline.bank(source, pipeline.run.scale.pipeline.shots), masks.any((1, 2))
+    scores = np.zeros((len(masks), len(bank.category_ids)), np.float32)
+    if filled.any():
+        scores[filled] = class_scores(bank, features_at(pipeline.models[source], image, masks[filled])[0])
+    names = [pipeline.data.names[bank.category_ids[best]] for best in scores.argmax(1)]
+    table = pd.DataFrame({"category": names, "score": scores.max(1)}).assign(
+        predicted_iou=decoded.predicted_iou[0].cpu().numpy()
+    )
+    table.loc[~filled, "category"] = "empty"
+    return masks, table
 
 
 def static_view(
     pipeline: Pipeline, image_id: int, point: Point, sources: Sequence[str] = ("dinov2", "clip", "sam2", "sam")
-) -> tuple[Figure, Figure, Clicked]:
-    """The likeness maps of a clicked patch, and SAM's three masks at that point with scores and classes."""
+) -> tuple[Figure, Figure, pd.DataFrame]:
+    """The likeness maps of a clicked patch, SAM's three masks at that point, and the table of `click`."""
     image = read_image(pipeline.data.targets, image_id)
-    maps = {name: likeness_map(pipeline.models[name], image, point) for name in sources}
-    found = click(pipeline, image_id, point)
-    masks = click_figure(image, point, found.masks, found.predicted_iou, found.classes)
-    return likeness_figure(image, point, maps), masks, found
+    maps = plots.image_grid({"": [image] * (len(sources) + 1)}, size=2.1)
+    maps.axes[0].set_title("the clicked patch", fontsize=9)
+    for axis, name in zip(maps.axes[1:], sources, strict=True):
+        values = likeness_map(pipeline.models[name], image, point)  # a scale for each: models differ in the cosines
+        axis.imshow(values, cmap="magma", interpolation="bilinear")
+        axis.set_title(f"{plots.LABELS[name]}: {values.min():.2f} to 1", fontsize=9, color=plots.COLOURS[name])
+    plots.headline(maps, "Cosine of every place to the clicked patch (bright: alike)")
+    found, table = click(pipeline, image_id, point)
+    masks = plots.image_grid({"": [image] * len(found)}, size=3.0)
+    for axis, mask, row in zip(masks.axes, found, table.itertuples(), strict=True):
+        plots.show_instances(axis, image, masks=[mask], tint=0.3)
+        axis.set_title(f"predicted IoU {row.predicted_iou:.2f}\n{row.category} ({row.score:.2f})", fontsize=9)
+    plots.headline(masks, "One click, three masks, each with its best class")
+    for axis in (*maps.axes, *masks.axes):
+        axis.plot(*point, "P", color="white", markeredgecolor="black", markersize=10)
+    return maps, masks, table
 
 
 def explore(pipeline: Pipeline) -> None:
     """Show the widget where somebody can click (Jupyter); do nothing in a run without a reader (papermill)."""
-    if "JPY_SESSION_NAME" not in os.environ:  # Jupyter's servers set it for the kernels that they start
-        return
-    from IPython.display import display
+    if "JPY_SESSION_NAME" in os.environ:  # Jupyter's servers set it for the kernels that they start
+        from IPython.display import display
 
-    display(widget(pipeline))
+        display(widget(pipeline))
 
 
 def widget(pipeline: Pipeline) -> object:
-    """A mosaic of the image's patches as buttons; a click on one draws :func:`static_view` for its centre."""
+    """A mosaic of the image's patches as buttons; a click on one draws `static_view` for its centre."""
     import ipywidgets
     from IPython.display import display
 

@@ -8,6 +8,7 @@ still weighs on its nearest tokens: no reference vanishes and nothing becomes Na
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ def pooled_features(
         counts = [(image_id, [rle["counts"] for rle in rles]) for image_id, rles in chosen.items()]
         path = folder / f"{hash_value([*key, counts])}.safetensors"
         if not path.is_file():  # else nothing is read yet
-            kept(path, lambda chosen=chosen: _pooled(encoders, dataset, chosen))
+            kept(path, functools.partial(_pooled, encoders, dataset, chosen))
         places |= dict.fromkeys(chosen, path)
     return MaskFeatures(places)
 

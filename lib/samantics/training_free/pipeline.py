@@ -26,7 +26,7 @@ from samantics.data.coco import (
 from samantics.errors import StudyError
 from samantics.metrics.coco_ap import IOU_TYPES, METRICS, Result, ap_interval, evaluate, perfect_results
 from samantics.models.encoder import Encoder, load_encoder
-from samantics.run import Run
+from samantics.run import Run, own_data
 from samantics.training_free.matching import (
     Features,
     MaskFeatures,
@@ -178,23 +178,22 @@ class Pipeline:
     def predict(self, variant: Variant, seed: int = 0) -> list[Result]:
         """Classified instances of all targets, as COCO results."""
         bank, nms = self.bank(variant.source, variant.shots, seed), 1.0 if variant.proposals == "truth" else 0.5
-        return [
-            result
-            for n, found in self.proposals(variant.proposals).items()
-            for result in match(
-                n, found, self.features(variant.proposals, variant.source, n), bank, variant.scoring, variant.merging, nms
-            )
-        ]
+        results = []
+        for image_id, found in self.proposals(variant.proposals).items():
+            features = self.features(variant.proposals, variant.source, image_id)
+            results += match(image_id, found, features, bank, variant.scoring, variant.merging, nms)
+        return results
 
 
 def start(run: Run, references: str = "", targets: str = "", images: str = "", weights: str = "") -> Pipeline:
-    """A pipeline on these files or, without any, on the scale's own data.
+    """A pipeline on these files (figures go to their own folder) or, without any, on the scale's own data.
 
     Raises:
         StudyError: see `load_data`; or a model's weights are missing.
     """
     settings = run.scale.pipeline
     data = load_data(run, references, targets, images)
+    run = own_data(run) if references else run
     limits = ProposalSettings(
         settings.points_per_side, settings.predicted_iou, settings.stability, box_nms=settings.box_nms
     )
@@ -241,7 +240,8 @@ def ap_row(targets: CocoDataset, runs: Sequence[Sequence[Result]], iou_type: str
     """COCO's nine figures, averaged over runs (None where no object has that size), and AP's interval."""
     evaluations = [evaluate(targets, results, iou_type) for results in runs]
     interval = ap_interval(evaluations)
-    known = {name: [e.metrics[name] for e in evaluations if e.metrics[name] is not None] for name in METRICS}
+    columns = {name: [e.metrics[name] for e in evaluations] for name in METRICS}
+    known = {name: [value for value in values if value is not None] for name, values in columns.items()}
     means = {name: float(np.mean(values)) if values else None for name, values in known.items()}
     return {"iou_type": iou_type, **means, "low": interval.low, "high": interval.high, "seeds": len(runs)}
 

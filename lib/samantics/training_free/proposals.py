@@ -22,9 +22,9 @@ from torchvision.ops import nms
 from tqdm.auto import tqdm
 
 from samantics.cache import cache_dir, hash_value, reading, remove_leftovers, write_json
-from samantics.data.coco import CocoDataset, Instance, Rle, load_coco, mask_of, read_image, rles_of
+from samantics.data.coco import CocoDataset, Instance, Rle, mask_of, read_image, rles_of
 from samantics.errors import StudyError
-from samantics.models.encoder import Encoder, load_encoder
+from samantics.models.encoder import Encoder
 from samantics.training_free.decoder import MASK_THRESHOLD, EncodedImage, PointDecoder, encode_image
 
 FORMAT = 1  # of the files; raised when the same settings would give other proposals
@@ -210,8 +210,8 @@ def compute_proposals(
     remove_leftovers(folder)
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     files = {image_id: folder / f"{image_id}.json" for image_id in list(dataset.images)[rank::world]}
-    missing = {image_id: path for image_id, path in files.items() if not path.is_file()}
-    for image_id, path in tqdm(missing.items(), desc=f"proposals of {encoder.name}", disable=not missing, mininterval=1):
+    missing = [(image_id, path) for image_id, path in files.items() if not path.is_file()]
+    for image_id, path in tqdm(missing, desc=f"proposals of {encoder.name}", disable=not missing, mininterval=1):
         found = propose(encoder.model, read_image(dataset, image_id), settings)
         arrays = {name: getattr(found, name).tolist() for name in ARRAYS}
         write_json(path, {"size": found.size, "counts": [rle["counts"] for rle in found.rles], **arrays})
@@ -238,26 +238,3 @@ def _read(path: Path) -> Proposals:
         arrays |= {"boxes": arrays["boxes"].reshape(-1, 4), "points": arrays["points"].reshape(-1, 2)}
         rles = tuple({"size": [height, width], "counts": counts} for counts in content["counts"])
         return Proposals((height, width), rles, **arrays)
-
-
-def propose_files(
-    annotations: Path | str,
-    images: Path | str,
-    encoder: str = "sam",
-    weights: str = "zoo",
-    settings: ProposalSettings | None = None,
-) -> Path:
-    """Store the proposals of a COCO data set in the cache, one process per GPU under `torchrun`; returns their folder.
-
-    Args:
-        annotations: COCO JSON of the images; it needs no annotations.
-        images: their folder.
-        encoder: `sam` or `sam2`.
-        weights: see `load_encoder`.
-
-    Raises:
-        StudyError: the files or the weights cannot be used.
-    """
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    dataset = load_coco(annotations, images)
-    return compute_proposals(load_encoder(encoder, weights, device), dataset, settings or ProposalSettings())
