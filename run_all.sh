@@ -1,10 +1,28 @@
 #!/usr/bin/env bash
-# Runs the study. What it takes and leaves: ./run_all.sh --help
+# Does SAM know what it segments? Runs the study's notebooks and leaves figures, tables and a report.
+#
+# Usage: ./run_all.sh [options]
+#
+#   --scale NAME        pocket (default; two cores, no network), lite or paper
+#   --only NAME ...     these notebooks only, by number or name: --only 01 03
+#   --fresh             first empty this scale's caches: everything is computed again
+#   --student           only write the notebooks without the exercises' solutions, into student/
+#   --seed N            another seed than the notebooks' own
+#   --data DIR          your own images, a sub-folder for each class (notebook 05, or 01)
+#   --references FILE   your own reference instances, COCO JSON (notebook 05, or 02 and 03; 02 also tunes on them)
+#   --targets FILE      your own target images, COCO JSON (annotations may be missing, but for 02)
+#   --images DIR        the folder of the images that both name
+#   --weights NAME      zoo, official or random (official models, untrained) instead of the scale's
+#   --help              this text
+#
+# Results: figures/<scale>/index.html, .png and .csv beside it, executed notebooks in figures/<scale>/notebooks/; of
+# your own data at pocket scale in figures/pocket/own_data/, so that the pocket results stay.
+# Computed features and models: .cache/<scale>/. Exit code: 0, or 1 when anything failed, or 2 for a wrong option.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 case " $* " in *" --help "* | *" -h "*)
-    sed -n '1s/"""//; 1,/^"""/{/^"""/!p}' "$root/scripts/study.py" # its documentation is the help text
+    sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$root/run_all.sh"
     exit ;;
 esac
 source "$root/scripts/environment.sh"
-exec "$python" "$root/scripts/study.py" "$@"
+exec "$python" -m samantics run "$@"

@@ -1,15 +1,14 @@
-"""Do two runs agree? Compares the tables of a fresh run with the committed ones: python scripts/compare.py OLD NEW.
+"""Do two runs agree? ``python -m samantics compare OLD NEW`` compares the tables of two folders of figures.
 
 Tolerances. Where a number has an interval, the new number must lie within the old interval widened by half its width
 on either side (by twice its width in notebook 02, whose model is trained within the run: the least difference in
 rounding between two machines, or two numbers of threads, grows in it). Numbers without an interval (AP50 beside AP,
 say) may move as far as their row's number with one, in proportion, or by a tenth of themselves, whichever is more.
-Counts, rows and columns must be the same.
+Counts, rows, columns and the verdicts on the claims must be the same.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +22,7 @@ TABLES = {  # the tables whose columns are a promise, and the columns that name 
     "02_separability": ["stage", "split", "metric"],
     "03_pipeline_ap": ["proposals", "source", "merging", "shots", "iou_type"],
     "03_oracles": ["oracle", "iou_type"],
+    "04_findings": ["claim"],
 }
 INTERVALS = {  # column of a number: columns of its interval
     "top1": ("top1_low", "top1_high"),
@@ -36,6 +36,16 @@ RELATIVE = 0.1
 OF_RANGE = 0.01  # of a column's range: what a number near 0 may always move by
 
 
+def agree(old: Path, new: Path) -> bool:
+    """Whether two folders of figures agree; what differs is printed, one line each."""
+    lines = differences(old, new)
+    print("\n".join(lines) if lines else "the numbers and verdicts of both runs agree within their tolerances")
+    both = sorted({path.name for path in old.glob("*.csv")} & {path.name for path in new.glob("*.csv")})
+    same = sum((old / name).read_bytes() == (new / name).read_bytes() for name in both)
+    print(f"{same} of {len(both)} tables are equal byte for byte")
+    return not lines
+
+
 def differences(old: Path, new: Path) -> list[str]:
     """One line for each real difference between the tables of two folders of figures; empty when they agree.
 
@@ -44,18 +54,20 @@ def differences(old: Path, new: Path) -> list[str]:
     found = []
     for name, keys in TABLES.items():
         paths = [folder / f"{name}.csv" for folder in (old, new)]
-        if paths[0].is_file() != paths[1].is_file():
-            lacking = next(path for path in paths if not path.is_file())
-            found.append(f"{lacking} is missing")
-        elif paths[0].is_file():
+        there = [path.is_file() for path in paths]
+        if any(there) and not all(there):
+            found.append(f"{paths[there.index(False)]} is missing")
+        elif all(there):
             before, after = (pd.read_csv(path) for path in paths)
+            if name == "04_findings":  # its numbers are those of the other tables
+                before, after = before[["claim", "verdict"]], after[["claim", "verdict"]]
             widened = WIDENED_TRAINED if name.startswith("02") else WIDENED
             found += [f"{name}: {line}" for line in table_differences(before, after, keys, widened)]
     return found
 
 
 def table_differences(old: pd.DataFrame, new: pd.DataFrame, keys: list[str], widened: float = WIDENED) -> list[str]:
-    """One line for each number of ``new`` that is outside the tolerance around ``old``."""
+    """One line for each number of ``new`` that is outside the tolerance around ``old``, and for each other word."""
     if list(old.columns) != list(new.columns):
         return [f"columns {', '.join(new.columns)} instead of {', '.join(old.columns)}"]
     old, new = old.set_index(keys).sort_index(), new.set_index(keys).sort_index()
@@ -67,14 +79,15 @@ def table_differences(old: pd.DataFrame, new: pd.DataFrame, keys: list[str], wid
 
 def _outside(old: pd.DataFrame, new: pd.DataFrame, widened: float) -> Iterator[str]:
     bounds = {bound for pair in INTERVALS.values() for bound in pair}
-    for column in old.select_dtypes("number").columns:
-        if column in bounds:
-            continue
+    if "verdict" in old:
+        for row in old.index[old["verdict"] != new["verdict"]]:
+            yield f"{row}: the verdict is {new['verdict'][row]!r}, expected {old['verdict'][row]!r}"
+    for column in old.select_dtypes("number").columns.difference(bounds, sort=False):
         before, after = old[column].to_numpy(float), new[column].to_numpy(float)
         low, high = _allowed(old, column, widened)
-        both_empty = np.isnan(before) & np.isnan(after)
-        for row in np.flatnonzero(~((low <= after) & (after <= high)) & ~both_empty):
-            yield f"{old.index[int(row)]}: {column} is {after[row]:.4g}, expected {low[row]:.4g} to {high[row]:.4g}"
+        inside = (low <= after) & (after <= high) | np.isnan(before) & np.isnan(after)
+        for row in np.flatnonzero(~inside):
+            yield f"{old.index[row]}: {column} is {after[row]:.4g}, expected {low[row]:.4g} to {high[row]:.4g}"
 
 
 def _allowed(old: pd.DataFrame, column: str, widened: float) -> tuple[np.ndarray, np.ndarray]:
@@ -97,23 +110,7 @@ def _allowed(old: pd.DataFrame, column: str, widened: float) -> tuple[np.ndarray
     return value - margin, value + margin
 
 
-def equal_tables(old: Path, new: Path) -> tuple[int, int]:
-    """How many of the tables in both folders are the same bytes, and how many there are."""
-    both = sorted({path.name for path in old.glob("*.csv")} & {path.name for path in new.glob("*.csv")})
-    return sum((old / name).read_bytes() == (new / name).read_bytes() for name in both), len(both)
-
-
-def main() -> int:
-    """Compare the two folders that the command line names; 1 when they differ."""
-    if len(sys.argv) != 3:
-        print("usage: python scripts/compare.py figures/pocket OTHER/pocket", file=sys.stderr)
-        return 2
-    lines = differences(Path(sys.argv[1]), Path(sys.argv[2]))
-    print("\n".join(lines) if lines else "the numbers of both runs agree within their tolerances")
-    same, tables = equal_tables(Path(sys.argv[1]), Path(sys.argv[2]))
-    print(f"{same} of {tables} tables are equal byte for byte")
-    return 1 if lines else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    import sys
+
+    sys.exit(not agree(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -1,28 +1,7 @@
-"""Does SAM know what it segments? Runs the study's notebooks and leaves figures, tables and a report.
-
-Usage: ./run_all.sh [options]
-
-  --scale NAME        pocket (default; two cores, no network), lite or paper
-  --only NAME ...     these notebooks only, by number or name: --only 01 03
-  --fresh             first empty this scale's caches: everything is computed again
-  --student           only write the notebooks without the exercises' solutions, into student/
-  --seed N            another seed than the notebooks' own
-  --data DIR          notebook 01: your own images, a sub-folder for each class
-  --references FILE   notebooks 02, 03: your own reference instances, COCO JSON (02 also tunes on them)
-  --targets FILE      notebooks 02, 03: your own target images, COCO JSON (annotations may be missing for 03)
-  --images DIR        notebooks 02, 03: the folder of the images that both name
-  --weights NAME      notebook 03: zoo, official or random (official models, untrained) instead of the scale's
-  --help              this text
-
-Results: figures/<scale>/index.html, .png and .csv beside it, executed notebooks in figures/<scale>/notebooks/; of your
-own data at pocket scale in figures/pocket/own_data/, so that the pocket results stay.
-Computed features and models: .cache/<scale>/. Exit code: 0, or 1 when anything failed, or 2 for a wrong option.
-"""
+"""Runs the study's notebooks, each in a kernel of its own by papermill; leaves figures, tables, pages and a report."""
 
 from __future__ import annotations
 
-import argparse
-import ast
 import base64
 import contextlib
 import dataclasses
@@ -36,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any
 
 import filelock
 import nbformat
@@ -44,7 +23,6 @@ import pandas as pd
 import papermill
 import psutil
 from nbclient.exceptions import DeadKernelError
-from papermill.engines import NBClientEngine, NotebookExecutionManager, papermill_engines
 from PIL import Image
 
 from report import notebook_page, write_report
@@ -55,8 +33,8 @@ from samantics.scales import get_scale
 
 NOTEBOOKS = PROJECT / "notebooks"
 NUMBERED = re.compile(r"[0-9A-Z][0-9]_\w+")
-VALUE_OPTIONS = ("seed", "weights")
-PATH_OPTIONS = ("data", "references", "targets", "images")
+OWN_DATA = ("data", "references", "targets", "images")  # the options that name files of the user's own
+logging.getLogger("papermill").setLevel(logging.ERROR)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,66 +56,44 @@ class Outcome:
     error: str = ""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the study as the command line says; the exit code."""
-    try:
-        options = _options(sys.argv[1:] if arguments is None else arguments)
-        if options.student:
-            print(f"notebooks for students: {write_student_notebooks(select_notebooks(NOTEBOOKS, options.only))}")
-            return 0
-        outcomes = run_study(options.scale, options.only, options.fresh, notebook_parameters(options))
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}: mend that and run again", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nstopped; finished notebooks and caches are kept", file=sys.stderr)
-        return 130
-    print(summary(outcomes))
-    return 1 if any(outcome.error for outcome in outcomes) else 0
+# -------------------------------------------------------------------------------------------------------- the run
 
 
 def run_study(
-    scale: str,
-    only: Sequence[str] = (),
-    fresh: bool = False,
-    parameters: Mapping[str, Any] | None = None,
-    notebooks: Path = NOTEBOOKS,
+    scale: str, only: Sequence[str] = (), fresh: bool = False, parameters: Mapping[str, Any] | None = None
 ) -> list[Outcome]:
-    """Run the numbered notebooks of a folder in order; a failing one does not stop the others.
+    """Run the numbered notebooks in order; a failing one does not stop the others.
 
     Args:
         scale: name of a scale.
-        only: numbers or names of the notebooks to run; all when empty.
+        only: numbers or names of the notebooks to run; when empty all, or ``05`` where the user's own data is given.
         fresh: empty the scale's cache first.
         parameters: values for those parameters that a notebook has; each must be known to one notebook at least.
 
     Raises:
-        StudyError: unknown scale, notebook or parameter; another run of this scale is under way.
+        StudyError: unknown scale, notebook or parameter; no such path; another run of this scale is under way.
     """
     get_scale(scale)
-    paths = select_notebooks(notebooks, only)
-    values = {"scale": scale} | dict(parameters or {})
-    unknown = set(values) - {name for path in paths for name in parameter_names(path)} - {"scale"}
+    given = checked(parameters or {})
+    own = bool(given.keys() & set(OWN_DATA))
+    values = {path: parameter_names(path) for path in select_notebooks(only or (["05"] if own else []))}
+    unknown = given.keys() - set().union(*values.values())
     if unknown:
         raise StudyError(f"no notebook of this run takes --{min(unknown)}: leave it out, or choose others by --only")
-    figures = figures_dir().resolve() / scale
     for variable, place in (("SAMANTICS_FIGURES", figures_dir()), ("SAMANTICS_CACHE", cache_dir())):
         if place.exists() and not place.is_dir():
             raise StudyError(f"{place} is a file and cannot hold results: let {variable} name a folder")
-    with only_run(scale), _kernel_environment():
+    figures, outcomes, reports = figures_dir().resolve() / scale, [], []
+    with only_run(scale), kernel_environment():
         if fresh:
             shutil.rmtree(cache_dir() / scale, ignore_errors=True)
         for folder in (figures, cache_dir() / scale):
             remove_leftovers(folder, "**/.*")
-        outcomes: list[Outcome] = []
-        reports: list[Path] = []
-        for path in paths:
-            own = any(values.get(name) for name in parameter_names(path).intersection(PATH_OPTIONS))
-            place = own_figures(scale).resolve() if own else figures
-            outcomes.append(execute(path, place, values))
+        for path, names in values.items():
+            place = own_figures(scale).resolve() if own and names & given.keys() & set(OWN_DATA) else figures
+            known = {name: value for name, value in {"scale": scale, **given}.items() if name in names}
+            outcomes.append(execute(path, place, known))
+            print(_row(outcomes[-1]), flush=True)
             save_outcomes(place, outcomes[-1:])
             reports.append(write_report(place))
     for report in dict.fromkeys(reports):
@@ -145,48 +101,61 @@ def run_study(
     return outcomes
 
 
-def select_notebooks(folder: Path, only: Sequence[str] = ()) -> list[Path]:
-    """The numbered notebooks of a folder (``00_...`` to ``99_...``, then appendices ``A1_...``), sorted.
+def checked(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters as notebooks take them: paths absolute, as text.
+
+    Raises:
+        StudyError: a path does not exist, or the seed is out of range.
+    """
+    if "seed" in parameters:
+        checked_seed(parameters["seed"])
+    values = dict(parameters)
+    for name in values.keys() & set(OWN_DATA):
+        if not os.path.exists(values[name]):  # nor does a name that is too long for a file
+            raise StudyError(f"--{name} {values[name]} does not exist: check the path")
+        values[name] = str(Path(values[name]).resolve())
+    return values
+
+
+def select_notebooks(only: Sequence[str] = ()) -> list[Path]:
+    """The numbered notebooks (``00_...`` to ``99_...``, then appendices ``A1_...``), sorted.
 
     Raises:
         StudyError: none there, or ``only`` names one that is not.
     """
-    paths = sorted(path for path in folder.glob("*.ipynb") if NUMBERED.fullmatch(path.stem))
+    paths = sorted(path for path in NOTEBOOKS.glob("*.ipynb") if NUMBERED.fullmatch(path.stem))
     if not paths:
-        raise StudyError(f"{folder} has no numbered notebook: restore it with git checkout")
+        raise StudyError(f"{NOTEBOOKS} has no numbered notebook: restore it with git checkout")
+    names = {path: (path.stem, path.stem.split("_")[0], path.name) for path in paths}
     for name in only:
-        if not any(_is_called(path, name) for path in paths):
+        if not any(name in known for known in names.values()):
             known = ", ".join(path.stem for path in paths)
             raise StudyError(f"no notebook is called {name!r}: choose from {known}")
-    return [path for path in paths if not only or any(_is_called(path, name) for name in only)]
+    return [path for path in paths if not only or set(only) & set(names[path])]
 
 
 def parameter_names(path: Path) -> set[str]:
     """Names that the notebook's cell tagged ``parameters`` assigns.
 
     Raises:
-        StudyError: the notebook cannot be read, or that cell is not Python.
+        StudyError: the notebook cannot be read.
     """
     try:
-        notebook = nbformat.read(path, as_version=4)
-        cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-        statements = [statement for cell in cells for statement in ast.parse(cell.source).body]
+        return set(papermill.inspect_notebook(path))
     except OSError as error:
         raise StudyError(f"{path} cannot be read ({error.strerror}): restore it with git checkout") from error
     except Exception as error:  # what is no notebook makes nbformat raise nearly every kind
         reason = (str(error) or type(error).__name__).splitlines()[0][:100]
         raise StudyError(f"{path} is damaged ({reason}): restore it with git checkout") from error
-    targets = [s.targets[0] if isinstance(s, ast.Assign) else getattr(s, "target", None) for s in statements]
-    return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
-def write_student_notebooks(paths: Sequence[Path], folder: Path = PROJECT / "student") -> Path:
+def write_student_notebooks(only: Sequence[str] = (), folder: Path = PROJECT / "student") -> Path:
     """Write the notebooks with an empty cell in place of each that is tagged ``solution``; the folder.
 
     Raises:
-        StudyError: the folder cannot be written.
+        StudyError: no such notebook; the folder cannot be written.
     """
-    for path in paths:
+    for path in select_notebooks(only):
         notebook = nbformat.read(path, as_version=4)
         for cell in notebook.cells:
             if "solution" in cell.metadata.get("tags", []):
@@ -194,6 +163,61 @@ def write_student_notebooks(paths: Sequence[Path], folder: Path = PROJECT / "stu
         with atomic_path(folder / path.name) as temporary:
             nbformat.write(notebook, temporary)
     return folder
+
+
+@contextlib.contextmanager
+def only_run(scale: str) -> Iterator[None]:
+    """Hold the one place of a run at this scale.
+
+    Raises:
+        StudyError: another process holds it.
+    """
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(cache_dir() / f"{scale}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise StudyError(f"another run at scale {scale} is under way ({lock.lock_file}): wait for its end") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def kernel_environment() -> Iterator[None]:
+    """Kernels inherit: the same folders, as many threads as there are cores, and no debugger's warning."""
+    before, cores = dict(os.environ), str(available_cores())
+    # relative ones would be others there: kernels work in the notebooks' folder
+    os.environ.update(SAMANTICS_FIGURES=str(figures_dir().resolve()), SAMANTICS_CACHE=str(cache_dir().resolve()))
+    os.environ.update(OMP_NUM_THREADS=cores, MKL_NUM_THREADS=cores, OPENBLAS_NUM_THREADS=cores)
+    os.environ.update(PYDEVD_DISABLE_FILE_VALIDATION="1", JUPYTER_PREFER_ENV_PATH="1", TOKENIZERS_PARALLELISM="false")
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def save_outcomes(figures: Path, outcomes: Sequence[Outcome]) -> None:
+    """Write ``run.csv``: the newest outcome of every notebook of this scale, in order."""
+    path, table = figures / "run.csv", pd.DataFrame(outcomes)
+    if path.is_file():
+        earlier = pd.read_csv(path, keep_default_na=False)
+        table = pd.concat([earlier[~earlier["notebook"].isin(table["notebook"])], table])
+    with atomic_path(path) as temporary:
+        table.sort_values("notebook").to_csv(temporary, index=False)
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    """The table that ends a run, and below it what failed."""
+    lines = ["", f"{'notebook':<28}{'seconds':>9}{'peak memory':>14}{'figures':>9}", *map(_row, outcomes)]
+    return "\n".join([*lines, *(f"error: {outcome.error}" for outcome in outcomes if outcome.error)])
+
+
+def _row(outcome: Outcome) -> str:
+    end = "  failed" if outcome.error else ""
+    return f"{outcome.notebook:<28}{outcome.seconds:>9.1f}{outcome.peak_gib:>10.2f} GiB{outcome.figures:>9}{end}"
 
 
 # --------------------------------------------------------------------------------------------------- one notebook
@@ -205,36 +229,33 @@ def execute(path: Path, figures: Path, parameters: Mapping[str, Any]) -> Outcome
     Raises:
         StudyError: the folder cannot be written.
     """
-    known = parameter_names(path)
-    given = {name: value for name, value in parameters.items() if name in known}
-    target = figures / "notebooks" / path.name
-    before, started, error = _pictures(figures, path), time.monotonic(), ""
-    with Monitor(path.stem) as monitor, atomic_path(target) as temporary:
+    target, error = figures / "notebooks" / path.name, ""
+    before, started = _pictures(figures, path), time.monotonic()
+    bar = {"desc": path.stem, "delay": 5, "leave": False, "mininterval": 0.1 if sys.stderr.isatty() else 10}
+    with peak_memory() as peak, atomic_path(target) as temporary:
         try:
             papermill.execute_notebook(
                 path,
                 temporary,
-                given,
-                engine_name="watched",
+                dict(parameters),
                 kernel_name="python3",
                 language="python",
-                progress_bar=False,
+                progress_bar=bar,
                 cwd=path.parent,
                 coalesce_streams=True,
                 extra_arguments=["--log-level=40"],  # a kernel's warning about its transport is no news to a reader
-                monitor=monitor,
             )
         except papermill.PapermillExecutionError as failure:
             error = f"{path.stem} stopped in cell [{failure.exec_count}]: {_reason(failure)}"
         except DeadKernelError:
-            error = f"{path.stem}: its kernel died in cell {monitor.cell} of {monitor.cells}, as when memory runs out"
+            cells = [cell for cell in nbformat.read(temporary, as_version=4).cells if cell.cell_type == "code"]
+            begun = sum(cell.metadata.papermill.start_time is not None for cell in cells)
+            error = f"{path.stem}: its kernel died in cell {begun} of {len(cells)}, as when memory runs out"
         clean_notebook(temporary)
     with atomic_path(target.with_suffix(".html")) as temporary:
         temporary.write_text(notebook_page(nbformat.read(target, as_version=4), path.stem), encoding="utf-8")
     left, seconds = _pictures(figures, path) - before, round(time.monotonic() - started, 1)
-    outcome = Outcome(path.stem, seconds, round(monitor.peak / 2**30, 2), len(left), error)
-    print(_row(outcome), flush=True)
-    return outcome
+    return Outcome(path.stem, seconds, round(max(peak) / 2**30, 2), len(left), error)
 
 
 def _pictures(figures: Path, notebook: Path) -> set[tuple[str, int, int]]:
@@ -276,51 +297,28 @@ def clean_notebook(path: Path) -> None:
 
 def _few_colours(png: str) -> str:
     """A picture (base64) in 256 colours."""
-    with Image.open(io.BytesIO(base64.b64decode(png))) as drawn:
-        few = few_colours(drawn)
     small = io.BytesIO()
-    few.save(small, "PNG", optimize=True)
+    with Image.open(io.BytesIO(base64.b64decode(png))) as drawn:
+        few_colours(drawn).save(small, "PNG", optimize=True)
     return base64.b64encode(small.getvalue()).decode()
 
 
-class Monitor(contextlib.AbstractContextManager["Monitor"]):
-    """Shows how far a notebook is and remembers the most memory that this process's children held.
+@contextlib.contextmanager
+def peak_memory(interval: float = 1.0) -> Iterator[list[int]]:
+    """A list to which the memory of this process's children (bytes) is added every ``interval`` seconds."""
+    samples, over = [0], threading.Event()
 
-    Attributes:
-        cell, cells: code cell under way, and how many there are.
-        peak: bytes; shared pages count once (proportional set size).
-    """
+    def watch() -> None:
+        while not over.wait(interval):
+            samples.append(children_memory())
 
-    def __init__(self, name: str, interval: float = 1.0) -> None:
-        self.name = name
-        self.interval = interval
-        self.cell = self.cells = self.peak = 0
-        self._started = time.monotonic()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        """Show progress in place on a terminal, else a line for every cell that takes its time (5 s at least)."""
-        shown, terminal = time.monotonic(), sys.stderr.isatty()
-        while not self._over.wait(self.interval):
-            self.peak = max(self.peak, children_memory())
-            seconds = time.monotonic() - self._started
-            line = f"{self.name}  cell {self.cell} of {self.cells}  {seconds // 60:.0f}:{seconds % 60:02.0f}"
-            if terminal:
-                print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
-            elif time.monotonic() - shown >= 5:
-                shown = time.monotonic()
-                print(line, file=sys.stderr, flush=True)
-        if terminal:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        over.set()
+        thread.join()
 
 
 def children_memory() -> int:
@@ -331,142 +329,3 @@ def children_memory() -> int:
             # the kernel walks all pages of a process to find what it shares: not when there is nobody to share with
             total += process.memory_info().rss if len(processes) == 1 else process.memory_full_info().pss
     return total
-
-
-class WatchedEngine(NBClientEngine):
-    """Papermill's engine, telling a :class:`Monitor` which cell runs."""
-
-    @classmethod
-    def execute_managed_notebook(
-        cls, nb_man: NotebookExecutionManager, kernel_name: str, *, monitor: Monitor, **kwargs: Any
-    ) -> None:
-        """See :class:`papermill.engines.NBClientEngine`."""
-        code = [index for index, cell in enumerate(nb_man.nb.cells) if cell.cell_type == "code"]
-        monitor.cells = len(code)
-        start_cell = nb_man.cell_start
-
-        def cell_start(cell: nbformat.NotebookNode, cell_index: int) -> None:
-            monitor.cell = sum(index <= cell_index for index in code)
-            start_cell(cell, cell_index)
-
-        nb_man.cell_start = cell_start
-        super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
-
-
-papermill_engines.register("watched", WatchedEngine)
-logging.getLogger("papermill").setLevel(logging.ERROR)
-
-
-# ------------------------------------------------------------------------------------------------------- the run
-
-
-@contextlib.contextmanager
-def only_run(scale: str) -> Iterator[None]:
-    """Hold the one place of a run at this scale.
-
-    Raises:
-        StudyError: another process holds it.
-    """
-    cache_dir().mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(cache_dir() / f"{scale}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise StudyError(f"another run at scale {scale} is under way ({lock.lock_file}): wait for its end") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextlib.contextmanager
-def _kernel_environment() -> Iterator[None]:
-    """Kernels inherit: the same folders, as many threads as there are cores, and no debugger's warning."""
-    before = dict(os.environ)
-    # relative ones would be others there: kernels work in the notebooks' folder
-    os.environ.update(SAMANTICS_FIGURES=str(figures_dir().resolve()), SAMANTICS_CACHE=str(cache_dir().resolve()))
-    cores = str(available_cores())
-    os.environ.update(OMP_NUM_THREADS=cores, MKL_NUM_THREADS=cores, OPENBLAS_NUM_THREADS=cores)
-    os.environ.update(PYDEVD_DISABLE_FILE_VALIDATION="1", JUPYTER_PREFER_ENV_PATH="1", TOKENIZERS_PARALLELISM="false")
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-def save_outcomes(figures: Path, outcomes: Sequence[Outcome]) -> None:
-    """Write ``run.csv``: the newest outcome of every notebook of this scale, in order."""
-    path = figures / "run.csv"
-    table = pd.DataFrame([dataclasses.asdict(outcome) for outcome in outcomes])
-    if path.is_file():
-        earlier = pd.read_csv(path, keep_default_na=False)
-        table = pd.concat([earlier[~earlier["notebook"].isin(table["notebook"])], table])
-    with atomic_path(path) as temporary:
-        table.sort_values("notebook").to_csv(temporary, index=False)
-
-
-def summary(outcomes: Sequence[Outcome]) -> str:
-    """The table that ends a run, and below it what failed."""
-    lines = ["", f"{'notebook':<28}{'seconds':>9}{'peak memory':>14}{'figures':>9}", *map(_row, outcomes)]
-    failed = [outcome.error for outcome in outcomes if outcome.error]
-    return "\n".join([*lines, *(f"error: {error}" for error in failed)])
-
-
-def _row(outcome: Outcome) -> str:
-    end = "  failed" if outcome.error else ""
-    return f"{outcome.notebook:<28}{outcome.seconds:>9.1f}{outcome.peak_gib:>10.2f} GiB{outcome.figures:>9}{end}"
-
-
-# -------------------------------------------------------------------------------------------------- command line
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message}: see ./run_all.sh --help", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def _options(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog="run_all.sh", usage=__doc__, add_help=False, allow_abbrev=False)
-    parser.add_argument("--help", "-h", action="store_true")
-    parser.add_argument("--scale", default="pocket")
-    parser.add_argument("--only", nargs="+", default=[])
-    parser.add_argument("--fresh", action="store_true")
-    parser.add_argument("--student", action="store_true")
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--weights")
-    for name in PATH_OPTIONS:
-        parser.add_argument(f"--{name}", type=Path)
-    options = parser.parse_args(arguments)
-    if options.help:
-        print(__doc__)
-        raise SystemExit(0)
-    return options
-
-
-def notebook_parameters(options: argparse.Namespace) -> dict[str, Any]:
-    """The options that notebooks take as parameters, where given; paths made absolute.
-
-    Raises:
-        StudyError: a path does not exist, or the seed is out of range.
-    """
-    if options.seed is not None:
-        checked_seed(options.seed)
-    values = {name: value for name in VALUE_OPTIONS if (value := getattr(options, name)) is not None}
-    for name in PATH_OPTIONS:
-        path: Path | None = getattr(options, name)
-        if path is None:
-            continue
-        if not os.path.exists(path):  # nor does a name that is too long for a file
-            raise StudyError(f"--{name} {path} does not exist: check the path")
-        values[name] = str(path.resolve())
-    return values
-
-
-def _is_called(path: Path, name: str) -> bool:
-    return name in (path.stem, path.stem.split("_")[0], path.name)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,8 @@
-"""What all tests share: a drawing backend without a screen, and one thread, as tests run side by side."""
+"""What all tests share: a drawing backend without a screen, one thread, and folders of their own."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import matplotlib as mpl
 import pytest
@@ -13,9 +15,24 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture
-def pocket_run(tmp_path: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """A pocket run whose figures and caches are in the test's own folder."""
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The test's own folder, in which figures and caches are."""
     monkeypatch.setenv("SAMANTICS_FIGURES", f"{tmp_path}/figures")
     monkeypatch.setenv("SAMANTICS_CACHE", f"{tmp_path}/cache")
+    return tmp_path
+
+
+@pytest.fixture
+def pocket_run(places: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A pocket run whose figures and caches are in the test's own folder."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return start_run("pocket", "99_test", seed=3)
+
+
+@pytest.fixture
+def own_notebooks(places: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder whose notebooks a study of the test's own runs; its results are in the test's folder."""
+    import study
+
+    monkeypatch.setattr(study, "NOTEBOOKS", places / "notebooks")
+    return places / "notebooks"

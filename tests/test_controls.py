@@ -75,7 +75,7 @@ def test_rows_take_the_place_of_earlier_ones(
     assert controls.control_table().empty and controls.control_curves().empty
     trained(tmp_path / "one", "sam", theme_strength=0.0)
     trained(tmp_path / "two", "sam_from_dinov2")
-    controls.main([str(tmp_path / "one"), str(tmp_path / "two")])
+    controls.enter_controls([tmp_path / "one", tmp_path / "two"])
     first = controls.control_table()
     assert first["model"].tolist() == ["sam", "sam_from_dinov2"]
     curves = controls.control_curves()
@@ -86,7 +86,7 @@ def test_rows_take_the_place_of_earlier_ones(
         ["sam_from_dinov2", 640, 0, 3.0],
         ["sam_from_dinov2", 640, 640, 2.0],
     ]
-    controls.main([str(tmp_path / "one")])
+    controls.enter_controls([tmp_path / "one"])
     pd.testing.assert_frame_equal(controls.control_table(), first, check_dtype=False)
     pd.testing.assert_frame_equal(controls.control_curves(), curves, check_dtype=False)
 
@@ -107,7 +107,7 @@ def test_models_of_the_zoos_kinds_are_measured_at_their_trades_on_pictures_of_th
     trained(tmp_path / "large", "sam", image_size=256)
     trained(tmp_path / "small", "sam")
     trained(tmp_path / "themeless", "sam", theme_strength=0.0)
-    controls.main([str(tmp_path / name) for name in ("large", "small", "themeless")])
+    controls.enter_controls([tmp_path / name for name in ("large", "small", "themeless")])
     assert sides == [(256, 256), (128, 128)]
     assert controls.control_quality()[["image_size", "value"]].values.tolist() == [[128, 70.0], [256, 70.0]]
     assert controls.control_table()["image_size"].tolist() == [128, 128, 256]
@@ -145,8 +145,8 @@ def test_other_zoos_differ_from_ours_in_the_seed_alone() -> None:
 def test_refusals(tmp_path: Path, pocket_run: Run) -> None:
     with pytest.raises(StudyError, match="no model that is known"):
         controls.control_model("other", tmp_path)
-    with pytest.raises(SystemExit, match="holds no model's card"):
-        controls.main([str(tmp_path)])
+    with pytest.raises(StudyError, match="holds no model's card"):
+        controls.enter_controls([tmp_path])
     path = trained(tmp_path / "out", "simclr")
     with pytest.raises(StudyError, match="does not fit the pocket dinov2"):
         controls.control_model("simclr", tmp_path / "out")

@@ -64,7 +64,6 @@ from samantics.training_free.matching import pooled_features
 from samantics.training_free.proposals import ProposalSettings, get_proposals
 from stub_encoder import MEAN, LookUp
 from test_coco import SQUARE, content
-from test_study import write_notebook
 from test_weights import Hostile
 
 FOREVER = 20  # seconds
@@ -816,52 +815,20 @@ def test_a_shard_that_is_no_table_of_features_is_refused_and_not_run(case: Case,
     Case("null", "00_a.ipynb", write(b"null"), "is damaged"),
     Case("COCO", "00_a.ipynb", write(TEXT.encode()), "is damaged"),
     Case("of the future", "00_a.ipynb", write(b'{"nbformat": 99, "nbformat_minor": 0, "cells": []}'), "is damaged"),
-    Case("cells of nothing", "00_a.ipynb", write(b'{"nbformat": 4, "nbformat_minor": 5, "cells": [null]}'), "is damag"),
+    Case(
+        "cells of nothing", "00_a.ipynb", write(b'{"nbformat": 4, "nbformat_minor": 5, "cells": [null]}'), "is damaged"
+    ),
     Case("nested 100,000 deep", "00_a.ipynb", write(b"[" * 100_000), "is damaged"),
     Case("UTF-16", "00_a.ipynb", write("{}".encode("utf-16")), "is damaged"),
-    Case("parameters of no Python", "00_a.ipynb", lambda p: write_notebook(p.parent, p.stem, settings="a ="), "is dam"),
-    Case("a NUL byte in Python", "00_a.ipynb", lambda p: write_notebook(p.parent, p.stem, settings="a\0"), "is dam"),
+    Case("no parameters", "00_a.ipynb", write(nbformat.writes(nbformat.v4.new_notebook()).encode()), "takes --seed"),
     Case("a link to nothing", "00_a.ipynb", lambda p: p.symlink_to("gone"), "cannot be read .No such file"),
 )
-def test_json_that_is_no_notebook_is_refused(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SAMANTICS_FIGURES", str(tmp_path / "figures"))
-    case.write(tmp_path / case.file)
-    refused(lambda: study.run_study("pocket", notebooks=tmp_path), case.says, tmp_path / case.file)
-    assert not (tmp_path / "figures").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["--scale", "../x"], "no scale is called '../x': choose from pocket, lite, paper"),
-        (["--scale", "/etc"], "no scale is called '/etc'"),
-        (["--scale", ""], "no scale is called ''"),
-        (["--only", "../00_a"], "no notebook is called '../00_a'"),
-        (["--seed", "-1"], "seed is -1: choose one from 0 to 4294967295"),
-        (["--seed", str(2**32)], "seed is 4294967296"),
-        (["--references", "a" * 300], "does not exist: check the path"),
-        (["FIGURES"], "is a file and cannot hold results: let SAMANTICS_FIGURES name a folder"),
-        (["CACHE"], "is a file and cannot hold results: let SAMANTICS_CACHE name a folder"),
-    ],
-    ids=lambda value: str(value)[:20],
-)
-def test_odd_options_are_one_line_and_leave_nothing(
-    arguments: list[str],
-    says: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    write_notebook(tmp_path / "notebooks", "00_a")
-    (tmp_path / "file").write_text("mine")
-    for name in ("FIGURES", "CACHE"):
-        monkeypatch.setenv(f"SAMANTICS_{name}", str(tmp_path / ("file" if arguments == [name] else name)))
-    monkeypatch.setattr(study.run_study, "__defaults__", ((), False, None, tmp_path / "notebooks"))
-    assert study.main([] if arguments[0] in ("FIGURES", "CACHE") else arguments) == 1
-    message = capsys.readouterr().err
-    assert message.startswith("error: ") and says in message and message.count("\n") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "notebooks"]
-    assert (tmp_path / "file").read_text() == "mine"
+def test_json_that_is_no_notebook_is_refused(case: Case, own_notebooks: Path) -> None:
+    own_notebooks.mkdir()
+    case.write(own_notebooks / case.file)
+    where = own_notebooks / case.file if "damaged" in case.says or "read" in case.says else ""
+    refused(lambda: study.run_study("pocket", parameters={"seed": 1}), case.says, where)
+    assert [path.name for path in own_notebooks.parent.iterdir()] == ["notebooks"]
 
 
 def test_a_notebook_refuses_a_seed_that_numpy_would_not_take() -> None:
@@ -873,19 +840,6 @@ def test_odd_numbers_of_threads_are_ignored(monkeypatch: pytest.MonkeyPatch) -> 
     for value in ("", "0", "-2", "many", "²", "1e3"):
         monkeypatch.setenv("OMP_NUM_THREADS", value)
         assert provenance.available_cores() == len(os.sched_getaffinity(0))
-
-
-def test_kernels_write_where_the_run_says_also_by_a_relative_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cell = "from samantics.run import figures_dir\n(figures_dir() / 'here').write_text('')"
-    write_notebook(tmp_path / "notebooks", "00_a", cell)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SAMANTICS_FIGURES", "figures")
-    monkeypatch.setenv("SAMANTICS_CACHE", "cache")
-    (outcome,) = study.run_study("pocket", notebooks=tmp_path / "notebooks")
-    assert outcome.error == "" and (tmp_path / "figures" / "here").exists()
-    assert [path.name for path in (tmp_path / "notebooks").iterdir()] == ["00_a.ipynb"]
 
 
 @table(

@@ -32,7 +32,7 @@ def test_readme_says_what_the_tables_say_that_it_was_made_from(tmp_path: Path) -
         committed = committed_tables(tmp_path)
         if committed is None:
             pytest.skip("the tables here are not those of README, and which were committed is not known without git")
-        assert filled(text, committed) == text, "run python scripts/readme.py"
+        assert filled(text, committed) == text, "run python -m samantics readme"
 
 
 def test_links_to_files_lead_somewhere() -> None:

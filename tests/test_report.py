@@ -49,7 +49,7 @@ def report(pocket_run: Run) -> Path:
 def test_report_has_findings_figures_tables_and_origin(report: Path) -> None:
     text = report.read_text()
     assert text.index('id="findings"') < text.index("Does it rise?") < text.index('id="provenance"')
-    assert 'alt="A line &quot;that&quot; rises &amp; falls."' in text and "99_table: Only numbers." in text
+    assert 'alt="A line &#34;that&#34; rises &amp; falls."' in text and "99_table: Only numbers." in text
     assert "abc123" in text and "&lt;b&gt;" in text and text.count("not measured") >= 5
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from samantics import cli
 from samantics.errors import StudyError
 from samantics.models.architectures import Architecture, LayerOutput
 from samantics.models.encoder import Encoder
@@ -220,7 +221,7 @@ def test_damaged_notes_are_named(stub: LookUp, tmp_path: Path) -> None:
 
 def main_on_one_thread(options: list[str]) -> int:
     torch.set_num_threads(1)  # threads do not survive a fork
-    return store.main(options)
+    return cli.main(options)
 
 
 def test_two_processes_of_torchrun_make_what_one_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,11 +231,11 @@ def test_two_processes_of_torchrun_make_what_one_makes(tmp_path: Path, monkeypat
             path = tmp_path / "photos" / name / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(path)
-    options = ["--encoder", "dinov2", "--weights", "zoo_random", "--layers", "block_02:mean", "final:cls"]
-    options += ["--batch-size", "2", "--workers", "1", "--shard-rows", "4"]
-    options = [str(tmp_path / "photos"), *options]
+    options = ["--encoder", "dinov2", "--weights", "zoo_random", "--layers", "block_02:mean"]
+    options += ["--layers", "final:cls", "--batch-size", "2", "--workers", "1", "--shard-rows", "4"]
+    options = ["extract", str(tmp_path / "photos"), *options]
     monkeypatch.setenv("SAMANTICS_CACHE", str(tmp_path / "one"))
-    assert store.main(options) == 0
+    assert cli.main(options) == 0
     monkeypatch.setenv("SAMANTICS_CACHE", str(tmp_path / "two"))
     # what the command torchrun starts, but with workers forked from this process: they need not import torch again
     config = LaunchConfig(1, 1, 2, run_id="test", rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork")

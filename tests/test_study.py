@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-import itertools
+import functools
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -8,44 +10,27 @@ import pandas as pd
 import pytest
 
 import study
-from samantics.cache import cache_dir
+from notebooks import SETTINGS, write_notebook
+from samantics import cli
+from samantics.cache import PROJECT, cache_dir
 from samantics.errors import StudyError
 from samantics.run import figures_dir
 
-SETTINGS = 'scale = "pocket"\nseed = 0\nreferences = None'
 SAVE = """\
-import matplotlib; matplotlib.use("agg")
-import matplotlib.pyplot as plt, pandas as pd
-from samantics.plots import save_figure
-from samantics.run import start_run
-run = start_run(scale, NAME, seed)
-fig, axes = plt.subplots()
-path = save_figure(run, fig, pd.DataFrame({"seed": [seed]}), NAME[:2] + "_picture", "Nothing.")"""
+import os
+from pathlib import Path
+folder = Path(os.environ["SAMANTICS_FIGURES"]) / scale / ("own_data" if references else "")
+(folder / f"{NAME[:2]}_picture.png").write_bytes(b"picture")
+(folder / f"{NAME[:2]}_picture.csv").write_text(f"seed\\n{seed}\\n")"""
 
 
-@pytest.fixture(autouse=True)
-def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SAMANTICS_FIGURES", str(tmp_path / "figures"))
-    monkeypatch.setenv("SAMANTICS_CACHE", str(tmp_path / "cache"))
-
-
-def write_notebook(folder: Path, name: str, *cells: str, settings: str = SETTINGS) -> None:
-    notebook = nbformat.v4.new_notebook()
-    first = nbformat.v4.new_code_cell(settings, metadata={"tags": ["parameters"]})
-    notebook.cells = [nbformat.v4.new_markdown_cell("# A question?"), first, *map(nbformat.v4.new_code_cell, cells)]
-    folder.mkdir(exist_ok=True)
-    nbformat.write(notebook, folder / f"{name}.ipynb")
-
-
-def test_run_leaves_executed_notebooks_figures_and_times_although_one_fails(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "notebooks"
+def test_run_leaves_executed_notebooks_figures_and_times_although_one_fails(own_notebooks: Path) -> None:
+    folder = own_notebooks
     write_notebook(folder, "00_good", f'NAME = "00_good"\n{SAVE}', 'print("seed", seed)')
-    write_notebook(folder, "01_wrong", "fine = 1", "before = 0\nbefore / 0\nafter = 0", settings=SETTINGS)
+    write_notebook(folder, "01_wrong", "fine = 1", "before = 0\nbefore / 0\nafter = 0")
     write_notebook(folder, "02_mendable", "from samantics.errors import StudyError as E\nraise E('no file x: make it')")
     write_notebook(folder, "notes", "1 / 0")
-    outcomes = study.run_study("pocket", parameters={"seed": 7}, notebooks=folder)
+    outcomes = study.run_study("pocket", parameters={"seed": 7})
 
     assert [outcome.notebook for outcome in outcomes] == ["00_good", "01_wrong", "02_mendable"]
     assert [outcome.error for outcome in outcomes] == [
@@ -54,7 +39,7 @@ def test_run_leaves_executed_notebooks_figures_and_times_although_one_fails(
         "02_mendable stopped in cell [3]: no file x: make it",
     ]
     assert [outcome.figures for outcome in outcomes] == [1, 0, 0]
-    assert 0.02 < outcomes[0].peak_gib < 8 and outcomes[0].seconds > 0
+    assert 0 < outcomes[0].seconds < 60
     figures = figures_dir() / "pocket"
     assert pd.read_csv(figures / "00_picture.csv")["seed"].tolist() == [7]
     for name in ("00_good", "01_wrong", "02_mendable"):
@@ -68,7 +53,7 @@ def test_run_leaves_executed_notebooks_figures_and_times_although_one_fails(
     assert not list(figures.rglob(".*"))
 
     write_notebook(folder, "01_wrong", "before = 1")
-    again = study.run_study("pocket", only=["01"], notebooks=folder)
+    again = study.run_study("pocket", only=["01"])
     times = pd.read_csv(figures / "run.csv", keep_default_na=False)
     assert [outcome.error for outcome in again] == [""]
     assert times["notebook"].tolist() == ["00_good", "01_wrong", "02_mendable"]
@@ -76,62 +61,56 @@ def test_run_leaves_executed_notebooks_figures_and_times_although_one_fails(
     assert times["error"].tolist() == ["", "", outcomes[2].error]
 
 
-def test_results_of_own_data_lie_beside_those_of_pocket(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, own = (
-        tmp_path / "notebooks",
-        "from samantics.run import own_data\nif references: run = own_data(run)",
-    )
-    write_notebook(folder, "00_good", f'NAME = "00_good"\n{SAVE}'.replace("fig, axes", f"{own}\nfig, axes"))
-    study.run_study("pocket", notebooks=folder)
+def test_own_data_runs_05_and_its_results_lie_beside_those_of_pocket(
+    own_notebooks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("00_good", "05_your_data"):
+        write_notebook(own_notebooks, name, f'NAME = "{name}"\n{SAVE}')
+    study.run_study("pocket")
     figures = figures_dir() / "pocket"
     before = {path: path.read_bytes() for path in figures.rglob("*") if path.is_file()}
-    (outcome,) = study.run_study("pocket", parameters={"references": "mine.json"}, notebooks=folder)
-    assert outcome.figures == 1 and capsys.readouterr().out.splitlines()[-1].endswith("pocket/own_data/index.html")
-    beside = figures / "own_data"
-    names = ("00_picture.png", "run.csv", "index.html", "notebooks/00_good.ipynb")
-    assert all((beside / name).is_file() and figures / name in before for name in names)
+    (own_notebooks / "mine.json").touch()
+    (outcome,) = study.run_study("pocket", parameters={"references": own_notebooks / "mine.json"})
+    assert (outcome.notebook, outcome.figures, outcome.error) == ("05_your_data", 1, "")
+    assert capsys.readouterr().out.splitlines()[-1].endswith("pocket/own_data/index.html")
+    names = ("05_picture.png", "run.csv", "index.html", "notebooks/05_your_data.ipynb")
+    assert all((figures / "own_data" / name).is_file() and figures / name in before for name in names)
     assert all(path.read_bytes() == content for path, content in before.items())
+    (outcome,) = study.run_study("pocket", only=["00"], parameters={"references": own_notebooks / "mine.json"})
+    assert outcome.notebook == "00_good" and (figures / "own_data" / "00_picture.png").is_file()
 
 
-def test_notebook_whose_kernel_dies_is_named(tmp_path: Path) -> None:
-    write_notebook(tmp_path / "notebooks", "00_dies", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
-    (outcome,) = study.run_study("pocket", notebooks=tmp_path / "notebooks")
-    assert outcome.error == "00_dies: its kernel died in cell 3 of 3, as when memory runs out"
+def test_notebook_whose_kernel_dies_is_named(own_notebooks: Path) -> None:
+    write_notebook(own_notebooks, "00_dies", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "1")
+    write_notebook(own_notebooks, "01_lives")
+    dead, alive = study.run_study("pocket")
+    assert dead.error == "00_dies: its kernel died in cell 3 of 4, as when memory runs out" and not alive.error
 
 
-def test_peak_memory_counts_the_children_of_the_kernel(tmp_path: Path) -> None:
+def test_peak_memory_counts_the_children_of_the_kernel(own_notebooks: Path) -> None:
     child = 'import time; block = bytearray(300 * 2**20); block[::4096] = b"x" * len(block[::4096]); time.sleep(2)'
     cell = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {child!r}])"
-    write_notebook(tmp_path / "notebooks", "00_big", cell)
+    write_notebook(own_notebooks, "00_big", cell)
     before = study.children_memory() / 2**30  # other tests may have left a server of processes behind
-    (outcome,) = study.run_study("pocket", notebooks=tmp_path / "notebooks")
+    (outcome,) = study.run_study("pocket")
     assert outcome.error == "" and 0.3 < outcome.peak_gib - before < 1
 
 
-def test_fresh_empties_the_caches_of_this_scale_only(tmp_path: Path) -> None:
-    write_notebook(tmp_path / "notebooks", "00_nothing")
+def test_fresh_empties_this_scales_cache_and_leftovers_of_a_killed_run_go(own_notebooks: Path) -> None:
+    write_notebook(own_notebooks, "00_nothing")
     kept, gone = cache_dir() / "lite" / "features", cache_dir() / "pocket" / "features"
-    for path in (kept, gone):
-        path.parent.mkdir(parents=True)
-        path.write_text("computed")
-    study.run_study("pocket", notebooks=tmp_path / "notebooks")
-    assert gone.exists()
-    study.run_study("pocket", fresh=True, notebooks=tmp_path / "notebooks")
+    left = figures_dir() / "pocket" / "notebooks" / ".01_probing.ipynb.x7a.ipynb"
+    notes = left.with_name("01_notes.txt")
+    for path in (kept, gone, left, notes):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{")
+    study.run_study("pocket")
+    assert gone.exists() and notes.exists() and not left.exists()
+    study.run_study("pocket", fresh=True)
     assert kept.exists() and not gone.exists()
 
 
-def test_half_written_files_of_a_killed_run_go(tmp_path: Path) -> None:
-    write_notebook(tmp_path / "notebooks", "00_nothing")
-    left = figures_dir() / "pocket" / "notebooks" / ".01_probing.ipynb.x7a.ipynb"
-    left.parent.mkdir(parents=True)
-    left.write_text("{")
-    kept = left.with_name("01_notes.txt")
-    kept.write_text("mine")
-    study.run_study("pocket", notebooks=tmp_path / "notebooks")
-    assert kept.exists() and not left.exists()
-
-
-def test_second_run_of_a_scale_is_refused_while_the_first_holds_it() -> None:
+def test_second_run_of_a_scale_is_refused_while_the_first_holds_it(places: Path) -> None:
     refused = pytest.raises(StudyError, match="another run at scale pocket is under way")
     with study.only_run("pocket"), study.only_run("lite"), refused, study.only_run("pocket"):
         pass
@@ -143,65 +122,84 @@ def test_second_run_of_a_scale_is_refused_while_the_first_holds_it() -> None:
     ("arguments", "code", "message"),
     [
         (["--scale", "poket"], 1, "error: no scale is called 'poket': choose from pocket, lite, paper"),
+        (["--scale", "../x"], 1, "error: no scale is called '../x'"),
+        (["--scale", ""], 1, "error: no scale is called ''"),
         (["--only", "01", "07"], 1, "error: no notebook is called '07': choose from 01_probe"),
+        (["--only", "../01_probe"], 1, "error: no notebook is called '../01_probe'"),
+        (["--student", "--only", "07"], 1, "error: no notebook is called '07'"),
+        (["--seed", "-1"], 1, "error: seed is -1: choose one from 0 to 4294967295"),
+        (["--seed", str(2**32)], 1, "error: seed is 4294967296"),
         (["--references", "none.json"], 1, "error: --references none.json does not exist: check the path"),
-        (["--images", "."], 1, "error: no notebook of this run takes --images: leave it out, or choose others by"),
-        (["--sead", "1"], 2, "error: unrecognized arguments: --sead 1: see ./run_all.sh --help"),
-        (["--only"], 2, "error: argument --only: expected at least one argument: see"),
+        (["--references", "a" * 300], 1, "error: --references aaa"),
+        (["--only", "01", "--images", "."], 1, "error: no notebook of this run takes --images: leave it out, or"),
+        (["FIGURES"], 1, "error: {file} is a file and cannot hold results: let SAMANTICS_FIGURES name a folder"),
+        (["CACHE"], 1, "error: {file} is a file and cannot hold results: let SAMANTICS_CACHE name a folder"),
+        (["--sead", "1"], 2, "No such option: --sead"),
+        (["--only"], 2, "Option '--only' requires an argument"),
+        (["--seed", "one"], 2, "Invalid value for '--seed'"),
     ],
+    ids=lambda value: str(value)[:20],
 )
-def test_wrong_options_are_one_line(
+def test_wrong_options_are_told_and_leave_nothing(
     arguments: list[str],
     code: int,
     message: str,
-    tmp_path: Path,
+    own_notebooks: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    write_notebook(tmp_path / "notebooks", "01_probe")
-    monkeypatch.setattr(study.run_study, "__defaults__", ((), False, None, tmp_path / "notebooks"))
-    try:
-        found = study.main(arguments)
-    except SystemExit as stop:
-        found = int(str(stop.code))
+    write_notebook(own_notebooks, "01_probe")
+    file = own_notebooks.parent / "file"
+    file.write_text("mine")
+    if arguments[0] in ("FIGURES", "CACHE"):
+        monkeypatch.setenv(f"SAMANTICS_{arguments.pop()}", str(file))
+    assert cli.main(["run", *arguments]) == code
     output = capsys.readouterr().err
-    assert found == code
-    assert output.startswith(message) and output.count("\n") == 1
+    assert message.format(file=file) in output and (code == 2 or output.count("\n") == 1)
+    assert sorted(path.name for path in own_notebooks.parent.iterdir()) == ["file", "notebooks"]
+    assert file.read_text() == "mine"
 
 
-def test_notebooks_run_in_order_with_appendices_last(tmp_path: Path) -> None:
+def test_notebooks_run_in_order_with_appendices_last(own_notebooks: Path) -> None:
     for name in ("A1_more", "02_b", "00_a", "draft", "10_c"):
-        write_notebook(tmp_path, name)
-    assert [path.stem for path in study.select_notebooks(tmp_path)] == ["00_a", "02_b", "10_c", "A1_more"]
-    chosen = study.select_notebooks(tmp_path, ["A1", "02_b", "00_a.ipynb"])
-    assert [path.stem for path in chosen] == ["00_a", "02_b", "A1_more"]
+        write_notebook(own_notebooks, name)
+    assert [path.stem for path in study.select_notebooks()] == ["00_a", "02_b", "10_c", "A1_more"]
+    assert [path.stem for path in study.select_notebooks(["A1", "02_b", "00_a.ipynb"])] == ["00_a", "02_b", "A1_more"]
 
 
-def test_student_notebooks_lack_the_solutions_only(tmp_path: Path) -> None:
-    write_notebook(tmp_path, "00_a", "answer = 42", "assert answer == 42")
-    notebook = nbformat.read(tmp_path / "00_a.ipynb", as_version=4)
+def test_student_notebooks_lack_the_solutions_only(own_notebooks: Path) -> None:
+    path = write_notebook(own_notebooks, "00_a", "answer = 42", "assert answer == 42")
+    notebook = nbformat.read(path, as_version=4)
     notebook.cells[2].metadata["tags"] = ["solution"]
-    nbformat.write(notebook, tmp_path / "00_a.ipynb")
-    folder = study.write_student_notebooks([tmp_path / "00_a.ipynb"], tmp_path / "student")
+    nbformat.write(notebook, path)
+    folder = study.write_student_notebooks(folder=own_notebooks / "student")
     sources = [cell.source for cell in nbformat.read(folder / "00_a.ipynb", as_version=4).cells]
     assert sources == ["# A question?", SETTINGS, "# Your answer\n", "assert answer == 42"]
 
 
 def test_parameters_are_those_of_the_tagged_cell(tmp_path: Path) -> None:
-    write_notebook(tmp_path, "00_a", "other = 1", settings="scale: str = 'pocket'\nseed = 1")
-    assert study.parameter_names(tmp_path / "00_a.ipynb") == {"scale", "seed"}
+    path = write_notebook(tmp_path, "00_a", "other = 1", settings="scale: str = 'pocket'\nseed = 1  # any")
+    assert study.parameter_names(path) == {"scale", "seed"}
 
 
-@pytest.mark.parametrize("content", ["not json", '{"cells": 1}'])
-def test_damaged_notebook_is_named(content: str, tmp_path: Path) -> None:
-    (tmp_path / "00_a.ipynb").write_text(content)
-    with pytest.raises(StudyError, match=r"00_a.ipynb is damaged"):
-        study.parameter_names(tmp_path / "00_a.ipynb")
+def test_kernels_write_where_the_run_says_also_by_a_relative_path(
+    own_notebooks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_notebook(own_notebooks, "00_a", "from samantics.run import figures_dir\n(figures_dir() / 'here').touch()")
+    monkeypatch.chdir(own_notebooks.parent)
+    monkeypatch.setenv("SAMANTICS_FIGURES", "figures")
+    monkeypatch.setenv("SAMANTICS_CACHE", "cache")
+    (outcome,) = study.run_study("pocket")
+    assert outcome.error == "" and (own_notebooks.parent / "figures" / "here").exists()
+    assert [path.name for path in own_notebooks.iterdir()] == ["00_a.ipynb"]
 
 
-def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        study.main(["--help"])
-    shown = capsys.readouterr().out
-    for name in itertools.chain(("scale", "only", "fresh", "student", *study.VALUE_OPTIONS), study.PATH_OPTIONS):
-        assert f"--{name} " in shown
+def test_help_of_the_script_and_of_the_command_name_the_same_options() -> None:
+    """The script's is shown before anything is installed."""
+    script = [str(PROJECT / "run_all.sh"), "--help"]
+    command = [sys.executable, "-m", "samantics", "run", "--help"]
+    run = functools.partial(subprocess.run, check=True, capture_output=True, text=True, cwd="/")
+    shown = [run(script).stdout, run(command).stdout]
+    assert shown[0].startswith("Does SAM know what it segments?") and "#" not in shown[0]
+    options = [{word for word in text.split() if word.startswith("--") and word.strip("-").isalpha()} for text in shown]
+    assert options[0] == options[1] and len(options[0]) == 11

@@ -86,8 +86,8 @@ def test_pictures_that_tokens_do_not_divide_are_refused_before_any_is_rendered()
 
 
 def test_other_pictures_do_not_overwrite_the_zoo() -> None:
-    with pytest.raises(SystemExit, match="128 pixels: name another folder with --out"):
-        training.main(["sam2", "--image-size", "256"])
+    with pytest.raises(StudyError, match="128 pixels: name another folder with --out"):
+        training.train_models(["sam2"], RECIPE, image_size=256)
 
 
 def test_every_epoch_visits_every_picture_once_in_its_own_order() -> None:

@@ -15,6 +15,7 @@ import works
 from processes import told
 
 import study
+from notebooks import write_notebook
 from samantics.cache import atomic_path, remove_leftovers
 from samantics.models.encoder import load_encoder
 from samantics.training_free.proposals import compute_proposals, proposals_folder
@@ -69,14 +70,15 @@ def test_training_goes_on_from_a_checkpoint_of_any_age(tmp_path: Path, monkeypat
 def test_the_study_counts_figures_and_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = tmp_path / "figures" / "pocket"
     draws = f"from pathlib import Path\nPath({str(figures)!r}, '00_new.png').write_bytes(b'picture')"
-    works.write_notebook(tmp_path / "notebooks", "00_draws", 'scale = "pocket"', draws)
+    write_notebook(tmp_path / "notebooks", "00_draws", draws)
     monkeypatch.setenv("SAMANTICS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("SAMANTICS_FIGURES", str(tmp_path / "figures"))
+    monkeypatch.setattr(study, "NOTEBOOKS", tmp_path / "notebooks")
     figures.mkdir(parents=True)
     (figures / "00_old.png").write_bytes(b"picture")
     os.utime(figures / "00_old.png", (time.time() + 2 * DAY,) * 2)
     for _ in range(2):  # begun while the clock is a day ahead, and again while it is not
-        (outcome,) = study.run_study("pocket", notebooks=tmp_path / "notebooks")
+        (outcome,) = study.run_study("pocket")
         assert outcome.figures == 1 and not outcome.error
         assert 0 < outcome.seconds < 60
 

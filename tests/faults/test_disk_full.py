@@ -22,6 +22,8 @@ from safetensors.torch import load_file
 from servers import serve
 
 import study
+from notebooks import write_notebook
+from samantics import cli
 from samantics.cache import atomic_path
 from samantics.errors import StudyError
 from samantics.incontext import model as incontext
@@ -144,12 +146,12 @@ def test_a_download_goes_on_with_the_missing_part(tmp_path: Path) -> None:
 def test_the_study_ends_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    works.write_notebook(tmp_path / "notebooks", "00_prints", 'scale = "pocket"', "print('word\\n' * 100_000)")
+    write_notebook(tmp_path / "notebooks", "00_prints", "print('word\\n' * 100_000)")
     monkeypatch.setenv("SAMANTICS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(study.run_study, "__defaults__", ((), False, None, tmp_path / "notebooks"))
+    monkeypatch.setattr(study, "NOTEBOOKS", tmp_path / "notebooks")
     with small_disk(tmp_path / "figures", 200) as disk:
         monkeypatch.setenv("SAMANTICS_FIGURES", str(disk))
-        assert study.main([]) == 1
+        assert cli.main(["run"]) == 1
         path = disk / "pocket" / "notebooks" / "00_prints.ipynb"
         assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: no space left while writing {path}")
         assert not [path for path in disk.rglob("*") if path.is_file()]

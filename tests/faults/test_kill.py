@@ -18,6 +18,7 @@ from PIL import Image
 from processes import finish, hidden, is_running, kill_again_and_again, tell, told
 from servers import Handler, serve
 
+from notebooks import write_notebook
 from samantics.cache import remove_leftovers
 from samantics.models import pocket
 from samantics.models.weights import WeightFile
@@ -162,7 +163,7 @@ def test_papermill(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     log = tmp_path / "log"
     for name in ("00_first", "01_second"):
         cells = [CELL.format(log=str(log), number=number) for number in range(4)]
-        works.write_notebook(tmp_path / "notebooks", name, 'scale = "pocket"', *cells)
+        write_notebook(tmp_path / "notebooks", name, *cells)
 
     def use(name: str) -> Path:
         monkeypatch.setenv("SAMANTICS_CACHE", str(tmp_path / name / "cache"))

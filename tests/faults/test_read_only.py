@@ -12,6 +12,8 @@ import works
 from disks import read_only
 
 import study
+from notebooks import write_notebook
+from samantics import cli
 from samantics.errors import StudyError
 from samantics.models import weights
 from samantics.models.weights import WeightFile, weight_file
@@ -41,14 +43,14 @@ def test_a_figure_is_refused_and_the_old_one_stays(pocket_run: Run) -> None:
 def test_the_study_ends_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    works.write_notebook(tmp_path / "notebooks", "00_prints", 'scale = "pocket"', "print(1)")
-    monkeypatch.setattr(study.run_study, "__defaults__", ((), False, None, tmp_path / "notebooks"))
+    write_notebook(tmp_path / "notebooks", "00_prints", "print(1)")
+    monkeypatch.setattr(study, "NOTEBOOKS", tmp_path / "notebooks")
     for variable in ("FIGURES", "CACHE"):
         monkeypatch.setenv("SAMANTICS_FIGURES", str(tmp_path / "figures"))
         monkeypatch.setenv("SAMANTICS_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv(f"SAMANTICS_{variable}", str(tmp_path / "shut"))
         with read_only(tmp_path / "shut"):
-            assert study.main([]) == 1
+            assert cli.main(["run"]) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and str(tmp_path / "shut") in line
 

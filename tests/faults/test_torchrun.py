@@ -19,6 +19,7 @@ from processes import PATIENCE, finish, start
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from samantics import cli
 from samantics.cache import write_json
 from samantics.probing import features as store
 
@@ -27,14 +28,24 @@ SHARD_ROWS, IMAGES = 4, 24
 
 @pytest.fixture
 def options(tmp_path: Path) -> list[str]:
-    """Of ``python -m samantics.probing.features``, on a folder of photographs that it makes."""
+    """Of ``python -m samantics``, on a folder of photographs that it makes."""
     rng = np.random.default_rng(0)
     for number in range(IMAGES):
         path = tmp_path / "photos" / "ab"[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(path)
     kind = ["--encoder", "dinov2", "--weights", "zoo_random", "--layers", "final:cls"]
-    return [str(tmp_path / "photos"), *kind, "--batch-size", "2", "--workers", "1", "--shard-rows", str(SHARD_ROWS)]
+    return [
+        "extract",
+        str(tmp_path / "photos"),
+        *kind,
+        "--batch-size",
+        "2",
+        "--workers",
+        "1",
+        "--shard-rows",
+        str(SHARD_ROWS),
+    ]
 
 
 def shards(cache: Path) -> dict[str, bytes]:
@@ -64,7 +75,7 @@ def worker(options: list[str], dies: Callable[[], None] | None) -> int:
             write_json(path, value)
 
         store.write_json = write
-    return store.main(options)
+    return cli.main(options)
 
 
 def launch(options: list[str], dies: Callable[[], None] | None = None) -> None:
@@ -84,7 +95,7 @@ def test_the_run_fails_and_the_next_completes_it(
     dies: Callable[[], None], options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SAMANTICS_CACHE", str(tmp_path / "alone"))
-    assert store.main(options) == 0
+    assert cli.main(options) == 0
     monkeypatch.setenv("SAMANTICS_CACHE", str(tmp_path / "two"))
     failing = start(launch, options, dies, log=tmp_path / "log")
     failing.join(PATIENCE)
@@ -111,7 +122,7 @@ def test_torchrun_itself(options: list[str], tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     failing = subprocess.run([*torchrun, str(dying)], env=environment, timeout=300, check=False)
     assert failing.returncode != 0 and 0 < len(shards(tmp_path / "two")) < 2 * IMAGES // SHARD_ROWS
-    subprocess.run([*torchrun, "-m", "samantics.probing.features", *options], env=environment, timeout=300, check=True)
-    alone = [sys.executable, "-m", "samantics.probing.features", *options]
+    subprocess.run([*torchrun, "-m", "samantics", *options], env=environment, timeout=300, check=True)
+    alone = [sys.executable, "-m", "samantics", *options]
     subprocess.run(alone, env=environment | {"SAMANTICS_CACHE": str(tmp_path / "alone")}, timeout=300, check=True)
     assert shards(tmp_path / "two") == shards(tmp_path / "alone")

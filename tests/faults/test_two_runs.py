@@ -11,6 +11,7 @@ import pytest
 import works
 from processes import PATIENCE, start
 
+from notebooks import write_notebook
 from samantics.cache import PROJECT
 
 WAITS = """\
@@ -28,7 +29,7 @@ def results(figures: Path) -> dict[str, bytes]:
 
 def test_one_of_two_runs_started_at_once_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go = tmp_path / "go"
-    works.write_notebook(tmp_path / "notebooks", "00_waits", 'scale = "pocket"', WAITS.format(go=str(go)))
+    write_notebook(tmp_path / "notebooks", "00_waits", WAITS.format(go=str(go)))
     monkeypatch.setenv("SAMANTICS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("SAMANTICS_FIGURES", str(tmp_path / "figures"))
     logs = [tmp_path / "first", tmp_path / "second"]

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import nbformat
 import numpy as np
 import pandas as pd
 import torch
 from processes import tell
 
 import study
+from samantics import cli
 from samantics.data import first_world as mojiworld
 from samantics.data.coco import CocoDataset, write_mojiworld
 from samantics.data.first_world import Pictures
@@ -169,25 +169,17 @@ def draw(log: Path) -> None:
         plt.close(fig)
 
 
-def write_notebook(folder: Path, name: str, *cells: str) -> None:
-    """A notebook of these cells, the first of them its parameters."""
-    notebook = nbformat.v4.new_notebook()
-    notebook.cells = [nbformat.v4.new_code_cell(cell, id=f"cell-{number}") for number, cell in enumerate(cells)]
-    notebook.cells[0].metadata["tags"] = ["parameters"]
-    folder.mkdir(parents=True, exist_ok=True)
-    nbformat.write(notebook, folder / f"{name}.ipynb")
-
-
 def run_notebooks(folder: Path) -> None:
     """The study, of the notebooks of a folder; ends the process with an error where one of them fails."""
-    outcomes = study.run_study("pocket", notebooks=folder)
+    study.NOTEBOOKS = folder
+    outcomes = study.run_study("pocket")
     assert not any(outcome.error for outcome in outcomes), outcomes
 
 
 def run_command(folder: Path) -> None:
     """``./run_all.sh`` on the notebooks of a folder: its exit code is the process's."""
-    study.run_study.__defaults__ = ((), False, None, folder)
-    os._exit(study.main([]))
+    study.NOTEBOOKS = folder
+    os._exit(cli.main(["run"]))
 
 
 # --------------------------------------------------------------------------------------------------------- download

@@ -3,20 +3,18 @@
 Everything slow is kept in the run's cache under a hash of all that it depends on. Tuning can run by itself, on one or
 more processes; the notebook then finds the tuned model:
 
-    python -m samantics.incontext.study --scale paper --references TRAIN.json --targets VAL.json --images FOLDER
-    torchrun --nproc-per-node 8 -m samantics.incontext.study --scale paper ...      # one process per GPU
+    python -m samantics tune --scale paper --references TRAIN.json --targets VAL.json --images FOLDER
+    torchrun --nproc-per-node 8 -m samantics tune --scale paper ...      # one process per GPU
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import os
 import resource
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -365,52 +363,41 @@ def _part(run: Run, encoder: Encoder, dataset: CocoDataset) -> Part:
 # ------------------------------------------------------------------------------------------------- tuning by itself
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Tune by the command line; under ``torchrun`` on all its processes. Prints time per step and peak memory."""
-    parser = argparse.ArgumentParser(
-        prog="python -m samantics.incontext.study", description="Tune the in-context model."
-    )
-    parser.add_argument("--scale", default="paper")
-    for name in ("references", "targets", "images", "weights"):
-        parser.add_argument(f"--{name}", default="")
-    parser.add_argument("--epochs", type=float, help="other than the scale's")
-    parser.add_argument("--batch", type=int, help="images per step over all processes, other than the scale's")
-    options = parser.parse_args(arguments)
+def tune(
+    scale: str,
+    references: str = "",
+    targets: str = "",
+    images: str = "",
+    weights: str = "",
+    settings: Mapping[str, Any] | None = None,
+) -> str:
+    """Tune the in-context model, under ``torchrun`` on all its processes; a line of time per step and peak memory.
+
+    Args:
+        settings: values of :class:`InContextSettings` other than the scale's.
+
+    Raises:
+        StudyError: as :func:`load_study`.
+    """
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        _tune(options)
-    except StudyError as error:
-        print(error, file=sys.stderr)
-        return 1
+        run = start_run(scale, "02_in_context")
+        incontext = dataclasses.replace(run.scale.incontext, **(settings or {}))
+        run = dataclasses.replace(run, scale=dataclasses.replace(run.scale, incontext=incontext))
+        study = load_study(run, references, targets, images, weights)
+        study.tokens("tuning")
+        started = time.perf_counter()
+        curve = study.curve
+        if dist.is_initialized() and dist.get_rank() != 0:
+            return ""
+        steps, seconds = int(curve["step"].max()) + 1, time.perf_counter() - started
+        kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        used = torch.cuda.max_memory_allocated() if run.device == "cuda" else 1024 * kib
+        loss = curve["loss"].iloc[-1]
+        return f"{steps} steps, {seconds / steps:.2f} s each, peak memory {used / 2**30:.1f} GiB; loss {loss:.3f}\n"
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
-
-
-def _tune(options: argparse.Namespace) -> None:
-    run = start_run(options.scale, "02_in_context")
-    others = {name: value for name in ("epochs", "batch") if (value := getattr(options, name)) is not None}
-    run = dataclasses.replace(
-        run, scale=dataclasses.replace(run.scale, incontext=dataclasses.replace(run.scale.incontext, **others))
-    )
-    study = load_study(run, options.references, options.targets, options.images, options.weights)
-    study.tokens("tuning")
-    started = time.perf_counter()
-    curve = study.curve
-    steps, seconds = int(curve["step"].max()) + 1, time.perf_counter() - started
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        used = torch.cuda.max_memory_allocated() if run.device == "cuda" else 1024 * _peak_kib()
-        loss = curve["loss"].iloc[-1]
-        print(f"{steps} steps, {seconds / steps:.2f} s each, peak memory {used / 2**30:.1f} GiB; loss {loss:.3f}")
-
-
-def _peak_kib() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -261,7 +261,7 @@ def verify(name: str, folder: Path = ASSETS) -> str:
     path = folder / f"{name}.safetensors"
     if not path.is_file():
         raise StudyError(
-            f"{path} is missing: restore it with git checkout, or train it with python -m samantics.zoo.training {name}"
+            f"{path} is missing: restore it with git checkout, or train it with python -m samantics train {name}"
         )
     found, expected = hash_file(path), card(name, folder)["sha256"]
     if found != expected:

@@ -5,18 +5,16 @@ rows lie in a random order, so that a reader who takes shard after shard sees th
 not at all, so a killed run resumes where it was, and a shard is written by whoever holds its lock: several runs, or the
 processes of ``torchrun`` on any number of nodes, share the work through the folder alone.
 
-    python -m samantics.probing.features FOLDER --encoder sam --weights official --layers final:mean block_12:mean
-    torchrun --nproc-per-node 8 -m samantics.probing.features FOLDER --encoder sam ...      # one process per GPU
+    python -m samantics extract FOLDER --encoder sam --weights official --layers final:mean
+    torchrun --nproc-per-node 8 -m samantics extract FOLDER --encoder sam ...      # one process per GPU
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import json
 import os
-import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,10 +30,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from samantics.cache import atomic_path, cache_dir, hash_value, remove_leftovers, write_json
-from samantics.data.folders import image_folders
 from samantics.errors import StudyError
 from samantics.models.architectures import Readout
-from samantics.models.encoder import PIXELS_AT_ONCE, Encoder, load_encoder
+from samantics.models.encoder import PIXELS_AT_ONCE, Encoder
 from samantics.models.preprocessing import Geometry
 
 FORMAT = 1  # of the files below; a store of another format is refused
@@ -415,46 +412,3 @@ def _encode_batch(job: _Job, inputs: list[_Input | str]) -> dict[Readout, NDArra
         out[wanted] = np.zeros((len(inputs), values.shape[1]), np.float32)
         out[wanted][there] = values[: len(there)].cpu().numpy()
     return out
-
-
-# --------------------------------------------------------------------------------------------------- command line
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Encode both splits of an image folder; under ``torchrun`` every process takes its share of the shards."""
-    parser = argparse.ArgumentParser(prog="python -m samantics.probing.features", description=main.__doc__)
-    parser.add_argument("folder", type=Path, help="image folder: train/ and val/, or a sub-folder for each class")
-    parser.add_argument("--encoder", default="sam")
-    parser.add_argument("--weights", default="zoo")
-    parser.add_argument("--layers", nargs="+", default=None, metavar="LAYER:POOLING", help="default: the headline row")
-    parser.add_argument("--batch-size", type=int, help="images at once (default: by the size of the input)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 2)
-    parser.add_argument("--half", action="store_true", help="compute in bfloat16")
-    parser.add_argument("--max-unreadable", type=float, default=0.01)
-    parser.add_argument("--shard-rows", type=int, default=SHARD_ROWS, help="images in a file")
-    options = parser.parse_args(arguments)
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    try:
-        encoder = load_encoder(options.encoder, options.weights, device, half=options.half)
-        names = options.layers or [":".join(encoder.headline)]
-        wanted = [(name.partition(":")[0], name.partition(":")[2] or "mean") for name in names]
-        for split in image_folders(options.folder):
-            store = encode_images(
-                encoder,
-                split,
-                wanted,
-                split.hash,
-                batch_size=options.batch_size,
-                workers=options.workers,
-                max_unreadable=options.max_unreadable,
-                shard_rows=options.shard_rows,
-            )
-            print(f"{store.folder}: {len(store.kept)} images, {len(store.skipped)} unreadable")
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,7 +1,7 @@
 """Models trained beside the zoo (controls, a world without themes, other seeds, longer, on larger pictures).
 
-``python -m samantics.zoo.controls DIR ...`` probes every trained model of those folders (as ``python -m
-samantics.zoo.training --out DIR`` leaves them) as notebook 01 probes the zoo, and writes their rows into
+``python -m samantics controls DIR ...`` probes every trained model of those folders (as ``python -m samantics train
+--out DIR`` leaves them) as notebook 01 probes the zoo, and writes their rows into
 ``assets/zoo/controls.csv``, their training curves into ``control_curves.csv``; models of the zoo's kinds and world are
 measured at their own trades, too: ``control_quality.csv``. The weights of controls are not shipped: their hashes,
 recipes and results are.
@@ -9,7 +9,6 @@ recipes and results are.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -154,28 +153,22 @@ def probed_data(run: Run, image_size: int) -> ClassificationData:
     return mojiworld_data(mojiworld.World(image_size), settings.views, settings.test_views)
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    """Probe the models of the folders named and enter them into the tables."""
-    parser = argparse.ArgumentParser(prog="python -m samantics.zoo.controls", description=__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
-    folders: list[Path] = parser.parse_args(words).folders
-    run, printed = start_run("pocket", "controls"), []
-    try:
-        for card in [path for folder in folders for path in sorted(folder.glob("*.json"))]:
-            name, folder = card.stem, card.parent
-            training = training_of(name, folder)
-            rows = control_rows(run, probed_data(run, training["image_size"]), name, folder)
-            _enter(CURVES, control_curve(name, folder), [*TRAINED, "seen"])
-            if name in pocket.NAMES and training["theme_strength"] == mojiworld.World().theme_strength:
-                _enter(QUALITY, quality_rows(name, folder), [*TRAINED, "measure"])
-            _enter(TABLE, pd.DataFrame(rows), KEYS)
-            printed += rows
-        if not printed:
-            raise StudyError(f"{folders[0]} holds no model's card: train one with python -m samantics.zoo.training")
-    except StudyError as error:
-        raise SystemExit(f"error: {error}") from error
-    print(pd.DataFrame(printed).drop(columns=["sha256", "machine"]).round(1).to_string(index=False))
+def enter_controls(folders: Sequence[Path]) -> pd.DataFrame:
+    """Probe the models of these folders and enter them into the shipped tables; their rows.
 
-
-if __name__ == "__main__":
-    main()
+    Raises:
+        StudyError: no model there.
+    """
+    run, entered = start_run("pocket", "controls"), []
+    for card in [path for folder in folders for path in sorted(folder.glob("*.json"))]:
+        name, folder = card.stem, card.parent
+        training = training_of(name, folder)
+        rows = control_rows(run, probed_data(run, training["image_size"]), name, folder)
+        _enter(CURVES, control_curve(name, folder), [*TRAINED, "seen"])
+        if name in pocket.NAMES and training["theme_strength"] == mojiworld.World().theme_strength:
+            _enter(QUALITY, quality_rows(name, folder), [*TRAINED, "measure"])
+        _enter(TABLE, pd.DataFrame(rows), KEYS)
+        entered += rows
+    if not entered:
+        raise StudyError(f"{folders[0]} holds no model's card: train one with python -m samantics train")
+    return pd.DataFrame(entered).drop(columns=["sha256", "machine"]).round(1)

@@ -1,6 +1,6 @@
 """Is each model of the pocket zoo a good one of its kind? Measured on MojiWorld pictures that no model has seen.
 
-``python -m samantics.zoo.quality`` measures all and writes the model cards' page, ``assets/zoo/README.md``.
+``python -m samantics quality`` measures all and writes the model cards' page, ``assets/zoo/README.md``.
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ def cards_page(table: pd.DataFrame) -> str:
     """Markdown: how each model of the zoo was trained and how good it is."""
     lines = [
         "# The pocket zoo: model cards\n",
-        "Written by `python -m samantics.zoo.quality` from the weight files' cards (`*.json`); do not edit.\n",
+        "Written by `python -m samantics quality` from the weight files' cards (`*.json`); do not edit.\n",
         "Trained on MojiWorld pictures (drawings: [OpenMoji](https://openmoji.org), CC BY-SA 4.0) and licensed as they",
         "are. For study only: these models know drawings on random backgrounds and nothing else.\n",
     ]
@@ -278,13 +278,9 @@ def cards_page(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Measure the shipped zoo and write its page."""
+def write_cards() -> pd.DataFrame:
+    """Measure the shipped zoo and write its page; the measurements."""
     table = quality_table({name: pocket.load(name) for name in pocket.NAMES})
-    print(table.to_string(index=False))
     with atomic_path(pocket.ASSETS / "README.md") as temporary:
         temporary.write_text(cards_page(table), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+    return table

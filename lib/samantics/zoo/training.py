@@ -1,4 +1,4 @@
-"""Trains the models of the pocket zoo: ``python -m samantics.zoo.training sam`` (sam2, clip, dinov2; or a control).
+"""Trains the models of the pocket zoo: ``python -m samantics train sam`` (sam2, clip, dinov2; or a control).
 
 The same loop for all: equal pictures, equal batches, equal schedule; only the objective differs. Uses a GPU if there
 is one. Safe to kill at any moment: rerun the same command and it goes on from its last checkpoint, to the same
@@ -7,7 +7,6 @@ result (every step draws its random numbers from ``(seed, step)``, not from what
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -15,6 +14,7 @@ import math
 import os
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -399,7 +399,7 @@ def _export(
     )
 
 
-# ---------------------------------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------------------------------- all of it
 
 
 def prepared_data(
@@ -420,47 +420,34 @@ def prepared_data(
     return data, DeviceData(unseen, device), probe_data(workers=workers, image_size=image_size)
 
 
-def arguments(words: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m samantics.zoo.training", description=__doc__)
-    parser.add_argument(
-        "names", nargs="+", choices=(*pocket.NAMES, *CONTROLS), help="models to train, one after the other"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=pocket.ASSETS, help="folder of the results (default: where the zoo is loaded from)"
-    )
-    parser.add_argument("--start-from", type=Path, help="trained DINOv2 weights, for sam_from_dinov2")
-    parser.add_argument("--workers", type=int, default=0, help="processes that render (default: all cores)")
-    parser.add_argument(
-        "--image-size",
-        type=int,
-        default=pocket.DEFAULT.image_size,
-        help="pixels of a side; other sizes do not fit the zoo",
-    )
-    for field in dataclasses.fields(Recipe):
-        kind = type(field.default)
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
-    return parser.parse_args(words)
+def train_models(
+    names: Sequence[str],
+    recipe: Recipe,
+    folder: Path = pocket.ASSETS,
+    start_from: Path | None = None,
+    workers: int = 0,
+    image_size: int = pocket.DEFAULT.image_size,
+) -> None:
+    """Train models one after the other on the same pictures.
 
+    Args:
+        names: of ``pocket.NAMES`` or ``CONTROLS``.
+        folder: of the results; by default where the zoo is loaded from.
+        start_from: trained DINOv2 weights, for ``sam_from_dinov2``.
+        workers: processes that render; 0 for all cores.
+        image_size: pixels of a side; others than the zoo's do not fit it.
 
-def main(words: list[str] | None = None) -> None:
-    """Train the models named on the command line."""
-    options = arguments(words)
-    if options.image_size != pocket.DEFAULT.image_size and options.out == pocket.ASSETS:
-        raise SystemExit(
-            f"error: the zoo's pictures have {pocket.DEFAULT.image_size} pixels: name another folder with --out"
-        )
-    recipe = Recipe(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Recipe)})
+    Raises:
+        StudyError: no such model; pictures of another size than the zoo's in the zoo's own folder.
+    """
+    known = (*pocket.NAMES, *CONTROLS)
+    if wrong := [name for name in names if name not in known]:
+        raise StudyError(f"no model is called {wrong[0]!r}: choose from {', '.join(known)}")
+    if image_size != pocket.DEFAULT.image_size and folder == pocket.ASSETS:
+        raise StudyError(f"the zoo's pictures have {pocket.DEFAULT.image_size} pixels: name another folder with --out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    try:
-        data, held_out, probing = prepared_data(recipe, device, options.workers, options.image_size)
-        for name in options.names:
-            train(name, recipe, options.out, data, held_out, probing, options.start_from)
-    except StudyError as error:
-        raise SystemExit(f"error: {error}") from error
-
-
-if __name__ == "__main__":
-    main()
+    data, held_out, probing = prepared_data(recipe, device, workers, image_size)
+    for name in names:
+        train(name, recipe, folder, data, held_out, probing, start_from)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from compare import differences, equal_tables, table_differences
+from compare import agree, differences, table_differences
 
 KEYS = ["encoder"]
 OLD = pd.DataFrame(
@@ -69,11 +69,16 @@ def test_folders_are_compared_table_by_table(tmp_path: Path) -> None:
     assert differences(old, new) == [f"{new / '03_oracles.csv'} is missing"]
 
 
-def test_equal_tables_are_counted(tmp_path: Path) -> None:
+def test_another_verdict_is_a_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = tmp_path / "old", tmp_path / "new"
-    for number, folder in enumerate(folders):
+    for folder, verdict, measured in zip(folders, ("partly", "not supported"), (0.1, 99.0), strict=True):
         folder.mkdir()
+        table = pd.DataFrame({"claim": ["C1", "C3"], "verdict": ["supported", verdict], "measured": measured})
+        table.to_csv(folder / "04_findings.csv", index=False)
         OLD.to_csv(folder / "same.csv", index=False)
-        OLD.assign(top1=number).to_csv(folder / "other.csv", index=False)
-    OLD.to_csv(folders[0] / "alone.csv", index=False)
-    assert equal_tables(*folders) == (1, 2)
+    assert agree(folders[0], folders[0])
+    assert not agree(*folders)
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "04_findings: C3: the verdict is 'not supported', expected 'partly'",
+        "1 of 2 tables are equal byte for byte",
+    ]

@@ -1,0 +1,245 @@
+"""The one command line, ``python -m samantics COMMAND``. A command imports what it needs when it runs: help is quick.
+
+``extract``, ``propose`` and ``tune`` share their work between the processes of ``torchrun ... -m samantics COMMAND``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from samantics.cache import PROJECT
+from samantics.errors import StudyError
+
+app = typer.Typer(
+    help="Does SAM know what it segments? Runs the study and its parts.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; its exit code: 0, or 1 after a fault that one line tells, or 2 for a wrong option."""
+    try:
+        app(arguments, prog_name="samantics")
+    except StudyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}: mend that and run again", file=sys.stderr)
+        return 1
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def _script(name: str) -> Any:
+    """A module of ``scripts/``: it lies beside the library, not in it."""
+    folder = PROJECT / "scripts"
+    if not folder.is_dir():
+        raise StudyError(f"{folder} is missing: run this command in a clone of the project")
+    sys.path.insert(0, str(folder))
+    return importlib.import_module(name)
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _device() -> str:
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+# -------------------------------------------------------------------------------------------------------- the study
+
+Text = Annotated[str | None, typer.Option()]
+Number = Annotated[int | None, typer.Option()]
+Decimal = Annotated[float | None, typer.Option()]
+Folder = Annotated[Path | None, typer.Option()]
+Only = Annotated[list[str] | None, typer.Option(help="These notebooks only, by number or name: --only 01 03")]
+More = Annotated[list[str] | None, typer.Argument(hidden=True)]
+
+
+@app.command()
+def run(
+    more: More = None,  # an option takes one value, so the further words of --only 01 03 arrive here
+    only: Only = None,
+    scale: Annotated[str, typer.Option(help="pocket, lite or paper")] = "pocket",
+    fresh: Annotated[bool, typer.Option("--fresh", help="First empty this scale's caches")] = False,
+    student: Annotated[bool, typer.Option("--student", help="Only write notebooks without solutions")] = False,
+    seed: Annotated[int | None, typer.Option(help="Another seed than the notebooks' own")] = None,
+    data: Annotated[Path | None, typer.Option(help="Your images, a sub-folder for each class")] = None,
+    references: Annotated[Path | None, typer.Option(help="Your reference instances, COCO JSON")] = None,
+    targets: Annotated[Path | None, typer.Option(help="Your target images, COCO JSON")] = None,
+    images: Annotated[Path | None, typer.Option(help="The folder of the images that both name")] = None,
+    weights: Annotated[str | None, typer.Option(help="Others than the scale's: zoo, official or random")] = None,
+) -> None:
+    """Run the notebooks; leave figures, tables and a report (./run_all.sh --help says more)."""
+    study, chosen = _script("study"), [*(only or ()), *(more or ())]
+    if student:
+        print(f"notebooks for students: {study.write_student_notebooks(chosen)}")
+        return
+    own = _given(data=data, references=references, targets=targets, images=images)
+    try:
+        outcomes = study.run_study(scale, chosen, fresh, own | _given(seed=seed, weights=weights))
+    except KeyboardInterrupt as stop:
+        print("\nstopped; finished notebooks and caches are kept", file=sys.stderr)
+        raise typer.Exit(130) from stop
+    print(study.summary(outcomes))
+    if any(outcome.error for outcome in outcomes):
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(old: Path, new: Path) -> None:
+    """Compare the tables of two runs; exit code 1 when numbers leave their tolerances or a verdict differs."""
+    if not _script("compare").agree(old, new):
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(figures: Path) -> None:
+    """Write index.html of a run's folder of figures anew."""
+    print(_script("report").write_report(figures))
+
+
+@app.command()
+def readme() -> None:
+    """Write the tables of README.md anew from the committed pocket run."""
+    _script("readme").rewrite()
+
+
+# ------------------------------------------------------------------------------------------ parts that take their time
+
+
+@app.command()
+def extract(
+    folder: Annotated[Path, typer.Argument(help="Image folder: train/ and val/, or a sub-folder for each class")],
+    encoder: str = "sam",
+    weights: str = "zoo",
+    layers: Annotated[list[str] | None, typer.Option(help="LAYER:POOLING, repeatable (default: the headline)")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images at once (default: by the size of the input)")] = None,
+    workers: int = os.cpu_count() or 2,
+    half: Annotated[bool, typer.Option("--half", help="Compute in bfloat16")] = False,
+    max_unreadable: float = 0.01,
+    shard_rows: Annotated[int | None, typer.Option(help="Images in a file")] = None,
+) -> None:
+    """Encode both splits of an image folder into the store of features."""
+    from samantics.data.folders import image_folders
+    from samantics.models.encoder import load_encoder
+    from samantics.probing.features import encode_images
+
+    model = load_encoder(encoder, weights, _device(), half=half)
+    names = layers or [":".join(model.headline)]
+    wanted = [(name.partition(":")[0], name.partition(":")[2] or "mean") for name in names]
+    options = _given(batch_size=batch_size, workers=workers, max_unreadable=max_unreadable, shard_rows=shard_rows)
+    for split in image_folders(folder):
+        store = encode_images(model, split, wanted, split.hash, **options)
+        print(f"{store.folder}: {len(store.kept)} images, {len(store.skipped)} unreadable")
+
+
+@app.command()
+def propose(
+    annotations: Annotated[Path, typer.Option(help="COCO JSON of the images (annotations may be missing)")],
+    images: Annotated[Path, typer.Option(help="Their folder")],
+    encoder: Annotated[str, typer.Option(help="sam or sam2")] = "sam",
+    weights: str = "zoo",
+    points_per_side: Number = None,
+    predicted_iou: Decimal = None,
+    stability: Decimal = None,
+    stability_offset: Decimal = None,
+    box_nms: Decimal = None,
+) -> None:
+    """Store the mask proposals of a COCO data set."""
+    from samantics.data.coco import load_coco
+    from samantics.models.encoder import load_encoder
+    from samantics.training_free.proposals import ProposalSettings, compute_proposals
+
+    if encoder not in ("sam", "sam2"):
+        raise typer.BadParameter("only sam and sam2 propose masks")
+    settings = ProposalSettings(
+        **_given(
+            points_per_side=points_per_side,
+            predicted_iou=predicted_iou,
+            stability=stability,
+            stability_offset=stability_offset,
+            box_nms=box_nms,
+        )
+    )
+    model = load_encoder(encoder, weights, _device())
+    print(compute_proposals(model, load_coco(annotations, images), settings))
+
+
+@app.command()
+def tune(
+    scale: str = "paper",
+    references: Folder = None,
+    targets: Folder = None,
+    images: Folder = None,
+    weights: Text = None,
+    epochs: Annotated[float | None, typer.Option(help="Other than the scale's")] = None,
+    batch: Annotated[int | None, typer.Option(help="Images per step over all processes")] = None,
+) -> None:
+    """Tune the in-context model by itself, as notebook 02 does."""
+    from samantics.incontext.study import tune as tune_model
+
+    sources = {name: str(path) for name, path in _given(references=references, targets=targets, images=images).items()}
+    print(tune_model(scale, **sources, **_given(weights=weights), settings=_given(epochs=epochs, batch=batch)), end="")
+
+
+# ---------------------------------------------------------------------------------------------------- the pocket zoo
+
+
+@app.command()
+def train(
+    names: Annotated[list[str], typer.Argument(help="Models of the zoo or its controls, one after the other")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the results (default: where the zoo is loaded)")] = None,
+    start_from: Annotated[Path | None, typer.Option(help="Trained weights, for sam_from_dinov2")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that render (default: all cores)")] = 0,
+    image_size: Annotated[int | None, typer.Option(help="Pixels of a side; other sizes do not fit the zoo")] = None,
+    images: Annotated[int | None, typer.Option(help="Pictures seen, counted with repetition")] = None,
+    pool: Annotated[int | None, typer.Option(help="Different pictures rendered")] = None,
+    batch: Annotated[int | None, typer.Option(help="Pictures per step")] = None,
+    learning_rate: Decimal = None,
+    weight_decay: Decimal = None,
+    warmup: Decimal = None,
+    clip: Decimal = None,
+    probe_points: Annotated[int | None, typer.Option(help="Measurements on the way")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps")] = None,
+    theme_strength: Annotated[float | None, typer.Option(help="Of the world that is learned from")] = None,
+    seed: Number = None,
+) -> None:
+    """Train models of the pocket zoo; killed? Run it again."""
+    given = dict(locals())  # every option is a field of the recipe or an argument of the training
+    from samantics.zoo.training import Recipe, train_models
+
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    recipe = Recipe(**{name: given[name] for name in fields if given[name] is not None})
+    train_models(names, recipe, **_given(folder=out, start_from=start_from, workers=workers, image_size=image_size))
+
+
+@app.command()
+def quality() -> None:
+    """Measure the shipped zoo and write its page of model cards."""
+    from samantics.zoo.quality import write_cards
+
+    print(write_cards().to_string(index=False))
+
+
+@app.command()
+def controls(folders: Annotated[list[Path], typer.Argument(help="Folders of trained models")]) -> None:
+    """Probe trained controls and seeds and enter them into the zoo's tables."""
+    from samantics.zoo.controls import enter_controls
+
+    print(enter_controls(folders).to_string(index=False))
