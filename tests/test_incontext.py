@@ -19,7 +19,8 @@ from torch.multiprocessing.spawn import spawn
 from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
 
 from samantics.data import first_world as mojiworld
-from samantics.data.coco import CocoDataset, load_coco, read_image, write_coco, write_mojiworld
+from samantics.data.coco import CocoDataset, load_coco, read_image, write_coco
+from samantics.data.first_world import write_mojiworld
 from samantics.errors import StudyError
 from samantics.incontext.model import (
     Checkpoint,

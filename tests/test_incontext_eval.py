@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from samantics.data import first_world as mojiworld
-from samantics.data.coco import CocoDataset, mask_of, write_mojiworld
+from samantics.data.coco import CocoDataset, mask_of
+from samantics.data.first_world import write_mojiworld
 from samantics.errors import StudyError
 from samantics.incontext.evaluation import (
     VARIANTS,

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from samantics.data import coco
 from samantics.data import first_world as mojiworld
-from samantics.data.coco import Rle, box_iou, write_mojiworld
+from samantics.data.coco import Rle, box_iou
+from samantics.data.first_world import write_mojiworld
 from samantics.errors import StudyError
 from samantics.models.encoder import Encoder, load_encoder
 from samantics.models.preprocessing import Geometry, Preprocessing

@@ -14,7 +14,6 @@ from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 from segment_anything.modeling import Sam
 
-from samantics.data import coco
 from samantics.data import first_world as mojiworld
 from samantics.errors import StudyError
 from samantics.models import pocket
@@ -154,7 +153,7 @@ def equal(first: Proposals, second: Proposals) -> bool:
 
 
 def test_store_resumes_and_names_damage(tmp_path: Path) -> None:
-    dataset = coco.write_mojiworld(SMALL, "test", 3, tmp_path / "scenes")
+    dataset = mojiworld.write_mojiworld(SMALL, "test", 3, tmp_path / "scenes")
     encoder = load_encoder("sam", "zoo_random")
     settings = ProposalSettings(2, predicted_iou=0.0, stability=0.0)
     found = get_proposals(encoder, dataset, settings, tmp_path)
@@ -172,7 +171,7 @@ def test_store_resumes_and_names_damage(tmp_path: Path) -> None:
 
 
 def test_finished_images_survive_a_broken_one(tmp_path: Path) -> None:
-    dataset = coco.write_mojiworld(SMALL, "test", 3, tmp_path / "scenes")
+    dataset = mojiworld.write_mojiworld(SMALL, "test", 3, tmp_path / "scenes")
     (dataset.folder / "00001.png").write_bytes(b"no picture")
     encoder, settings = load_encoder("sam", "zoo_random"), ProposalSettings(2)
     with pytest.raises(StudyError, match=r"00001\.png cannot be read"):
@@ -181,7 +180,7 @@ def test_finished_images_survive_a_broken_one(tmp_path: Path) -> None:
 
 
 def test_processes_share_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = coco.write_mojiworld(SMALL, "test", 3, tmp_path / "scenes")
+    dataset = mojiworld.write_mojiworld(SMALL, "test", 3, tmp_path / "scenes")
     encoder, settings = load_encoder("sam", "zoo_random"), ProposalSettings(2)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, names in (("0", ["1.json", "3.json"]), ("1", ["1.json", "2.json", "3.json"])):

@@ -18,7 +18,8 @@ import torch
 from measuring import peak_gib
 
 from samantics.data import first_world as mojiworld
-from samantics.data.coco import CocoDataset, load_coco, write_mojiworld
+from samantics.data.coco import CocoDataset, load_coco
+from samantics.data.first_world import write_mojiworld
 from samantics.incontext.model import Checkpoint, Lesson, build_model, split_categories, train
 from samantics.incontext.tokens import LiveFeatures, objects_of, reference_tokens, stored_features
 from samantics.models.encoder import load_encoder

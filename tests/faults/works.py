@@ -18,8 +18,8 @@ from processes import tell
 import study
 from samantics import cli
 from samantics.data import first_world as mojiworld
-from samantics.data.coco import CocoDataset, write_mojiworld
-from samantics.data.first_world import Pictures
+from samantics.data.coco import CocoDataset
+from samantics.data.first_world import Pictures, write_mojiworld
 from samantics.incontext import model as incontext
 from samantics.incontext.tokens import SamMaps, StoredFeatures, objects_of, reference_tokens, stored_features
 from samantics.models import pocket, weights

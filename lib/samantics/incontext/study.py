@@ -27,7 +27,8 @@ from tqdm.auto import tqdm
 
 from samantics.cache import atomic_path, hash_value, reading
 from samantics.data import first_world as mojiworld
-from samantics.data.coco import CocoDataset, write_mojiworld
+from samantics.data.coco import CocoDataset
+from samantics.data.first_world import write_mojiworld
 from samantics.errors import StudyError
 from samantics.incontext.evaluation import (
     Trial,

@@ -13,16 +13,9 @@ import pandas as pd
 
 from samantics.cache import hash_value, kept
 from samantics.data import first_world as mojiworld
-from samantics.data.coco import (
-    CocoDataset,
-    Instance,
-    ReferenceRule,
-    choose_references,
-    load_coco,
-    matched_categories,
-    read_image,
-    write_mojiworld,
-)
+from samantics.data.coco import CocoDataset, Instance, load_coco, read_image
+from samantics.data.first_world import write_mojiworld
+from samantics.data.references import ReferenceRule, choose_references, matched_categories, shared_images
 from samantics.errors import StudyError
 from samantics.metrics.coco_ap import IOU_TYPES, METRICS, Result, ap_interval, evaluate, perfect_results
 from samantics.models.encoder import Encoder, load_encoder
@@ -74,7 +67,7 @@ def load_data(run: Run, references: str = "", targets: str = "", images: str = "
         if lacking:
             raise StudyError(f"own data needs --references, --targets and --images: --{lacking[0]} is missing")
         datasets = load_coco(references, images), load_coco(targets, images)
-        rule = ReferenceRule()  # a photograph's pixels, at every scale
+        rule = ReferenceRule(relative=True)  # a photograph's pixels, at every scale
     elif settings.target_scenes:
         world, folder = mojiworld.World(seed=run.seed), run.cache / "scenes"
         datasets = (
@@ -83,7 +76,9 @@ def load_data(run: Run, references: str = "", targets: str = "", images: str = "
         )
     else:
         raise StudyError(f"scale {run.scale.name} needs COCO files: give --references, --targets and --images")
-    names, notes = matched_categories(*datasets)
+    matched, names, notes = matched_categories(*datasets)
+    datasets = matched, datasets[1]
+    notes += shared_images(*datasets)
     run.record("reference_data", datasets[0].hash)
     run.record("target_data", datasets[1].hash)
     return Data(*datasets, rule, names, (*datasets[0].notes, *datasets[1].notes, *notes))

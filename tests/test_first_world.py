@@ -1,14 +1,16 @@
-"""MojiWorld: the same bytes on every rerun, exact masks, and no held-out drawing where it must not be."""
+"""The first world: the same bytes on every rerun, exact masks, and no held-out drawing where it must not be."""
 
 from __future__ import annotations
 
 import functools
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from samantics.data import coco
 from samantics.data import first_world as mojiworld
 from samantics.errors import StudyError
 
@@ -139,3 +141,27 @@ def test_a_half_rendered_folder_is_cleared_away(tmp_path, monkeypatch) -> None:
 def test_impossible_worlds_are_refused(settings) -> None:
     with pytest.raises(StudyError, match="choose"):
         mojiworld.World(**settings)
+
+
+def test_mojiworld_scenes_as_coco(tmp_path: Path) -> None:
+    world = mojiworld.World(image_size=96, seed=5)
+    dataset = mojiworld.write_mojiworld(world, "test", 4, tmp_path, held_out_share=0.5)
+    assert len(dataset.images) == 4 and not dataset.notes
+    assert tuple(dataset.categories.values()) == mojiworld.categories() and min(dataset.categories) == 1
+    for index, image_id in enumerate(dataset.images):
+        picture = mojiworld.scene(world, "test", index, 0.5)
+        assert np.array_equal(np.asarray(coco.read_image(dataset, image_id)), picture.image)
+        for position, instance in enumerate(dataset.by_image[image_id]):
+            assert np.array_equal(coco.mask_of(instance.rle), picture.instances == position + 1)
+            row = picture.drawings[position]
+            assert instance.drawing == mojiworld.catalogue()["drawing"][row]
+            assert instance.held_out == mojiworld.held_out()[row]
+            assert dataset.categories[instance.category_id] == mojiworld.catalogue()["category"][row]
+    before = {p: p.stat().st_mtime_ns for p in dataset.folder.iterdir()}
+    again = mojiworld.write_mojiworld(world, "test", 4, tmp_path, held_out_share=0.5)
+    assert again.hash == dataset.hash and {p: p.stat().st_mtime_ns for p in dataset.folder.iterdir()} == before
+    dataset.path.unlink()  # as if killed before the end: finished images stay
+    assert mojiworld.write_mojiworld(world, "test", 4, tmp_path, held_out_share=0.5).hash == dataset.hash
+    assert not any(
+        i.held_out for i in mojiworld.write_mojiworld(world, "train", 4, tmp_path, held_out_share=0).instances
+    )

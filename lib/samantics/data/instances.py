@@ -1,0 +1,222 @@
+"""Annotated objects: images, instances and their boxes, which are ``(x0, y0, x1, y1)`` in pixels.
+
+Only JSON and pycocotools hold COCO's ``x, y, width, height``; ``xywh`` and ``clipped`` go between the two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from samantics.cache import hash_value
+from samantics.data.folders import counted, image_size, is_turned, listing, open_image, printable
+from samantics.data.masks import Rle, is_pixel
+from samantics.errors import StudyError
+from samantics.run import available_cores
+
+Box = tuple[float, float, float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageRecord:
+    """One image of the data: its id, file name below the image folder, and size in pixels."""
+
+    id: int
+    file: str
+    width: int
+    height: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Instance:
+    """One annotated object.
+
+    Attributes:
+        box: ``(x0, y0, x1, y1)`` pixels, inside the image.
+        area: pixels of the mask, as the file says it (COCO's area ranges are decided by it).
+        rle: the mask; the whole box where ``box_only``.
+        crowd: the mask stands for a group; evaluation ignores what falls on it and it is never a reference.
+        box_only: the file has a box and no mask of it. As a reference it needs a mask made from the box.
+        drawing, held_out: MojiWorld only: which drawing it shows, and whether that drawing never carries a label.
+    """
+
+    id: int
+    image_id: int
+    category_id: int
+    box: Box
+    area: float
+    rle: Rle = dataclasses.field(hash=False, repr=False)
+    crowd: bool = False
+    drawing: str | None = None
+    held_out: bool = False
+    box_only: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class CocoDataset:
+    """Checked instance data.
+
+    Attributes:
+        path: the JSON file.
+        folder: of its images.
+        images, categories: by id; categories are names.
+        instances: in the file's order.
+        annotated: False where the file has no annotations at all: then nothing can be measured on it.
+        notes: a line for each kind of fault that was mended or left out in reading, with a count.
+    """
+
+    path: Path
+    folder: Path
+    images: dict[int, ImageRecord]
+    categories: dict[int, str]
+    instances: tuple[Instance, ...]
+    annotated: bool
+    notes: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def by_image(self) -> dict[int, tuple[Instance, ...]]:
+        """The instances of every image; an empty tuple where an image shows none."""
+        return _grouped(self.images, ((instance.image_id, instance) for instance in self.instances))
+
+    @functools.cached_property
+    def by_category(self) -> dict[int, tuple[Instance, ...]]:
+        """The instances of every category."""
+        return _grouped(self.categories, ((instance.category_id, instance) for instance in self.instances))
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether mask AP can be measured: some object has a mask (box AP needs boxes only)."""
+        return any(not (instance.box_only or instance.crowd) for instance in self.instances)
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """Identifies images (by name, size and length of file) and annotations: stored results carry it."""
+        files = [(dataclasses.astuple(r), (self.folder / r.file).stat().st_size) for r in self.images.values()]
+        instances = [(i.id, i.image_id, i.category_id, i.box, i.area, i.rle["counts"]) for i in self.instances]
+        boxes = [i.id for i in self.instances if i.box_only]
+        return hash_value([files, sorted(self.categories.items()), instances, *([boxes] if boxes else [])])
+
+
+def _grouped(keys: Iterable[int], pairs: Iterable[tuple[int, Instance]]) -> dict[int, tuple[Instance, ...]]:
+    found: dict[int, list[Instance]] = {key: [] for key in keys}
+    for key, instance in pairs:
+        found[key].append(instance)
+    return {key: tuple(instances) for key, instances in found.items()}
+
+
+# --------------------------------------------------------------------------------------------------------- images
+
+
+def read_image(dataset: CocoDataset, image_id: int) -> Image.Image:
+    """An image of the data set, RGB, turned as its masks are.
+
+    A photo that EXIF turns is taken as it is shown, or as it is stored where only that has the size of the JSON.
+
+    Raises:
+        StudyError: the file is broken, or its size is not the one that the JSON gives.
+    """
+    record = dataset.images[image_id]
+    path = dataset.folder / record.file
+    image = open_image(path, (record.width, record.height))
+    if image.size != (record.width, record.height):
+        sizes = f"{image.width}x{image.height} pixels, but {dataset.path} says {record.width}x{record.height}"
+        raise StudyError(f"{printable(path)} has {sizes} (image {image_id}): correct the entry")
+    return image
+
+
+def check_images(dataset: CocoDataset, skip_bad_images: bool = False) -> CocoDataset:
+    """Open every image once, so that a bad one is found before hours of work and not after.
+
+    Args:
+        dataset: the data.
+        skip_bad_images: leave out images that are damaged or have another size than the JSON says, with a note.
+
+    Returns:
+        The data without what was left out, with further notes (images left out, photos that EXIF turns).
+
+    Raises:
+        StudyError: an image is bad (the first is named), or all are.
+    """
+
+    def fault(image_id: int) -> str:
+        try:
+            read_image(dataset, image_id)
+        except StudyError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(available_cores()) as pool:
+        faults = dict(zip(dataset.images, pool.map(fault, dataset.images), strict=True))
+    bad = [image_id for image_id, words in faults.items() if words]
+    if bad and (not skip_bad_images or len(bad) == len(faults)):
+        counts = f"{len(bad)} of {len(faults)} images are bad; skip_bad_images leaves them out"
+        raise StudyError(f"{faults[bad[0]]} ({counts})")
+    which = f"{counted(len(bad), 'image')} ({listing(bad)})"
+    left_out = [f"{dataset.path.name}: {which}: damaged or of another size: left out"] if bad else []
+    images = {image_id: record for image_id, record in dataset.images.items() if not faults[image_id]}
+    instances = tuple(instance for instance in dataset.instances if instance.image_id in images)
+    notes = [*dataset.notes, *left_out, *_turned(dataset, images.values())]
+    return dataclasses.replace(dataset, images=images, instances=instances, notes=tuple(notes))
+
+
+def _turned(dataset: CocoDataset, records: Iterable[ImageRecord]) -> list[str]:
+    """A note for each way in which masks lie on photos that EXIF turns."""
+    ways: dict[str, list[str]] = defaultdict(list)
+    for record in records:
+        path = dataset.folder / record.file
+        if is_turned(path):
+            ways["shown" if image_size(path) == (record.width, record.height) else "stored"].append(record.file)
+    words = "turned by EXIF: masks are taken to lie on the photo as it is"
+    found = [(f"{counted(len(files), 'photo')} ({listing(files)})", way) for way, files in ways.items()]
+    return [f"{dataset.path.name}: {which}: {words} {way}" for which, way in found]
+
+
+# --------------------------------------------------------------------------------------------------------- boxes
+
+
+def xywh(box: Box) -> list[float]:
+    """COCO's form of a box: ``x, y, width, height``."""
+    return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+
+
+def clipped(bbox: Any, image: ImageRecord) -> Box | None:
+    """COCO's ``x, y, width, height`` as a box cut at the frame; None where it is no four numbers or empty."""
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(is_pixel(value) for value in bbox):
+        return None
+    x, y, width, height = (float(value) for value in bbox)
+    x0, y0, x1, y1 = max(x, 0.0), max(y, 0.0), min(x + width, image.width), min(y + height, image.height)
+    return (x0, y0, x1, y1) if x1 > x0 and y1 > y0 else None
+
+
+def box_iou(
+    first: Sequence[Box] | NDArray[np.floating[Any]], second: Sequence[Box] | NDArray[np.floating[Any]]
+) -> NDArray[np.float64]:
+    """``(N, M)`` IoU of ``(N, 4)`` and ``(M, 4)`` boxes ``(x0, y0, x1, y1)``; 0 where both are empty."""
+    a, b = (np.asarray(boxes, np.float64).reshape(-1, 4) for boxes in (first, second))
+    sides = np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2])
+    shared = sides.clip(min=0).prod(-1)
+    areas = [(boxes[:, 2:] - boxes[:, :2]).clip(min=0).prod(-1) for boxes in (a, b)]
+    union = areas[0][:, None] + areas[1][None, :] - shared
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+
+
+def annotation(instance: Instance) -> dict[str, Any]:
+    """An object as COCO's JSON and pycocotools have it."""
+    return {
+        "id": instance.id,
+        "image_id": instance.image_id,
+        "category_id": instance.category_id,
+        "bbox": xywh(instance.box),
+        "area": instance.area,
+        "iscrowd": int(instance.crowd),
+        "segmentation": instance.rle,
+    }

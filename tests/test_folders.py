@@ -1,0 +1,222 @@
+"""Images and class folders: every kind of file ends as the same RGB picture, left out with a note, or in one line."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from samantics.data import folders
+from samantics.errors import StudyError
+
+RAMP = np.linspace(0, 255, 40 * 30 * 3).reshape(30, 40, 3).astype(np.uint8)
+
+
+def save(path: Path, image: Image.Image, **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 2)):
+        for name in ("cat", "dog", "emu"):
+            for number in range(count):
+                pixels = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+                save(tmp_path / split / name / f"{number}.png", Image.fromarray(pixels))
+    return tmp_path
+
+
+def test_plain_rgb_is_kept(tmp_path: Path) -> None:
+    assert np.array_equal(np.asarray(folders.open_image(save(tmp_path / "a.png", Image.fromarray(RAMP)))), RAMP)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK"])
+def test_other_modes_are_what_pillow_makes_of_them(mode: str, tmp_path: Path) -> None:
+    path = save(tmp_path / ("a.tif" if mode == "CMYK" else "a.png"), Image.fromarray(RAMP).convert(mode))
+    with Image.open(path) as raw:
+        assert np.array_equal(np.asarray(folders.open_image(path)), np.asarray(raw.convert("RGB")))
+
+
+@pytest.mark.parametrize("bits", folders.DEPTHS)
+def test_grey_of_many_bits_is_scaled_to_what_it_uses(bits: int, tmp_path: Path, recwarn: Any) -> None:
+    most = 2**bits - 1
+    values = np.linspace(0, most, 256).round().astype(np.uint16).reshape(16, 16)
+    opened = np.asarray(folders.open_image(save(tmp_path / "a.png", Image.fromarray(values))))
+    assert np.array_equal(opened, np.repeat((values / most * 255).round().astype(np.uint8)[..., None], 3, axis=2))
+    notes = [str(note.message) for note in recwarn if note.category is folders.StudyNote]
+    assert notes == ([] if bits == 16 else [f"16-bit pictures in {tmp_path} hold {bits}-bit values: stretched"])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_turns_as_asked_for(orientation: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(tmp_path / "a.png", Image.fromarray(RAMP), exif=exif)
+    with Image.open(path) as raw:
+        shown = np.asarray(ImageOps.exif_transpose(raw))
+    size = shown.shape[1::-1]
+    assert folders.image_size(path) == size and folders.is_turned(path) == (orientation > 1)
+    for wanted in (None, size, (7, 7)):
+        assert np.array_equal(np.asarray(folders.open_image(path, wanted)), shown)
+    stored = RAMP if size != (40, 30) else shown  # where both fit, as it is shown
+    assert np.array_equal(np.asarray(folders.open_image(path, (40, 30))), stored)
+
+
+FORMATS = {"jfif": "JPEG", "JPG": "JPEG", "avif": "AVIF", "jp2": "JPEG2000", "qoi": "QOI", "tga": "TGA", "pgm": "PPM"}
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_every_format_that_pillow_reads(ending: str, folder: Path) -> None:
+    save(folder / "train" / "cat" / f"new.{ending}", Image.fromarray(RAMP), format=FORMATS[ending])
+    train, _ = folders.image_folders(folder)
+    assert len(train) == 19 and not train.notes
+    assert all(train[row].size in {(16, 12), (40, 30)} for row in range(19))
+
+
+def test_a_format_that_pillow_was_built_without_is_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders.readable_endings.cache_clear()
+    monkeypatch.setattr(folders.features, "check", lambda part: part != "avif")
+    for name in ("x.avif", "y.AVIF", "notes.txt"):
+        (folder / "train" / "cat" / name).touch()
+    train, _ = folders.image_folders(folder)
+    folders.readable_endings.cache_clear()
+    assert len(train) == 18
+    assert train.notes == (f"{folder}/train: 3 files left out, no image of a class: 2 .avif, 1 .txt",)
+
+
+TOOLS = (".ipynb_checkpoints/0.png", "@eaDir/0.png/THUMB.jpg", "__MACOSX/._0.jpg", ".git/a.png", "Thumbs.db", ".a.png")
+
+
+def test_what_tools_leave_is_no_class_and_no_image(folder: Path) -> None:
+    before = [part.paths for part in folders.image_folders(folder)]
+    for place in (folder, folder / "train", folder / "train" / "cat"):
+        for name in TOOLS:
+            save(place / name, Image.fromarray(RAMP), format="PNG")
+    parts = folders.image_folders(folder)
+    assert [part.paths for part in parts] == before and not parts[0].notes
+
+
+@pytest.mark.parametrize(
+    ("train", "val"), [("Train", "Test"), ("training", "VALID"), ("TRAIN", "Validation"), ("train", "dev")]
+)
+@pytest.mark.parametrize("wrapper", ["", "archive-1.0"])
+def test_splits_of_other_names_and_in_a_wrapper(train: str, val: str, wrapper: str, folder: Path) -> None:
+    home = folder / "home"
+    (home / wrapper).mkdir(parents=True)
+    (folder / "train").rename(home / wrapper / train)
+    (folder / "val").rename(home / wrapper / val)
+    parts = folders.image_folders(home)
+    assert [len(part) for part in parts] == [18, 6] and parts[0].classes == ("cat", "dog", "emu")
+
+
+def test_a_split_that_is_not_used_is_named(folder: Path) -> None:
+    (folder / "test").mkdir()
+    assert folders.image_folders(folder)[0].notes == (f"{folder}: not used beside train/ and val/: 'test'",)
+
+
+def test_flat_validation_images_are_refused_with_the_layout(folder: Path) -> None:
+    for path in sorted((folder / "val").rglob("*.png")):
+        path.rename(folder / "val" / f"{path.parent.name}{path.name}")
+    for name in ("cat", "dog", "emu"):
+        (folder / "val" / name).rmdir()
+    with pytest.raises(StudyError, match=r"val has 0 class folders: put its images into val/cat/, val/dog/ .*train"):
+        folders.image_folders(folder)
+
+
+def test_unreadable_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = tmp_path / "text.jpg"
+    text.write_text("no picture")
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(buffer, "JPEG")
+    cut = tmp_path / "cut.jpg"
+    cut.write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+    empty = tmp_path / "empty.png"
+    empty.touch()
+    for path in (text, cut, empty, tmp_path / "missing.png", tmp_path):
+        with pytest.raises(StudyError, match=path.name):
+            folders.open_image(path)
+    monkeypatch.setattr(folders, "MAX_PIXELS", 100)
+    with pytest.raises(StudyError, match="shrink"):
+        folders.open_image(save(tmp_path / "large.png", Image.fromarray(RAMP)))
+
+
+def test_floating_point_pixels_are_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.tif", Image.fromarray(np.ones((4, 4), np.float32)))
+    with pytest.raises(StudyError, match="8 or 16 bits"):
+        folders.open_image(path)
+
+
+def test_folder_with_train_and_val(folder: Path) -> None:
+    train, val = folders.image_folders(folder)
+    assert train.classes == val.classes == ("cat", "dog", "emu")
+    assert (len(train), len(val)) == (18, 6)
+    assert [path.parent.name for path in val.paths] == [val.classes[label] for label in val.labels]
+    assert train[0].size == (16, 12)
+
+
+def test_seeded_split_of_one_folder(folder: Path) -> None:
+    train, val = folders.image_folders(folder / "train", seed=1, val_share=1 / 3)
+    again = folders.image_folders(folder / "train", seed=1, val_share=1 / 3)
+    other = folders.image_folders(folder / "train", seed=2, val_share=1 / 3)
+    assert train.paths == again[0].paths
+    assert train.paths != other[0].paths
+    assert not set(train.paths) & set(val.paths)
+    assert np.bincount(train.labels).tolist() == [4, 4, 4]
+    assert np.bincount(val.labels).tolist() == [2, 2, 2]
+
+
+def test_hash_changes_with_the_files(folder: Path) -> None:
+    train, val = folders.image_folders(folder)
+    assert train.hash == folders.image_folders(folder)[0].hash != val.hash
+    save(train.paths[0], Image.fromarray(RAMP))
+    assert folders.image_folders(folder)[0].hash != train.hash
+
+
+def test_bad_folders(folder: Path) -> None:
+    with pytest.raises(StudyError, match="not a folder"):
+        folders.image_folders(folder / "nowhere")
+    (folder / "val" / "fox").mkdir()
+    with pytest.raises(StudyError, match=r"val/fox has no images"):
+        folders.image_folders(folder)
+    save(folder / "val" / "fox" / "0.png", Image.fromarray(RAMP))
+    with pytest.raises(StudyError, match=r"'fox' is not in .*train"):
+        folders.image_folders(folder)
+    with pytest.raises(StudyError, match="two or more"):
+        folders.image_folders(folder / "train" / "cat")
+    save(folder / "single" / "a" / "0.png", Image.fromarray(RAMP))
+    save(folder / "single" / "b" / "0.png", Image.fromarray(RAMP))
+    with pytest.raises(StudyError, match="single image"):
+        folders.image_folders(folder / "single")
+    (folder / "half" / "train").mkdir(parents=True)
+    with pytest.raises(StudyError, match="no val/"):
+        folders.image_folders(folder / "half")
+
+
+def test_imagenette_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision import datasets
+
+    monkeypatch.setattr(datasets.Imagenette, "_ARCHIVES", {"320px": ("http://127.0.0.1:9/imagenette.tgz", "0")})
+    with pytest.raises(StudyError, match=r"unpack http://127\.0\.0\.1:9/imagenette\.tgz into"):
+        folders.imagenette(tmp_path)
+
+
+def test_imagenette_that_is_there(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / split).rename(tmp_path / "data" / split)
+    (tmp_path / "data").rename(tmp_path / "imagenette2-320")
+    assert [len(part) for part in folders.imagenette(tmp_path)] == [18, 6]
+
+
+def test_class_names() -> None:
+    assert folders.class_names(["b", "a"]) == ("b", "a")
+    assert folders.class_names(["n01440764", "n03888257"]) == ("tench", "parachute")
+    thousand = folders.class_names([f"n{number:08d}" for number in range(1000)])
+    assert (thousand[0], thousand[1], thousand[999]) == ("tench", "goldfish", "toilet paper")
