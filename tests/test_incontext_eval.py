@@ -160,7 +160,7 @@ def test_trials_are_one_for_each_draw_and_survive_the_disk(scenes: CocoDataset, 
     assert [(t.shots, t.seed) for t in trials] == list(draws)
     alone = find(model, source, draws[5, 2], np.ones((8, 22), bool), SIZE, TINY.top, TINY.min_score)
     np.testing.assert_allclose(trials[1].found.scores, alone.scores, atol=1e-5)
-    np.testing.assert_array_equal(trials[1].found.asked, alone.asked)
+    assert sorted(trials[1].found.asked) == sorted(alone.asked)
     asked = {(i, a) for i, a in zip(trials[0].noise.image.tolist(), trials[0].noise.asked.tolist(), strict=True)}
     assert asked == set(map(tuple, np.argwhere(shown(scenes, split)).tolist()))
     save_trials(trials, tmp_path / "trials.npz")
