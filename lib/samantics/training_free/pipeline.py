@@ -19,7 +19,7 @@ from samantics.data.references import ReferenceRule, choose_references, matched_
 from samantics.errors import StudyError
 from samantics.metrics.coco_ap import IOU_TYPES, METRICS, Result, ap_interval, evaluate, perfect_results
 from samantics.models.encoder import Encoder, load_encoder
-from samantics.run import Run, own_data
+from samantics.run import Run
 from samantics.training_free.matching import (
     Features,
     MaskFeatures,
@@ -122,12 +122,14 @@ class Pipeline:
     Attributes:
         models: by name.
         proposal_settings: of the headline rows.
+        proposers: whose masks get features, a part of `PROPOSERS`.
     """
 
     run: Run
     data: Data
     models: dict[str, Encoder]
     proposal_settings: ProposalSettings
+    proposers: tuple[str, ...] = PROPOSERS
 
     @functools.cached_property
     def references(self) -> dict[int, dict[int, tuple[Instance, ...]]]:
@@ -159,15 +161,15 @@ class Pipeline:
 
     @functools.cached_property
     def all_features(self) -> MaskFeatures:
-        """Features of the masks of all `PROPOSERS`, one after another: an image is encoded once for all."""
-        found = [self.proposals(proposer) for proposer in PROPOSERS]
+        """Features of the masks of all proposers, one after another: an image is encoded once for all."""
+        found = [self.proposals(proposer) for proposer in self.proposers]
         rles = {n: [rle for proposals in found for rle in proposals[n].rles] for n in self.data.targets.images}
         return pooled_features(self.models, self.data.targets, rles, self.run.cache / "mask_features")
 
     def features(self, proposer: str, source: str, image_id: int) -> Features:
         """`(N, C)` features of unit length of one image's proposals, by one source."""
-        counts = [len(self.proposals(name)[image_id]) for name in PROPOSERS]
-        place = PROPOSERS.index(proposer)
+        counts = [len(self.proposals(name)[image_id]) for name in self.proposers]
+        place = self.proposers.index(proposer)
         return self.all_features.of(source, image_id)[sum(counts[:place]) : sum(counts[: place + 1])]
 
     def predict(self, variant: Variant, seed: int = 0) -> list[Result]:
@@ -180,19 +182,25 @@ class Pipeline:
         return results
 
 
-def start(run: Run, references: str = "", targets: str = "", images: str = "", weights: str = "") -> Pipeline:
-    """A pipeline on these files (figures go to their own folder) or, without any, on the scale's own data.
+def start(
+    run: Run,
+    references: str = "",
+    targets: str = "",
+    images: str = "",
+    weights: str = "",
+    proposers: tuple[str, ...] = PROPOSERS,
+) -> Pipeline:
+    """A pipeline on these files or, without any, on the scale's own data.
 
     Raises:
         StudyError: see `load_data`; or a model's weights are missing.
     """
     settings = run.scale.pipeline
     data = load_data(run, references, targets, images)
-    run = own_data(run) if references else run
     limits = ProposalSettings(
         settings.points_per_side, settings.predicted_iou, settings.stability, box_nms=settings.box_nms
     )
-    return Pipeline(run, data, load_models(run, weights), limits)
+    return Pipeline(run, data, load_models(run, weights), limits, proposers)
 
 
 # --------------------------------------------------------------------------------------------------------- tables
