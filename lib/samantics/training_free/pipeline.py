@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ import pandas as pd
 
 from samantics.cache import hash_value, kept
 from samantics.data import first_world as mojiworld
-from samantics.data.coco import CocoDataset, Instance, load_coco, read_image
+from samantics.data.coco import CocoDataset, ImageRecord, Instance, check_images, load_coco, read_image
 from samantics.data.first_world import write_mojiworld
+from samantics.data.folders import image_size, readable_endings, visible_files
 from samantics.data.references import ReferenceRule, choose_references, matched_categories, shared_images
 from samantics.errors import StudyError
 from samantics.metrics.coco_ap import IOU_TYPES, METRICS, Result, ap_interval, evaluate, perfect_results
@@ -29,7 +31,14 @@ from samantics.training_free.matching import (
     reference_features,
     remember,
 )
-from samantics.training_free.proposals import Proposals, ProposalSettings, get_proposals, propose, true_masks
+from samantics.training_free.proposals import (
+    Proposals,
+    ProposalSettings,
+    get_proposals,
+    masks_from_boxes,
+    propose,
+    true_masks,
+)
 
 FORMAT = 1  # of cached tables; raised when the same settings would give other numbers
 SOURCES = ("dinov2", "clip", "sam2", "sam", "random")
@@ -54,7 +63,7 @@ class Data:
 
 
 def load_data(run: Run, references: str = "", targets: str = "", images: str = "") -> Data:
-    """The COCO files where given, else MojiWorld scenes at pocket scale.
+    """The COCO files where given (the targets may be a folder of images), else MojiWorld scenes at pocket scale.
 
     Raises:
         StudyError: only some of the three are given; none are, at a scale that has no data of its own; bad files.
@@ -66,7 +75,8 @@ def load_data(run: Run, references: str = "", targets: str = "", images: str = "
         lacking = [name for name, value in given.items() if not value]
         if lacking:
             raise StudyError(f"own data needs --references, --targets and --images: --{lacking[0]} is missing")
-        datasets = load_coco(references, images), load_coco(targets, images)
+        found = unannotated(Path(targets)) if Path(targets).is_dir() else load_coco(targets, images)
+        datasets = load_coco(references, images), check_images(found)
         rule = ReferenceRule(relative=True)  # a photograph's pixels, at every scale
     elif settings.target_scenes:
         world, folder = mojiworld.World(seed=run.seed), run.cache / "scenes"
@@ -82,6 +92,22 @@ def load_data(run: Run, references: str = "", targets: str = "", images: str = "
     run.record("reference_data", datasets[0].hash)
     run.record("target_data", datasets[1].hash)
     return Data(*datasets, rule, names, (*datasets[0].notes, *datasets[1].notes, *notes))
+
+
+def unannotated(folder: Path) -> CocoDataset:
+    """The images of a folder and its sub-folders, as targets that can be predicted and not measured.
+
+    Raises:
+        StudyError: there is none, or one cannot be read.
+    """
+    paths = [path for path in visible_files(folder) if path.suffix.lower() in readable_endings()]
+    if not paths:
+        raise StudyError(f"{folder} has no images: name a folder with some, or a COCO file")
+    sizes = [image_size(path) for path in paths]
+    records = [
+        ImageRecord(n, str(p.relative_to(folder)), *s) for n, (p, s) in enumerate(zip(paths, sizes, strict=True), 1)
+    ]
+    return CocoDataset(folder, folder, {record.id: record for record in records}, {}, (), annotated=False)
 
 
 def load_models(run: Run, weights: str = "") -> dict[str, Encoder]:
@@ -133,11 +159,21 @@ class Pipeline:
 
     @functools.cached_property
     def references(self) -> dict[int, dict[int, tuple[Instance, ...]]]:
-        """By seed, then category: the headline's references, of which fewer shots take the first."""
+        """By seed, then category: the headline's references, of which fewer shots take the first.
+
+        Where the file has a box and no mask, SAM makes the mask.
+        """
         settings = self.run.scale.pipeline
         most = max(settings.shots, *settings.shot_curve)
-        seeds = range(settings.reference_seeds)
-        return {seed: choose_references(self.data.references, most, seed, self.data.rule) for seed in seeds}
+        seeds, dataset = range(settings.reference_seeds), self.data.references
+        chosen = {seed: choose_references(dataset, most, seed, self.data.rule) for seed in seeds}
+        every = {i.id: i for groups in chosen.values() for group in groups.values() for i in group}
+        masked = masks_from_boxes(self.models["sam"].model, dataset, [i for i in every.values() if i.box_only])
+        every |= {instance.id: instance for instance in masked}
+        return {
+            seed: {category: tuple(every[i.id] for i in group) for category, group in groups.items()}
+            for seed, groups in chosen.items()
+        }
 
     @functools.cached_property
     def reference_features(self) -> dict[str, dict[int, Features]]:

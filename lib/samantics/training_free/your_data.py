@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 
 from samantics.cache import atomic_path, write_json
 from samantics.data import first_world as mojiworld
-from samantics.data.coco import CocoDataset, mask_of, read_image, write_mojiworld
+from samantics.data.coco import CocoDataset, mask_of, read_image, write_coco
+from samantics.data.first_world import write_mojiworld
 from samantics.metrics.coco_ap import Result
 from samantics.plots import CYCLE
 from samantics.run import Run, own_data
@@ -76,8 +77,13 @@ def _example_folder(folder: Path) -> Path:
 
 def _example_files(home: Path) -> dict[str, str]:
     """Scenes as COCO files."""
-    sets = {name: write_mojiworld(WORLD, f"example {name}", EXAMPLE[name], home) for name in ("references", "targets")}
-    return {name: str(dataset.path) for name, dataset in sets.items()} | {"images": str(home)}
+    files = {}
+    for name in ("references", "targets"):
+        scenes, path = write_mojiworld(WORLD, f"example_{name}", EXAMPLE[name], home), home / f"{name}.json"
+        images = [dataclasses.replace(r, file=f"{scenes.folder.name}/{r.file}") for r in scenes.images.values()]
+        write_coco(path, images, scenes.categories, scenes.instances, {"description": "example of notebook 05"})
+        files[name] = str(path)
+    return files | {"images": str(home)}
 
 
 # ------------------------------------------------------------------------------------------------------- take away
