@@ -34,9 +34,7 @@ class LookUp:
 
     @property
     def encoder(self) -> Encoder:
-        architecture = Architecture(
-            lambda _model: [], self.forward, lambda _model, output: output, MEAN, "none", after=("early", "final")
-        )
+        layers = ("early", "final")
+        architecture = Architecture(lambda _model: [], self.forward, lambda _model, output: output, after=layers)
         preprocess = Preprocessing(4, "squash", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-        model = torch.nn.Identity()
-        return Encoder("stub", "0", ("early", "final"), MEAN, model, preprocess, architecture, torch.device("cpu"))
+        return Encoder("stub", "0", torch.nn.Identity(), preprocess, architecture, torch.device("cpu"))

@@ -54,8 +54,9 @@ from samantics.data.references import ReferenceRule, choose_references
 from samantics.errors import StudyError
 from samantics.incontext.evaluation import load_trials
 from samantics.metrics import coco_ap as evaluation
-from samantics.models import official, pocket, weights
+from samantics.models import pocket, weights
 from samantics.models.encoder import load_encoder
+from samantics.models.registry import ENCODERS
 from samantics.models.weights import WeightFile, read_weights, weight_file
 from samantics.plots import save_table
 from samantics.probing import tables as probing
@@ -282,12 +283,12 @@ def test_pictures_of_extreme_shape_give_finite_inputs_features_and_masks(size: t
     vectors = [features.of(name, 7) for name in encoders]
     assert all(np.isfinite(v).all() and v.any(axis=1).all() for v in vectors)
     for name in ("sam", "sam2", "clip", "dinov2"):
-        assert official.OFFICIAL[name].own(open_image(tmp_path / "a.png")).isfinite().all()
+        assert ENCODERS[name].own(open_image(tmp_path / "a.png")).isfinite().all()
 
 
 def test_a_line_of_pixels_is_refused_before_it_fills_the_memory() -> None:
     line = Image.new("RGB", (10_000, 1))  # its short side to 224 makes the long one 2,240,000
-    refused(lambda: official.OFFICIAL["clip"].own(line), "10000x1 pixels is too narrow to be resized: remove it")
+    refused(lambda: ENCODERS["clip"].own(line), "10000x1 pixels is too narrow to be resized: remove it")
 
 
 # ------------------------------------------------------------------------------------------ class folders, archives
@@ -736,7 +737,11 @@ def test_hostile_weights_are_refused_and_not_run(case: Case, tmp_path: Path) -> 
 def test_the_path_of_weights_is_a_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.pth")
     for path in (tmp_path, tmp_path / "pipe.pth", tmp_path / ("a" * 300)):
-        refused(lambda path=path: weight_file("sam", path), "does not exist: give the path of sam_vit_b", path)
+        refused(
+            lambda path=path: weight_file(ENCODERS["sam"].weights, path),
+            "does not exist: give the path of sam_vit_b",
+            path,
+        )
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
@@ -747,8 +752,8 @@ def test_weights_that_are_no_numbers_never_reach_a_result(
     with torch.no_grad():
         model.image_encoder.neck[0].weight[0, 0, 0, 0] = value
     torch.save(model.state_dict(), tmp_path / "sam.pth")
-    small = dataclasses.replace(official.OFFICIAL["sam"], build=pocket.build_sam)
-    monkeypatch.setitem(official.OFFICIAL, "sam", small)
+    small = dataclasses.replace(ENCODERS["sam"], build=pocket.build_sam)
+    monkeypatch.setitem(ENCODERS, "sam", small)
     refused(lambda: load_encoder("sam", tmp_path / "sam.pth"), "are not all finite numbers", tmp_path / "sam.pth")
 
 

@@ -192,9 +192,7 @@ def test_object_masks_pool_the_object(tmp_path: Path) -> None:
     )
     for fit in ("squash", "pad", "crop"):
         preprocess = Preprocessing(8, fit, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-        encoder = Encoder(
-            "stub", "0", ("final",), MEAN, torch.nn.Identity(), preprocess, architecture, torch.device("cpu")
-        )
+        encoder = Encoder("stub", "0", torch.nn.Identity(), preprocess, architecture, torch.device("cpu"))
         image = np.zeros((8, 16, 3), np.uint8)
         image[:, :8] = 255
         mask = np.zeros((8, 16), np.uint8)

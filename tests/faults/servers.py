@@ -16,6 +16,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     Attributes:
         starts: the place in the file that each request asked for.
+        tokens: what each request showed as authorisation.
     """
 
     daemon_threads = True
@@ -24,6 +25,7 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.content, self.answers = content, answers
         self.starts: list[int] = []
+        self.tokens: list[str | None] = []
         self.over = threading.Event()
 
     @property
@@ -35,11 +37,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+        start = int((self.headers["Range"] or "bytes=0-").removeprefix("bytes=").rstrip("-"))
         self.server.starts.append(start)
+        self.server.tokens.append(self.headers["Authorization"])
         answer = self.server.answers.pop(0) if self.server.answers else well
         with contextlib.suppress(OSError):  # the reader has gone
             answer(self, self.server.content, start)
+
+    do_HEAD = do_GET  # noqa: N815
 
     def head(self, status: int, length: int | None) -> None:
         """Status and headers."""

@@ -68,10 +68,9 @@ def test_features_are_read_and_new_ones_refused(tmp_path: Path) -> None:
 def test_weights_are_refused_before_the_network_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAMANTICS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(weights, "download", lambda *_: pytest.fail("asked the network"))
-    monkeypatch.setitem(weights.FILES, "sam", WeightFile("sam.pth", "http://127.0.0.1:9/", "", 1, "none"))
     for folder in (tmp_path / "cache" / "weights", tmp_path / "cache"):
         with (
             read_only(folder),
             pytest.raises(StudyError, match=rf"^cannot write {re.escape(str(tmp_path / 'cache' / 'weights'))}"),
         ):
-            weight_file("sam")
+            weight_file(WeightFile("sam.pth", "http://127.0.0.1:9/", "", 1, "none"))

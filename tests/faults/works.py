@@ -189,7 +189,7 @@ PIECE = 1 << 14
 
 
 def fetch(known: weights.WeightFile, place: Path) -> None:
-    """Download a file in small pieces, unless it is there."""
-    weights.CHUNK, weights.WAIT = PIECE, 0.01
+    """Download a file, unless it is there."""
+    weights.WAIT = 0.01
     if not place.exists():
         weights.download(known, place)

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from samantics.cache import atomic_path, hash_value, reading
 from samantics.data.coco import CocoDataset, read_image
 from samantics.errors import StudyError
-from samantics.models.architectures import listen
+from samantics.models.architectures import capture
 from samantics.models.preprocessing import Preprocessing
 
 SHARD = 512  # images whose mask tokens are one file
@@ -74,9 +74,9 @@ def encode_images(
         pictures = [ImageOps.mirror(p) if turned else p for p, turned in zip(pictures, mirrored, strict=True)]
     pixels = torch.stack([prepare(picture) for picture in pictures]).to(sam.device)
     chosen = {str(block): sam.image_encoder.blocks[block] for block in trunk_blocks(sam, count)}
-    with listen(chosen) as heard:
+    with capture(chosen) as captured:
         neck = sam.image_encoder(pixels)
-    trunk = torch.stack([heard[name].permute(0, 3, 1, 2) for name in chosen], dim=1)
+    trunk = torch.stack([captured[name].permute(0, 3, 1, 2) for name in chosen], dim=1)
     inside = torch.zeros(len(pixels), *neck.shape[-2:], dtype=torch.bool, device=sam.device)
     for seen, image_id in zip(inside, image_ids, strict=True):
         record = dataset.images[image_id]

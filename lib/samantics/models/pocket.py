@@ -1,4 +1,4 @@
-"""The pocket zoo: small models of the official packages' own classes, trained on MojiWorld (see ``training``).
+"""The pocket zoo: small models of the official packages' own classes, trained on MojiWorld (`zoo.training`).
 
 All of them share one capacity so that only the objective differs: the ViTs are six blocks of width 160 (a little
 under ViT-Tiny's width, at half its depth) on 8x8 tokens of a 128-pixel image, the Hiera has about as many parameters.
@@ -15,58 +15,43 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import open_clip
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from sam2.modeling.backbones.hieradet import Hiera
-from sam2.modeling.backbones.image_encoder import FpnNeck
-from sam2.modeling.backbones.image_encoder import ImageEncoder as Sam2ImageEncoder
-from sam2.modeling.position_encoding import PositionEmbeddingSine
-from sam2.modeling.sam.transformer import TwoWayTransformer as Sam2TwoWayTransformer
-from sam2.modeling.sam2_base import SAM2Base
-from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import Tensor, nn
-from transformers import Dinov2Config, Dinov2Model
 
 from samantics.cache import hash_file
 from samantics.data import first_world as mojiworld
 from samantics.errors import StudyError
+from samantics.models.preprocessing import MEAN as MEAN
+from samantics.models.preprocessing import STD as STD
+
+if TYPE_CHECKING:  # builders import their packages themselves: all together take seconds
+    import open_clip
+    from sam2.modeling.sam2_base import SAM2Base
+    from segment_anything.modeling import Sam
+    from transformers import Dinov2Model
 
 NAMES = ("sam", "sam2", "clip", "dinov2")
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "zoo"
 
-MEAN = (0.485, 0.456, 0.406)  # ImageNet's statistics, as all official image encoders of the study but CLIP use
-STD = (0.229, 0.224, 0.225)
-
 
 @dataclasses.dataclass(frozen=True)
 class ZooConfig:
-    """Sizes of every model of the zoo.
+    """Sizes of every model of the zoo."""
 
-    Attributes:
-        image_size: input side, pixels: MojiWorld's.
-        patch_size: pixels of a token's side; the stem halves the image log2(patch_size) times.
-        width, depth, heads: of the ViT trunks.
-        dim: channels of SAM's and SAM 2's neck, of CLIP's joint space, and the width of DINOv2's class token, so that
-            no probe sees more numbers than another.
-        hiera_width, hiera_stages: of SAM 2's trunk; chosen for the ViTs' number of parameters.
-        text_width, text_layers: of CLIP's text tower. One layer reads captions that only name things, and learns words
-            early: with three, the image tower had learned a quarter as much after 24,000 pictures.
-    """
-
-    image_size: int = mojiworld.World().image_size
-    patch_size: int = 16
-    width: int = 160
+    image_size: int = mojiworld.World().image_size  # input side, pixels
+    patch_size: int = 16  # pixels of a token's side; the stem halves the image log2(patch_size) times
+    width: int = 160  # of the ViT trunks, as depth and heads
     depth: int = 6
     heads: int = 5
-    dim: int = 160
-    hiera_width: int = 40
+    dim: int = 160  # of SAM's and SAM 2's neck and CLIP's joint space: DINOv2's width, so that all probes see as much
+    hiera_width: int = 40  # of SAM 2's trunk, as its stages: as many parameters as the ViTs have
     hiera_stages: tuple[int, ...] = (1, 2, 3, 1)
     text_width: int = 128
-    text_layers: int = 1
+    text_layers: int = 1  # CLIP's text tower: with three, the image tower learned a quarter as much in 24,000 pictures
 
     @property
     def grid(self) -> int:
@@ -78,7 +63,7 @@ DEFAULT = ZooConfig()
 
 
 class ConvStem(nn.Sequential):
-    """``(B, 3, H, W)`` to ``(B, width, H / patch, W / patch)`` by stride-2 3x3 convolutions that double the width."""
+    """`(B, 3, H, W)` to `(B, width, H / patch, W / patch)` by stride-2 3x3 convolutions that double the width."""
 
     def __init__(self, width: int, patch_size: int) -> None:
         halvings = patch_size.bit_length() - 1
@@ -103,33 +88,36 @@ class ConvStem(nn.Sequential):
 
 def build_sam(config: ZooConfig = DEFAULT) -> Sam:
     """An untrained pocket SAM: `segment_anything`'s ViT, prompt encoder and mask decoder."""
+    from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+
+    size, grid, dim = config.image_size, config.grid, config.dim
     encoder = ImageEncoderViT(
-        img_size=config.image_size,
+        img_size=size,
         patch_size=config.patch_size,
         embed_dim=config.width,
         depth=config.depth,
         num_heads=config.heads,
-        out_chans=config.dim,
+        out_chans=dim,
         qkv_bias=True,
         norm_layer=functools.partial(nn.LayerNorm, eps=1e-6),
     )
     encoder.patch_embed.proj = ConvStem(config.width, config.patch_size)
     prompts = PromptEncoder(
-        embed_dim=config.dim,
-        image_embedding_size=(config.grid, config.grid),
-        input_image_size=(config.image_size, config.image_size),
-        mask_in_chans=16,
+        embed_dim=dim, image_embedding_size=(grid, grid), input_image_size=(size, size), mask_in_chans=16
     )
-    decoder = MaskDecoder(
-        transformer_dim=config.dim,
-        transformer=TwoWayTransformer(depth=2, embedding_dim=config.dim, num_heads=8, mlp_dim=512),
-        num_multimask_outputs=3,
-    )
+    transformer = TwoWayTransformer(depth=2, embedding_dim=dim, num_heads=8, mlp_dim=512)
+    decoder = MaskDecoder(transformer_dim=dim, transformer=transformer, num_multimask_outputs=3)
     return Sam(encoder, prompts, decoder, pixel_mean=[255 * m for m in MEAN], pixel_std=[255 * s for s in STD])
 
 
 def build_sam2(config: ZooConfig = DEFAULT) -> SAM2Base:
     """An untrained pocket SAM 2 for images: `sam2`'s Hiera, FPN neck and mask decoder; no memory (no video)."""
+    from sam2.modeling.backbones.hieradet import Hiera
+    from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
+    from sam2.modeling.position_encoding import PositionEmbeddingSine
+    from sam2.modeling.sam.transformer import TwoWayTransformer
+    from sam2.modeling.sam2_base import SAM2Base
+
     trunk = Hiera(
         embed_dim=config.hiera_width,
         num_heads=1,
@@ -146,7 +134,7 @@ def build_sam2(config: ZooConfig = DEFAULT) -> SAM2Base:
         fpn_interp_model="nearest",
     )
     model = SAM2Base(
-        image_encoder=Sam2ImageEncoder(trunk, neck, scalp=1),
+        image_encoder=ImageEncoder(trunk, neck, scalp=1),
         memory_attention=None,
         memory_encoder=None,
         num_maskmem=0,
@@ -157,14 +145,14 @@ def build_sam2(config: ZooConfig = DEFAULT) -> SAM2Base:
         multimask_output_in_sam=True,
         iou_prediction_use_sigmoid=True,
     )
-    model.sam_mask_decoder.transformer = Sam2TwoWayTransformer(
-        depth=2, embedding_dim=config.dim, num_heads=8, mlp_dim=512
-    )
+    model.sam_mask_decoder.transformer = TwoWayTransformer(depth=2, embedding_dim=config.dim, num_heads=8, mlp_dim=512)
     return model
 
 
 def build_clip(config: ZooConfig = DEFAULT) -> open_clip.CLIP:
-    """An untrained pocket CLIP: `open_clip`'s two towers; its words are MojiWorld's (see :class:`WordTokenizer`)."""
+    """An untrained pocket CLIP: `open_clip`'s two towers; its words are MojiWorld's (see WordTokenizer)."""
+    import open_clip
+
     tokenizer = WordTokenizer()
     model = open_clip.CLIP(
         embed_dim=config.dim,
@@ -192,6 +180,8 @@ def build_clip(config: ZooConfig = DEFAULT) -> open_clip.CLIP:
 
 def build_dinov2(config: ZooConfig = DEFAULT) -> Dinov2Model:
     """An untrained pocket DINOv2: `transformers`' model with a small configuration."""
+    from transformers import Dinov2Config, Dinov2Model
+
     model = Dinov2Model(
         Dinov2Config(
             hidden_size=config.width,
@@ -202,8 +192,7 @@ def build_dinov2(config: ZooConfig = DEFAULT) -> Dinov2Model:
             layerscale_value=1.0,
         )
     )
-    embeddings = model.embeddings.patch_embeddings
-    embeddings.projection = ConvStem(config.width, config.patch_size)
+    model.embeddings.patch_embeddings.projection = ConvStem(config.width, config.patch_size)
     return model
 
 
@@ -232,17 +221,12 @@ def load(name: str, folder: Path = ASSETS) -> nn.Module:
     Raises:
         StudyError: no such model; its file or card is missing, damaged or of another architecture.
     """
-    path = folder / f"{name}.safetensors"
     verify(name, folder)
-    return filled(name, path)
+    return filled(name, folder / f"{name}.safetensors")
 
 
 def filled(name: str, path: Path, config: ZooConfig = DEFAULT) -> nn.Module:
-    """A model of the zoo's architecture with the weights of a file, float32, in evaluation mode.
-
-    Raises:
-        StudyError: no such architecture, or the file is of another one.
-    """
+    """A model of the zoo's architecture with the weights of a file, float32; StudyError where it is of another one."""
     model = build(name, config)
     try:
         model.load_state_dict({key: value.float() for key, value in load_file(path).items()})
@@ -253,15 +237,11 @@ def filled(name: str, path: Path, config: ZooConfig = DEFAULT) -> nn.Module:
 
 
 def verify(name: str, folder: Path = ASSETS) -> str:
-    """SHA-256 of a model's weight file, checked against its card.
-
-    Raises:
-        StudyError: file or card is missing or damaged.
-    """
+    """SHA-256 of a model's weight file; StudyError where file or card is missing or they disagree."""
     path = folder / f"{name}.safetensors"
     if not path.is_file():
         raise StudyError(
-            f"{path} is missing: restore it with git checkout, or train it with python -m samantics train {name}"
+            f"{path} is missing: restore it with git checkout, or train it with python -m samantics.zoo.training {name}"
         )
     found, expected = hash_file(path), card(name, folder)["sha256"]
     if found != expected:
@@ -293,7 +273,7 @@ def card(name: str, folder: Path = ASSETS) -> dict[str, Any]:
 class WordTokenizer:
     """Words of MojiWorld's captions as token ids; the end token is the highest, as `open_clip`'s pooling expects.
 
-    :data:`STOP_WORDS` are skipped: they are in every caption and thin out the words that tell captions apart.
+    STOP_WORDS are skipped: they are in every caption and thin out the words that tell captions apart.
     """
 
     context_length = 48  # six objects of the longest names
@@ -306,11 +286,7 @@ class WordTokenizer:
         self.vocab_size = self.end + 1
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
-        """``(B, context_length)`` int64 ids.
-
-        Raises:
-            StudyError: a caption has a word that MojiWorld does not use, or too many words.
-        """
+        """`(B, context_length)` int64 ids; StudyError where a word is not MojiWorld's or there are too many."""
         tokens = torch.zeros(len(captions), self.context_length, dtype=torch.int64)
         for row, caption in zip(tokens, captions, strict=True):
             words = split_words(caption)
@@ -331,12 +307,12 @@ STOP_WORDS = {"a", "picture", "of", "and"}
 
 
 def split_words(text: str) -> list[str]:
-    """Lower-case words of a caption; signs and :data:`STOP_WORDS` are dropped."""
+    """Lower-case words of a caption; signs and STOP_WORDS are dropped."""
     return [word for word in re.findall(r"[a-z0-9]+", text.lower().replace("'", "")) if word not in STOP_WORDS]
 
 
 def category_prompts() -> list[str]:
-    """One zero-shot prompt for each category, in the order of :func:`mojiworld.categories`."""
+    """One zero-shot prompt for each category, in the order of mojiworld.categories."""
     return [f"a picture of {category}" for category in mojiworld.categories()]
 
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms import functional as TF
 
 from samantics.errors import StudyError
-from samantics.models.pocket import MEAN, STD
 
-IMAGENET = (MEAN, STD)
+MEAN, STD = IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 LONGEST_SIDE = 100_000  # pixels after resizing: 10,000x1 pixels would become 2,560,000x256 before the crop
@@ -22,28 +19,15 @@ LONGEST_SIDE = 100_000  # pixels after resizing: 10,000x1 pixels would become 2,
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """Where an image's pixels land in the model's input: at ``(x * scale_x + left, y * scale_y + top)``.
+    """Where an image's pixels land in the model's input: at `(x * scale_x + left, y * scale_y + top)`."""
 
-    Attributes:
-        width, height: of the image, pixels.
-        size: side of the square input, pixels.
-    """
-
-    width: int
+    width: int  # of the image, pixels
     height: int
-    size: int
+    size: int  # side of the square input, pixels
     scale_x: float
     scale_y: float
     left: float = 0.0
     top: float = 0.0
-
-    def to_tokens(self, points: NDArray[Any], grid: int) -> NDArray[Any]:
-        """``(..., 2)`` (x, y) in image pixels to tokens of a ``grid x grid`` map, 0 at its edge."""
-        return (points * (self.scale_x, self.scale_y) + (self.left, self.top)) * (grid / self.size)
-
-    def to_pixels(self, points: NDArray[Any], grid: int) -> NDArray[Any]:
-        """The inverse of :meth:`to_tokens`."""
-        return (points * (self.size / grid) - (self.left, self.top)) / (self.scale_x, self.scale_y)
 
     @property
     def seen(self) -> tuple[int, int, int, int]:
@@ -56,28 +40,22 @@ class Geometry:
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """How a picture becomes a model's input.
+    """How a picture becomes a model's input; call it with an RGB image.
 
-    Attributes:
-        size: side of the square input, pixels.
-        fit: ``squash`` (aspect not kept), ``crop`` (short side to ``short``, then the centre) or ``pad`` (long side to
-            ``size``, zeros to the right and below, after normalisation).
-        mean, std: of RGB in 0-1.
-        short: short side before the crop; 0 means ``size``.
-        bicubic: else bilinear; both antialiased.
-        on_floats: resize after the division by 255 (no rounding to 8 bits), as SAM 2 and DINOv3 do.
+    `fit` is `squash` (aspect not kept), `crop` (short side to `short`, then the centre) or `pad` (long side to `size`,
+    zeros to the right and below, after normalisation).
     """
 
-    size: int
+    size: int  # side of the square input, pixels
     fit: Literal["squash", "crop", "pad"]
-    mean: tuple[float, float, float] = MEAN
+    mean: tuple[float, float, float] = MEAN  # of RGB in 0-1
     std: tuple[float, float, float] = STD
-    short: int = 0
-    bicubic: bool = False
-    on_floats: bool = False
+    short: int = 0  # short side before the crop; 0 means `size`
+    bicubic: bool = False  # else bilinear; both antialiased
+    on_floats: bool = False  # resize after the division by 255 (no rounding to 8 bits), as SAM 2 and DINOv3 do
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
-        """``(width, height)`` after resizing, before crop or padding."""
+        """`(width, height)` after resizing, before crop or padding."""
         if self.fit == "squash":
             return self.size, self.size
         if self.fit == "crop":
@@ -96,11 +74,13 @@ class Preprocessing:
         return Geometry(width, height, self.size, new_width / width, new_height / height, left, top)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """``(3, size, size)`` float32 of an RGB image.
+        """`(3, size, size)` float32 of an RGB image.
 
         Raises:
             StudyError: the image is so narrow that nothing of its short side would be left, or no memory for the long.
         """
+        from torchvision.transforms import functional as TF  # a second to import: not before a picture is read
+
         new_width, new_height = self.resized(image.width, image.height)
         if min(new_width, new_height) < 1 or max(new_width, new_height) > LONGEST_SIDE:
             raise StudyError(f"an image of {image.width}x{image.height} pixels is too narrow to be resized: remove it")
@@ -113,7 +93,9 @@ class Preprocessing:
         return pixels
 
     def _resize(self, image: Image.Image, width: int, height: int) -> Tensor:
-        """``(3, height, width)`` in 0-1."""
+        """`(3, height, width)` in 0-1."""
+        from torchvision.transforms import functional as TF
+
         mode = TF.InterpolationMode.BICUBIC if self.bicubic else TF.InterpolationMode.BILINEAR
         if self.on_floats:
             return TF.resize(TF.to_tensor(image), [height, width], mode, antialias=True)

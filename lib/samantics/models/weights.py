@@ -1,198 +1,121 @@
-"""Official weight files: where each comes from, fetched once, verified, and read without running code of theirs.
-
-A file is taken from the path given, else from the cache folder, else downloaded (resumed where it broke off, tried
-again, its SHA-256 checked). Nothing is downloaded at import or in the tests. docs/weights.md is the table of
-:data:`FILES`.
-"""
+"""Official weight files: fetched once, resumed where they broke off, verified, read without running code of theirs."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import http.client
 import os
 import pickle
 import time
-import urllib.error
-import urllib.request
 import zipfile
-from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from samantics.cache import cache_dir, hash_file
+from samantics.cache import FULL, cache_dir, hash_file
 from samantics.errors import StudyError
 
 TRIES = 5
 WAIT = 1.0  # seconds before the second try; doubled each time
-CHUNK = 1 << 20
-TIMEOUT = 30.0
+TIMEOUT = 30.0  # seconds without a byte
+OPENAI_CLIP = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"  # SHA-256 of CLIP ViT-B/32
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightFile:
-    """One official file.
+    """One official file."""
 
-    Attributes:
-        file: name in the cache folder.
-        url: its source; of the hub's files ``{hub}`` stands for ``$HF_ENDPOINT`` or the hub itself.
-        sha256: of the file; empty where we could not learn it: then what the server states is checked.
-        size: megabytes, about; 0 where we could not learn it.
-        licence: of the weights.
-        gated: whether the source wants an account that has accepted the licence (``$HF_TOKEN``).
-    """
+    file: str  # name in the cache folder
+    url: str  # its source; {hub} stands for $HF_ENDPOINT or the hub itself
+    sha256: str  # empty where we could not learn it: then what the hub states is checked
+    size: int  # megabytes, about; 0 where we could not learn it
+    licence: str  # of the weights
+    gated: bool = False  # wants an account that has accepted the licence
 
-    file: str
-    url: str
-    sha256: str
-    size: int
-    licence: str
-    gated: bool = False
+    @property
+    def place(self) -> Path:
+        """Where it is kept."""
+        return cache_dir() / "weights" / self.file
 
-
-_META = "https://dl.fbaipublicfiles.com"
-_OPENAI = "https://openaipublic.azureedge.net/clip/models"
-_CLIP_HASH = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
-
-FILES: Mapping[str, WeightFile] = {
-    "sam": WeightFile(
-        "sam_vit_b_01ec64.pth",
-        f"{_META}/segment_anything/sam_vit_b_01ec64.pth",
-        "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
-        375,
-        "Apache-2.0",
-    ),
-    "sam2": WeightFile(
-        "sam2.1_hiera_tiny.pt",
-        f"{_META}/segment_anything_2/092824/sam2.1_hiera_tiny.pt",
-        "7402e0d864fa82708a20fbd15bc84245c2f26dff0eb43a4b5b93452deb34be69",
-        156,
-        "Apache-2.0",
-    ),
-    "clip": WeightFile("ViT-B-32.pt", f"{_OPENAI}/{_CLIP_HASH}/ViT-B-32.pt", _CLIP_HASH, 354, "MIT"),
-    "dinov2": WeightFile(
-        "dinov2-small.safetensors",
-        "{hub}/facebook/dinov2-small/resolve/main/model.safetensors",
-        "ae1e99fcefd534ed978cdeb8326f08030c96e28b7a81ffcbc98a857c84d14be1",
-        88,
-        "Apache-2.0",
-    ),
-    "mae": WeightFile(
-        "vit-mae-base.safetensors",
-        "{hub}/facebook/vit-mae-base/resolve/main/model.safetensors",
-        "479dcef4bd5df06259399027b789f21e9d9a1b79f37155a64176d55bc26fdae8",
-        448,
-        "Apache-2.0",
-    ),
-    "hiera": WeightFile(
-        "hiera-tiny-224-mae.safetensors",
-        "{hub}/facebook/hiera-tiny-224-mae-hf/resolve/main/model.safetensors",
-        "",
-        220,
-        "CC-BY-NC-4.0",
-    ),
-    "sam3": WeightFile(
-        "sam3.safetensors", "{hub}/facebook/sam3/resolve/main/model.safetensors", "", 0, "SAM License", gated=True
-    ),
-    "dinov3": WeightFile(
-        "dinov3-vits16.safetensors",
-        "{hub}/facebook/dinov3-vits16-pretrain-lvd1689m/resolve/main/model.safetensors",
-        "",
-        86,
-        "DINOv3 License",
-        gated=True,
-    ),
-    "siglip2": WeightFile(
-        "siglip2-base-patch16-224.safetensors",
-        "{hub}/google/siglip2-base-patch16-224/resolve/main/model.safetensors",
-        "",
-        1500,
-        "Apache-2.0",
-    ),
-}
+    @property
+    def within_reach(self) -> bool:
+        """Whether it is there, or can be downloaded: a gated file needs a token."""
+        return not self.gated or self.place.exists() or bool(huggingface_hub.get_token())
 
 
-def weight_file(name: str, path: Path | str | None = None) -> tuple[Path, str]:
-    """The official file of an encoder and its SHA-256: the path given, else the cached one, else it is downloaded.
+def hub_file(repo: str, size: int, licence: str, sha256: str = "", gated: bool = False) -> WeightFile:
+    """The weights of a model on the hub."""
+    url = f"{{hub}}/{repo}/resolve/main/model.safetensors"
+    return WeightFile(f"{repo.partition('/')[2]}.safetensors", url, sha256, size, licence, gated)
+
+
+def weight_file(known: WeightFile, path: Path | str | None = None) -> tuple[Path, str]:
+    """The path given, else the file in the cache folder, else it is downloaded there; and its SHA-256.
 
     Raises:
         StudyError: no such file, damaged, or out of reach; says where it comes from and where to put it.
     """
     if path is not None:
         if not os.path.isfile(path):
-            raise StudyError(f"{path} does not exist: give the path of {FILES[name].file}")
+            raise StudyError(f"{path} does not exist: give the path of {known.file}")
         return Path(path), hash_file(path)
-    known = FILES[name]
-    place = cache_dir() / "weights" / known.file
+    place = known.place
     if not place.exists():
-        with _locked(place):
+        with _alone(place):
             if not place.exists():  # another process may have fetched it meanwhile
                 return place, download(known, place)
-    found, expected = hash_file(place), known.sha256
-    if expected and found != expected:
+    found = hash_file(place)
+    if known.sha256 not in ("", found):
         raise StudyError(
-            f"{place} is damaged (SHA-256 {found[:12]}, expected {expected[:12]}): delete it to download it again"
+            f"{place} is damaged (SHA-256 {found[:12]}, expected {known.sha256[:12]}): delete it to download it again"
         )
     return place, found
 
 
-@contextlib.contextmanager
-def _locked(place: Path) -> Iterator[None]:
-    """One process downloads, the others wait."""
-    lock = FileLock(place.with_name(place.name + ".lock"))
+def _alone(place: Path) -> AbstractContextManager[Any]:
+    """Held by the one process that downloads; the others wait."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        return FileLock(f"{place}.lock").acquire()
     except OSError as error:
         raise StudyError(f"cannot write {place.parent}: make it writable or set SAMANTICS_CACHE") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 # ---------------------------------------------------------------------------------------------------- downloading
 
 
 def download(known: WeightFile, place: Path) -> str:
-    """Fetch a file to ``place``, resuming an earlier part; returns its verified SHA-256.
+    """Fetch a file to `place`, going on with the `.part` of an earlier try; returns its verified SHA-256.
+
+    The hub's client opens connections, follows redirects, keeps the token to the hub and states hashes. That what came
+    before a kill or a full disk is not fetched again stays own code: `hf_hub_download` (huggingface_hub 2.4) and
+    `pooch.retrieve` (1.9) begin anew, and leave their temporary file behind when they are killed.
 
     Raises:
-        StudyError: no network, refused, or the file that came has another hash (it is deleted).
+        StudyError: no network, refused, no space, or the file that came has another hash (it is deleted).
     """
-    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    if not hub.startswith(("https://", "http://")):
-        raise StudyError(f"HF_ENDPOINT is {hub!r}, which is no address: begin it with https://, or unset it")
-    url = known.url.replace("{hub}", hub.rstrip("/"))
+    url, headers = _request(known)
     part = place.with_name(place.name + ".part")
-    stated = ""
+    expected = known.sha256
     for attempt in range(TRIES):
         try:
-            stated = _fetch_rest(url, part, known)
+            expected = expected or _hash_on_hub(url, headers)
+            _fetch_rest(url, headers, part)
             break
-        except urllib.error.HTTPError as error:
-            if error.code < 500 and error.code != 429:
-                raise StudyError(_refusal(known, url, place, error.code)) from error
-            reason: Exception = error
-        except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, OSError) and error.errno in (28, 122):  # no space, quota
-                raise StudyError(f"no space left while writing {part}: free some space and run again") from error
-            reason = error
-        if attempt == TRIES - 1:
-            why = " ".join(str(reason).split())  # may hold what a server sent in place of a status line
-            raise StudyError(
-                f"cannot download {known.file} ({why}): go online, or fetch {url} elsewhere and put it at {place}"
-            ) from reason
+        except Exception as error:  # the client's HTTP package has errors of its own
+            problem = _why_final(error, known, url, place, attempt == TRIES - 1)
+            if problem:
+                raise StudyError(problem) from error
         time.sleep(WAIT * 2**attempt)
-    found, expected = hash_file(part), known.sha256 or stated
-    if expected and found != expected:
+    found = hash_file(part)
+    if expected not in ("", found):
         part.unlink()
         raise StudyError(
             f"{url} sent another file (SHA-256 {found[:12]}, not {expected[:12]}): run again, or put it at {place}"
@@ -201,56 +124,54 @@ def download(known: WeightFile, place: Path) -> str:
     return found
 
 
-def _refusal(known: WeightFile, url: str, place: Path, code: int) -> str:
-    if code in (401, 403):
-        return f"{url} is gated: accept its licence there and set HF_TOKEN, or put the file at {place}"
-    return f"{url} answers {code}: fetch {known.file} elsewhere and put it at {place}"
+def _request(known: WeightFile) -> tuple[str, dict[str, str]]:
+    """Address and headers; the token goes to the hub only."""
+    hub, token = os.environ.get("HF_ENDPOINT") or "https://huggingface.co", os.environ.get("HF_TOKEN", "").strip()
+    if not hub.startswith(("https://", "http://")):
+        raise StudyError(f"HF_ENDPOINT is {hub!r}, which is no address: begin it with https://, or unset it")
+    if not (token.isascii() and token.isprintable()):
+        raise StudyError("HF_TOKEN has characters that no token has: set it again")
+    headers = {"User-Agent": "samantics", "Accept-Encoding": "identity"}
+    if known.url.startswith("{hub}") and (token := huggingface_hub.get_token() or ""):
+        headers["Authorization"] = f"Bearer {token}"
+    return known.url.replace("{hub}", hub.rstrip("/")), headers
 
 
-def _fetch_rest(url: str, part: Path, known: WeightFile) -> str:
-    """Append what is missing to ``part``; returns the SHA-256 that the server states, or nothing."""
+def _hash_on_hub(url: str, headers: dict[str, str]) -> str:
+    """The SHA-256 that the hub states of a file, or nothing."""
+    stated = huggingface_hub.get_hf_file_metadata(url, token=False, headers=headers, timeout=TIMEOUT).etag or ""
+    return stated if len(stated) == 64 else ""
+
+
+def _fetch_rest(url: str, headers: dict[str, str], part: Path) -> None:
+    """Append what is missing to `part`."""
     have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"User-Agent": "samantics", "Range": f"bytes={have}-"})  # noqa: S310
-    if known.url.startswith("{hub}") and (token := os.environ.get("HF_TOKEN", "").strip()):
-        if not (token.isascii() and token.isprintable()):
-            raise StudyError("HF_TOKEN has characters that no token has: set it again")
-        request.add_unredirected_header("Authorization", f"Bearer {token}")  # stays with the hub
-    catcher = _KeepHash()
-    try:
-        response = urllib.request.build_opener(catcher).open(request, timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and have:  # nothing is missing, or the part is of another file: the hash will tell
-            return catcher.stated
-        raise
-    with response:
-        if response.status != 206:
+    session, headers = huggingface_hub.get_session(), headers | {"Range": f"bytes={have}-"}
+    with session.stream("GET", url, headers=headers, timeout=TIMEOUT) as response:
+        if response.status_code == 416 and have:
+            return  # nothing is missing, or the part is of another file: the hash will tell
+        huggingface_hub.hf_raise_for_status(response)
+        if response.status_code != 206:
             have = 0  # the server starts at the beginning
-        length = int(response.headers.get("Content-Length") or 0)
-        bar = tqdm(total=have + length or None, initial=have, unit="B", unit_scale=True, desc=known.file, disable=None)
+        total = have + int(response.headers.get("Content-Length") or 0)
+        bar = tqdm(total=total or None, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None)
         with open(part, "ab" if have else "wb") as file, bar:
-            got = 0
-            while chunk := response.read(CHUNK):
+            for chunk in response.iter_raw():
                 file.write(chunk)
                 bar.update(len(chunk))
-                got += len(chunk)
-        if got < length:
-            raise ConnectionError(f"broke off after {have + got} of {have + length} bytes")
-        return catcher.stated or _sha256(response.headers)
 
 
-class _KeepHash(urllib.request.HTTPRedirectHandler):
-    """Remembers the hash that the hub states before it redirects to its storage."""
-
-    stated = ""
-
-    def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: Any) -> Any:
-        self.stated = self.stated or _sha256(headers)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _sha256(headers: Any) -> str:
-    value = (headers.get("X-Linked-Etag") or "").strip('"')
-    return value if len(value) == 64 else ""
+def _why_final(error: Exception, known: WeightFile, url: str, place: Path, last: bool) -> str:
+    """What to tell the user where trying again is of no use, else nothing."""
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    if status in (401, 403):
+        return f"{url} is gated: accept its licence there and set HF_TOKEN, or put the file at {place}"
+    if 400 <= status < 500 and status not in (408, 429):
+        return f"{url} answers {status}: fetch {known.file} elsewhere and put it at {place}"
+    if getattr(error, "errno", None) in FULL:
+        return f"no space left while writing {place}.part: free some space and run again"
+    why = " ".join(str(error).split()) or type(error).__name__  # may hold what a server sent in place of a status line
+    return f"cannot download {known.file} ({why}): go online, or fetch {url} elsewhere and put it at {place}" * last
 
 
 # -------------------------------------------------------------------------------------------------------- reading
@@ -295,8 +216,52 @@ def read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
 
 
 def _openai_weights(path: Path, sha256: str) -> dict[str, Tensor]:
-    if sha256 != FILES["clip"].sha256:
+    if sha256 != OPENAI_CLIP:
         raise StudyError(f"{path} is TorchScript (which carries code) but not OpenAI's file: use that, or safetensors")
     weights = torch.jit.load(path, map_location="cpu").state_dict()
     sizes = ("input_resolution", "context_length", "vocab_size")
     return {key: value.float() for key, value in weights.items() if key not in sizes}
+
+
+def filled(model: Any, weights: dict[str, Tensor], prefix: str, name: str, path: Path) -> nn.Module:
+    """The official model with these weights, all of its own filled.
+
+    Raises:
+        StudyError: some are lacking or have another shape: the file is of another model.
+    """
+    if prefix and any(key.startswith(prefix) for key in weights):
+        weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    if hasattr(model, "from_pretrained"):  # transformers renames what older checkpoints call differently
+        model, wrong = _from_pretrained(model, weights)
+    else:
+        own = model.state_dict()
+        wrong = [key for key, value in own.items() if key not in weights or weights[key].shape != value.shape]
+        wrong += [key for key in weights if key not in own]
+        if not wrong:
+            model.load_state_dict(weights)
+    if wrong:
+        raise StudyError(
+            f"{path} is not a checkpoint of the official {name} ({sorted(wrong)[0]} differs): use its own file"
+        )
+    return model
+
+
+def _from_pretrained(model: Any, weights: dict[str, Tensor]) -> tuple[Any, list[str]]:
+    """The model filled by transformers, which prints nothing of decoders that are left out; and what it lacks."""
+    from transformers.utils import logging
+
+    options = {"add_pooling_layer": False} if type(model).__name__ == "HieraModel" else {}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, report = type(model).from_pretrained(
+            None,
+            config=model.config,
+            state_dict=weights,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported, and refused by the caller in a line of our own
+            **options,
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    return model, [*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])]

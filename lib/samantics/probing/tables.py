@@ -18,7 +18,7 @@ from samantics.cache import atomic_path, hash_value, reading
 from samantics.data.classification import ClassificationData, Part, Task
 from samantics.metrics.intervals import Interval, across_trainings, bootstrap_mean
 from samantics.models.architectures import Readout
-from samantics.models.encoder import load_encoder
+from samantics.models.encoder import load_encoder, within_reach
 from samantics.plots import LABELS
 from samantics.probing import protocol as ablation
 from samantics.probing.features import Column, FeatureStore, Images, encode_images
@@ -71,7 +71,7 @@ def gathered(column: Column, positions: NDArray[np.int64]) -> NDArray[np.float32
 
 def encode_all(run: Run, data: ClassificationData, names: Sequence[str]) -> dict[str, Encoded]:
     """Every encoder's features of every split: all layers, pooled all ways, in one pass each; from disk on a rerun."""
-    return {name: _encode(run, data, name) for name in names}
+    return {name: _encode(run, data, name) for name in within_reach(names, run.scale.weights)}
 
 
 def _encode(run: Run, data: ClassificationData, name: str) -> Encoded:
@@ -124,8 +124,7 @@ def probe(
         train_x, train_y = encoded.features(task.train, wanted)
         test_x, test_y = encoded.features(task.test, wanted)
         if kind == "knn":
-            voters = min(k, len(train_y))  # a reader's folder may have fewer images
-            return knn_probe(train_x, train_y, test_x, test_y, len(task.classes), (voters,))[voters]
+            return knn_probe(train_x, train_y, test_x, test_y, len(task.classes), (k,))[k]
         return linear_probe(
             train_x, train_y, test_x, test_y, len(task.classes), seeds=tuple(range(seeds)), groups=task.groups
         )

@@ -1,0 +1,250 @@
+"""The encoders of the study, one entry each: weights, how it is built and read, preprocessing.
+
+`sam`, `sam2`, `clip` and `dinov2` are the paper's; `mae` and `hiera` are what SAM and SAM 2 started
+from; `sam3`, `dinov3` and `siglip2` are today's models. A new encoder is a new entry (docs/tour.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from importlib import import_module  # packages of models take seconds to import: not before one is built
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from samantics.models.architectures import (
+    Architecture,
+    Layer,
+    LayerOutput,
+    capture,
+    channels_last,
+    class_and_tokens,
+    tokens,
+)
+from samantics.models.preprocessing import HALVES, OPENAI, Preprocessing
+from samantics.models.weights import OPENAI_CLIP, WeightFile, hub_file
+
+META = "https://dl.fbaipublicfiles.com"
+EVALUATION = Preprocessing(224, "crop", short=256, bicubic=True)  # as DINOv2, MAE and Hiera evaluate on ImageNet
+PAPER_CROP = Preprocessing(224, "crop")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One encoder."""
+
+    weights: WeightFile  # its official file
+    build: Callable[[], nn.Module]  # its package's own model at official size, with random weights
+    architecture: Architecture  # how it is read, and the pocket model of the same name
+    own: Preprocessing  # as its package has it
+    paper: Preprocessing = PAPER_CROP  # as the paper's code has it: ImageNet statistics for all, SAM's family squashed
+    prefix: str = ""  # of the image encoder's names in a checkpoint that holds more
+
+
+def _transformers(family: str, **sizes: Any) -> nn.Module:
+    """The model of transformers with its default configuration but for these sizes."""
+    package, options = import_module("transformers"), {"add_pooling_layer": False} if family == "Hiera" else {}
+    return getattr(package, f"{family}Model")(getattr(package, f"{family}Config")(**sizes), **options)
+
+
+# ------------------------------------------------------------------------------------------------ the paper's four
+
+
+SAM = Entry(
+    weights=WeightFile(
+        "sam_vit_b_01ec64.pth",
+        f"{META}/segment_anything/sam_vit_b_01ec64.pth",
+        "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
+        375,
+        "Apache-2.0",
+    ),
+    build=lambda: import_module("segment_anything").sam_model_registry["vit_b"](),
+    architecture=Architecture(
+        blocks=lambda model: model.image_encoder.blocks,
+        forward=lambda model, pixels: {"final": LayerOutput(model.image_encoder(pixels))},
+        read=channels_last,
+    ),
+    own=Preprocessing(1024, "pad"),
+    paper=Preprocessing(1024, "squash"),
+)
+
+
+SAM2 = Entry(
+    weights=WeightFile(
+        "sam2.1_hiera_tiny.pt",
+        f"{META}/segment_anything_2/092824/sam2.1_hiera_tiny.pt",
+        "7402e0d864fa82708a20fbd15bc84245c2f26dff0eb43a4b5b93452deb34be69",
+        156,
+        "Apache-2.0",
+    ),
+    build=lambda: import_module("sam2.build_sam").build_sam2("configs/sam2.1/sam2.1_hiera_t.yaml", device="cpu"),
+    architecture=Architecture(
+        blocks=lambda model: model.image_encoder.trunk.blocks,
+        forward=lambda model, pixels: {"final": LayerOutput(model.image_encoder(pixels)["vision_features"])},
+        read=channels_last,
+    ),
+    own=Preprocessing(1024, "squash", on_floats=True),
+    paper=Preprocessing(1024, "squash"),
+)
+
+
+def _clip_forward(model: Any, pixels: Tensor) -> dict[Layer, LayerOutput]:
+    with capture({"norm": model.visual.ln_post}) as captured:
+        projected = model.visual(pixels)
+    normal = tokens(captured["norm"], prefix=1)
+    dense = (normal.dense.permute(0, 2, 3, 1) @ model.visual.proj).permute(0, 3, 1, 2)
+    return {"before_projection": normal, "final": LayerOutput(dense, projected)}
+
+
+CLIP = Entry(
+    weights=WeightFile(
+        "ViT-B-32.pt",
+        f"https://openaipublic.azureedge.net/clip/models/{OPENAI_CLIP}/ViT-B-32.pt",
+        OPENAI_CLIP,
+        354,
+        "MIT",
+    ),
+    build=lambda: (clip := import_module("open_clip")).CLIP(**clip.get_model_config("ViT-B-32-quickgelu")),
+    architecture=Architecture(
+        blocks=lambda model: model.visual.transformer.resblocks,
+        forward=_clip_forward,
+        read=class_and_tokens,
+        headline=("final", "cls"),
+        cls_in="all",
+        after=("before_projection", "final"),
+    ),
+    own=Preprocessing(224, "crop", *OPENAI, bicubic=True),
+)
+DINOV2 = Entry(
+    weights=hub_file(
+        "facebook/dinov2-small", 88, "Apache-2.0", "ae1e99fcefd534ed978cdeb8326f08030c96e28b7a81ffcbc98a857c84d14be1"
+    ),
+    build=lambda: _transformers(
+        "Dinov2", hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14
+    ),
+    architecture=Architecture(
+        blocks=lambda model: model.encoder.layer,
+        forward=lambda model, pixels: {"final": tokens(model(pixels).last_hidden_state, prefix=1)},
+        read=class_and_tokens,
+        headline=("final", "cls"),
+        cls_in="all",
+        any_size=True,
+    ),
+    own=EVALUATION,
+)
+
+# ---------------------------------------------------------------------------------- parents of SAM and SAM 2
+
+
+def _mae_forward(model: Any, pixels: Tensor) -> dict[Layer, LayerOutput]:
+    """Nothing masked, and the tokens in their order (`noise` is what MAE sorts them by)."""
+    count = model.embeddings.patch_embeddings.num_patches
+    noise = torch.arange(count, device=pixels.device).expand(len(pixels), count)
+    return {"final": tokens(model(pixels, noise=noise).last_hidden_state, prefix=1)}
+
+
+MAE = Entry(
+    weights=hub_file(
+        "facebook/vit-mae-base", 448, "Apache-2.0", "479dcef4bd5df06259399027b789f21e9d9a1b79f37155a64176d55bc26fdae8"
+    ),
+    build=lambda: _transformers("ViTMAE", mask_ratio=0.0),
+    architecture=Architecture(
+        blocks=lambda model: model.layers,
+        forward=_mae_forward,
+        read=class_and_tokens,
+        cls_in="all",
+    ),
+    own=EVALUATION,
+)
+
+
+def _hiera_block(model: Any, output: Any) -> LayerOutput:
+    """Hiera's tokens lie window by window until its own `reroll` puts them in order."""
+    sequence: Tensor = output[0]
+    grids = [size[0] * size[1] for _, size in model.encoder.schedule.values()]
+    return channels_last(model, model.encoder.reroll(sequence, grids.index(sequence.shape[1])))
+
+
+HIERA = Entry(
+    weights=hub_file("facebook/hiera-tiny-224-mae-hf", 220, "CC-BY-NC-4.0"),
+    build=lambda: _transformers("Hiera", depths=(1, 2, 7, 2)),
+    architecture=Architecture(
+        blocks=lambda model: [layer for stage in model.encoder.stages for layer in stage.layers],
+        forward=lambda model, pixels: {"final": tokens(model(pixels).last_hidden_state, prefix=0)},
+        read=_hiera_block,
+    ),
+    own=EVALUATION,
+)
+
+# ------------------------------------------------------------------------------------------------- today's models
+
+
+def _sam3_forward(model: Any, pixels: Tensor) -> dict[Layer, LayerOutput]:
+    """The neck's map at the trunk's own resolution."""
+    return {"final": LayerOutput(model(pixels).fpn_hidden_states[model.config.scale_factors.index(1.0)])}
+
+
+SAM3 = Entry(
+    weights=hub_file("facebook/sam3", 0, "SAM License", gated=True),
+    build=lambda: _transformers("Sam3Vision"),
+    architecture=Architecture(
+        blocks=lambda model: model.backbone.layers,
+        forward=_sam3_forward,
+        read=channels_last,
+    ),
+    own=Preprocessing(1008, "squash", *HALVES),
+    paper=Preprocessing(1008, "squash"),
+    prefix="detector_model.vision_encoder.",
+)
+
+
+def _dinov3_tokens(model: Any, output: Any) -> LayerOutput:
+    return tokens(output, prefix=1 + model.config.num_register_tokens)
+
+
+DINOV3 = Entry(
+    weights=hub_file("facebook/dinov3-vits16-pretrain-lvd1689m", 86, "DINOv3 License", gated=True),
+    build=lambda: _transformers("DINOv3ViT", num_register_tokens=4),
+    architecture=Architecture(
+        blocks=lambda model: model.model.layer,
+        forward=lambda model, pixels: {"final": _dinov3_tokens(model, model(pixels).last_hidden_state)},
+        read=_dinov3_tokens,
+        headline=("final", "cls"),
+        cls_in="all",
+        any_size=True,
+    ),
+    own=Preprocessing(224, "squash", on_floats=True),
+)
+
+
+def _siglip_forward(model: Any, pixels: Tensor) -> dict[Layer, LayerOutput]:
+    output = model(pixels)
+    return {"final": LayerOutput(tokens(output.last_hidden_state, prefix=0).dense, output.pooler_output)}
+
+
+SIGLIP2 = Entry(
+    weights=hub_file("google/siglip2-base-patch16-224", 1500, "Apache-2.0"),
+    build=lambda: _transformers("SiglipVision"),
+    architecture=Architecture(
+        blocks=lambda model: model.encoder.layers,
+        forward=_siglip_forward,
+        read=lambda _model, output: tokens(output, prefix=0),
+        headline=("final", "cls"),
+        cls_in="final",
+    ),
+    own=Preprocessing(224, "squash", *HALVES),
+)
+
+ENCODERS: Mapping[str, Entry] = {
+    "sam": SAM,
+    "sam2": SAM2,
+    "clip": CLIP,
+    "dinov2": DINOV2,
+    "mae": MAE,
+    "hiera": HIERA,
+    "sam3": SAM3,
+    "dinov3": DINOV3,
+    "siglip2": SIGLIP2,
+}

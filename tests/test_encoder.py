@@ -1,0 +1,306 @@
+"""Encoders against their packages' own forward and preprocessing, on the same random weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from sam2.utils.transforms import SAM2Transforms
+from segment_anything.utils.transforms import ResizeLongestSide
+from torch import Tensor
+from torchvision import transforms
+from transformers import DINOv3ViTImageProcessor, SiglipImageProcessorPil
+
+from samantics.data.folders import open_image
+from samantics.errors import StudyError
+from samantics.models import pocket
+from samantics.models.encoder import Encoder, load_encoder, masked_mean
+from samantics.models.preprocessing import MEAN, OPENAI, STD, Preprocessing
+from samantics.models.registry import ENCODERS
+from samantics.plots import COLOURS, LABELS
+from samantics.scales import SCALES
+from small_models import SMALL
+
+torch.set_num_threads(1)
+SIDE, GRID = pocket.DEFAULT.image_size, pocket.DEFAULT.grid
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Encoder]:
+    return {name: load_encoder(name, "zoo_random") for name in pocket.NAMES}
+
+
+def pixels(size: int, count: int = 2) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def close(ours: Tensor | None, theirs: Tensor) -> bool:
+    return ours is not None and ours.shape == theirs.shape and float((ours - theirs).abs().max()) <= 1e-5
+
+
+# ---------------------------------------------------------------------------------------------- parity of forward
+
+Expected = dict[str, Tensor]  # maps by layer; class tokens by "cls" and layer
+
+
+def maps(tokens: Tensor) -> Tensor:
+    side = round(tokens.shape[1] ** 0.5)
+    return tokens.transpose(1, 2).unflatten(2, (side, side))
+
+
+def sam(model: Any, x: Tensor) -> Expected:
+    trunk, found = model.image_encoder, {"final": model.image_encoder(x)}
+    hidden = trunk.patch_embed(x) + trunk.pos_embed
+    for number, block in enumerate(trunk.blocks, 1):
+        hidden = block(hidden)
+        found[f"block_{number:02d}"] = hidden.permute(0, 3, 1, 2)
+    return found
+
+
+def sam2(model: Any, x: Tensor) -> Expected:
+    trunk = model.image_encoder.trunk
+    stages = {f"block_{end + 1:02d}": stage for end, stage in zip(trunk.stage_ends, trunk(x), strict=True)}
+    return stages | {"final": model.forward_image(x)["vision_features"]}
+
+
+def clip(model: Any, x: Tensor) -> Expected:
+    theirs = model.visual.forward_intermediates(x, output_extra_tokens=True)
+    found = {f"block_{n:02d}": dense for n, dense in enumerate(theirs["image_intermediates"], 1)}
+    found |= {f"cls block_{n:02d}": t[:, 0] for n, t in enumerate(theirs["image_intermediates_prefix"], 1)}
+    return found | {"cls final": model.encode_image(x)}
+
+
+def dinov2(model: Any, x: Tensor) -> Expected:
+    theirs = model(x, output_hidden_states=True)
+    found = {f"block_{n:02d}": maps(hidden[:, 1:]) for n, hidden in enumerate(theirs.hidden_states) if n}
+    return found | {"final": maps(theirs.last_hidden_state[:, 1:]), "cls final": theirs.pooler_output}
+
+
+def mae(model: Any, x: Tensor) -> Expected:
+    theirs = model(x)  # in a random order of the patches
+    order = theirs.ids_restore[:, :, None].expand(-1, -1, theirs.last_hidden_state.shape[2])
+    tokens = theirs.last_hidden_state[:, 1:].gather(1, order)
+    return {"final": maps(tokens), "cls final": theirs.last_hidden_state[:, 0]}
+
+
+def hiera(model: Any, x: Tensor) -> Expected:
+    stages = model(x, output_hidden_states=True).reshaped_hidden_states[1:]
+    blocks = zip(("block_01", "block_02", "block_04", "block_05", "final"), (*stages, stages[-1]), strict=True)
+    return {name: stage.permute(0, 3, 1, 2) for name, stage in blocks}
+
+
+def sam3(model: Any, x: Tensor) -> Expected:
+    theirs = model(x)
+    return {"final": theirs.fpn_hidden_states[2], "block_02": maps(theirs.last_hidden_state)}
+
+
+def dinov3(model: Any, x: Tensor) -> Expected:
+    theirs, trunk = model(x), model.model(model.embeddings(x), model.rope_embeddings(x)).last_hidden_state
+    final = theirs.last_hidden_state[:, 5:]  # class token and four registers
+    return {"final": maps(final), "cls final": theirs.pooler_output, "block_02": maps(trunk[:, 5:])}
+
+
+def siglip2(model: Any, x: Tensor) -> Expected:
+    theirs = model(x)
+    return {"final": maps(theirs.last_hidden_state), "cls final": theirs.pooler_output}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("package", [sam, sam2, clip, dinov2, mae, hiera, sam3, dinov3, siglip2])
+def test_features_are_the_packages_own(package: Callable[[Any, Tensor], Expected]) -> None:
+    name = package.__name__
+    torch.manual_seed(0)
+    model, size = SMALL[name].empty().eval(), SMALL[name].size
+    preprocess = Preprocessing(size, "squash")
+    encoder = Encoder(name, "", model, preprocess, ENCODERS[name].architecture, torch.device("cpu"))
+    outputs = encoder.encode(pixels(size), encoder.layers)
+    for layer, expected in package(model, pixels(size)).items():
+        output = outputs[layer.removeprefix("cls ")]
+        assert close(output.cls if layer.startswith("cls") else output.dense, expected), layer
+    assert all((output.cls is not None) == encoder.has_class_token(layer) for layer, output in outputs.items())
+    if name == "clip":
+        assert close(outputs["final"].cls, outputs["before_projection"].cls @ model.visual.proj)
+
+
+@pytest.mark.skipif("SAMANTICS_SLOW" not in os.environ, reason="full-size models: set SAMANTICS_SLOW=1")
+@pytest.mark.parametrize("name", ENCODERS)
+def test_full_size_models_run(name: str) -> None:
+    encoder = load_encoder(name, "random")
+    outputs = encoder.encode(pixels(encoder.image_size, 1), encoder.layers)
+    widths = {"sam": 256, "sam2": 256, "clip": 512, "dinov2": 384, "sam3": 256, "dinov3": 384}
+    assert outputs["final"].dense.shape[1] == widths.get(name, 768)
+
+
+# ----------------------------------------------------------------------------------------- parity of preprocessing
+
+
+def evaluation(image: Image.Image) -> Tensor:
+    """As DINOv2's, MAE's and Hiera's own evaluation code has it, in torchvision's words."""
+    bicubic = transforms.InterpolationMode.BICUBIC
+    steps = [transforms.Resize(256, bicubic), transforms.CenterCrop(224), transforms.ToTensor()]
+    return transforms.Compose([*steps, transforms.Normalize(MEAN, STD)])(image)
+
+
+def sam_input(image: Image.Image) -> Tensor:
+    sam = pocket.build_sam()  # its statistics are the official ones; only its size is ours
+    sam.image_encoder.img_size = 1024
+    resized = ResizeLongestSide(1024).apply_image(np.asarray(image))
+    return sam.preprocess(torch.from_numpy(resized).permute(2, 0, 1).float())
+
+
+def processed(processor: Any) -> Callable[[Image.Image], Tensor]:
+    return lambda image: processor(image, return_tensors="pt").pixel_values[0]
+
+
+UPSTREAM: dict[str, Callable[[Image.Image], Tensor]] = {
+    "sam": sam_input,
+    "sam2": SAM2Transforms(1024, 0.0),
+    "clip": open_clip.image_transform(224, is_train=False, mean=OPENAI[0], std=OPENAI[1]),
+    "dinov2": evaluation,
+    "dinov3": processed(DINOv3ViTImageProcessor()),
+    "siglip2": processed(SiglipImageProcessorPil(size={"height": 224, "width": 224}, resample=2)),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Image.Image]]:
+    """Odd files, each with the RGB picture that it should be."""
+    folder, rng = tmp_path_factory.mktemp("files"), np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (37, 53, 3), dtype=np.uint8)).resize((301, 227))
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    deep = np.asarray(picture.convert("L")).astype(np.uint16) * 257
+    wanted: dict[str, tuple[Image.Image, Image.Image, dict[str, Any]]] = {
+        "odd.png": (picture, picture, {}),
+        "tall.png": (picture.resize((131, 517)), picture.resize((131, 517)), {}),
+        "grey.png": (picture.convert("L"), picture.convert("L").convert("RGB"), {}),
+        "rgba.png": (picture.convert("RGBA"), picture, {}),
+        "cmyk.tif": (picture.convert("CMYK"), picture.convert("CMYK").convert("RGB"), {}),
+        "exif.png": (picture.transpose(Image.Transpose.ROTATE_270), picture, {"exif": exif}),
+        "deep.png": (Image.fromarray(deep), picture.convert("L").convert("RGB"), {}),
+    }
+    for name, (stored, _, options) in wanted.items():
+        stored.save(folder / name, **options)
+    return {name: (folder / name, expected) for name, (_, expected, _) in wanted.items()}
+
+
+@pytest.mark.parametrize("name", UPSTREAM)
+def test_preprocessing_equals_the_packages(name: str, files: dict[str, tuple[Path, Image.Image]]) -> None:
+    for path, expected in files.values():
+        assert close(ENCODERS[name].own(open_image(path)), UPSTREAM[name](expected)), path.name
+
+
+def test_the_papers_preprocessing() -> None:
+    inputs = {name: ENCODERS[name].paper for name in pocket.NAMES}
+    assert {name: (p.size, p.fit) for name, p in inputs.items()} == {
+        "sam": (1024, "squash"), "sam2": (1024, "squash"), "clip": (224, "crop"), "dinov2": (224, "crop"),
+    }  # fmt: skip
+    assert {(p.mean, p.std) for p in inputs.values()} == {(MEAN, STD)}
+
+
+@pytest.mark.parametrize("fit", ["squash", "crop", "pad"])
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60), (61, 37)])
+def test_geometry_follows_a_pixel(fit: Any, shape: tuple[int, int]) -> None:
+    """A bright spot is found in the input where the geometry says."""
+    width, height = shape
+    image = np.zeros((height, width, 3), np.uint8)
+    spot = np.array([25, 22])
+    image[spot[1] - 1 : spot[1] + 2, spot[0] - 1 : spot[0] + 2] = 255
+    preprocess = Preprocessing(96, fit, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    geometry = preprocess.geometry(width, height)
+    heat = preprocess(Image.fromarray(image))[0].numpy().astype(np.float64)
+    centre = np.array([(heat.sum(axis) * (np.arange(96) + 0.5)).sum() for axis in (0, 1)]) / heat.sum()
+    predicted = (spot + 0.5) * (geometry.scale_x, geometry.scale_y) + (geometry.left, geometry.top)
+    assert np.abs(predicted - centre).max() < 0.6
+    left, top, right, bottom = geometry.seen
+    assert (right - left) * (bottom - top) == (96 * 96 if fit != "pad" else round(96 * min(shape) / max(shape)) * 96)
+
+
+# ---------------------------------------------------------------------------------------------------- the contract
+
+
+def test_scales_name_encoders_that_have_a_colour_and_a_label() -> None:
+    names = {name for scale in SCALES.values() for name in (*scale.encoders, *scale.pipeline.sources)}
+    assert names == {*ENCODERS, "random"} and names <= COLOURS.keys() & LABELS.keys()
+
+
+def test_headline_rows_and_layers(models: dict[str, Encoder]) -> None:
+    headlines = {
+        "sam": ("final", "mean"),
+        "sam2": ("final", "mean"),
+        "clip": ("final", "cls"),
+        "dinov2": ("final", "cls"),
+    }
+    assert {name: encoder.headline for name, encoder in models.items()} == headlines
+    for encoder in models.values():
+        assert (encoder.layers[0], encoder.layers[-1]) == ("block_01", "final")
+        assert encoder.inputs([Image.new("RGB", (50, 30))]).shape == (1, 3, SIDE, SIDE)
+        assert not any(parameter.requires_grad for parameter in encoder.model.parameters())
+
+
+def test_pooled_vectors(models: dict[str, Encoder]) -> None:
+    encoder, x = models["clip"], pixels(SIDE)
+    outputs = encoder.encode(x, ["block_03", "final"])
+    mask = torch.zeros(2, GRID, GRID)
+    mask[0, 2:4, 5:9] = 1
+    mask[1, -1, -1] = 1
+    pooled = encoder.pooled(x, [("block_03", "mean"), ("block_03", "object"), ("final", "cls")], masks=mask)
+    assert close(pooled["block_03", "mean"], outputs["block_03"].dense.mean((2, 3)))
+    assert close(pooled["block_03", "object"][0], outputs["block_03"].dense[0, :, 2:4, 5:9].mean((1, 2)))
+    assert close(pooled["block_03", "object"][1], outputs["block_03"].dense[1, :, -1, -1])
+    assert close(outputs["final"].cls, pooled["final", "cls"])
+
+
+def test_a_mask_in_pixels_weighs_tokens_by_coverage() -> None:
+    dense = torch.arange(16.0).view(1, 1, 4, 4)
+    mask = torch.zeros(1, 32, 32, dtype=torch.bool)
+    mask[0, :8, :10] = True  # the first token whole and a quarter of the second
+    assert masked_mean(dense, mask).item() == pytest.approx((0 * 1 + 1 * 0.25) / 1.25)
+    mask = torch.zeros(1, 2, 2)
+    mask[0, 1, 1] = 1  # coarser than the tokens
+    assert masked_mean(dense, mask).item() == pytest.approx((10 + 11 + 14 + 15) / 4)
+
+
+REFUSALS: list[tuple[str, Callable[[Encoder], object]]] = [
+    ("no layer 'block_99'", lambda encoder: encoder.encode(pixels(SIDE), ["block_99"])),
+    ("no class token", lambda encoder: encoder.pooled(pixels(SIDE), [("final", "cls")])),
+    ("needs masks", lambda encoder: encoder.pooled(pixels(SIDE), [("final", "object")])),
+    ("empty", lambda encoder: encoder.pooled(pixels(SIDE), [("final", "object")], masks=torch.zeros(2, 12, 12))),
+    ("choose from sam, sam2, clip, dinov2, random", lambda _: load_encoder("resnet", "zoo_random")),
+    ("no official encoder", lambda _: load_encoder("resnet", "official")),
+    ("leave image_size out", lambda _: load_encoder("sam", "zoo_random", image_size=256)),
+    ("too narrow", lambda _: Preprocessing(96, "pad")(Image.new("RGB", (2000, 1)))),
+]
+
+
+@pytest.mark.parametrize(("message", "call"), REFUSALS)
+def test_refusals(message: str, call: Callable[[Encoder], object], models: dict[str, Encoder]) -> None:
+    with pytest.raises(StudyError, match=message):
+        call(models["sam"])
+
+
+def test_dinov2_takes_another_size() -> None:
+    encoder = load_encoder("dinov2", "zoo_random", image_size=2 * SIDE)
+    dense = encoder.encode(encoder.inputs([Image.new("RGB", (50, 30))]))["final"].dense
+    assert dense.shape[2:] == (2 * GRID, 2 * GRID)
+
+
+def test_weights_hash_tells_seeds_apart() -> None:
+    first, again, other = (load_encoder("random", "zoo_random", seed=seed) for seed in (0, 0, 1))
+    assert first.weights_hash == again.weights_hash != other.weights_hash
+    assert first.key == again.key != other.key
+
+
+def test_half_precision_is_close(models: dict[str, Encoder]) -> None:
+    for name, whole in models.items():
+        half, readout = load_encoder(name, "zoo_random", half=True), whole.headline
+        rough, exact = (encoder.pooled(pixels(SIDE), [readout])[readout] for encoder in (half, whole))
+        assert rough.dtype == torch.float32 and half.key != whole.key
+        assert torch.nn.functional.cosine_similarity(exact, rough).min() > 0.99
