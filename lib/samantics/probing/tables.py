@@ -124,7 +124,8 @@ def probe(
         train_x, train_y = encoded.features(task.train, wanted)
         test_x, test_y = encoded.features(task.test, wanted)
         if kind == "knn":
-            return knn_probe(train_x, train_y, test_x, test_y, len(task.classes), (k,))[k]
+            voters = min(k, len(train_y))  # a reader's folder may have fewer images
+            return knn_probe(train_x, train_y, test_x, test_y, len(task.classes), (voters,))[voters]
         return linear_probe(
             train_x, train_y, test_x, test_y, len(task.classes), seeds=tuple(range(seeds)), groups=task.groups
         )

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,14 @@ import pandas as pd
 
 from samantics.cache import hash_value, kept
 from samantics.data import first_world as mojiworld
-from samantics.data.coco import CocoDataset, Instance, load_coco, read_image
+from samantics.data.coco import CocoDataset, ImageRecord, Instance, check_images, load_coco, read_image
 from samantics.data.first_world import write_mojiworld
+from samantics.data.folders import image_size, readable_endings, visible_files
 from samantics.data.references import ReferenceRule, choose_references, matched_categories, shared_images
 from samantics.errors import StudyError
 from samantics.metrics.coco_ap import IOU_TYPES, METRICS, Result, ap_interval, evaluate, perfect_results
 from samantics.models.encoder import Encoder, load_encoder, within_reach
-from samantics.run import Run, own_data
+from samantics.run import Run
 from samantics.training_free.matching import (
     Features,
     MaskFeatures,
@@ -29,7 +31,14 @@ from samantics.training_free.matching import (
     reference_features,
     remember,
 )
-from samantics.training_free.proposals import Proposals, ProposalSettings, get_proposals, propose, true_masks
+from samantics.training_free.proposals import (
+    Proposals,
+    ProposalSettings,
+    get_proposals,
+    masks_from_boxes,
+    propose,
+    true_masks,
+)
 
 FORMAT = 1  # of cached tables; raised when the same settings would give other numbers
 PROPOSERS = ("sam", "sam2", "truth")
@@ -53,7 +62,7 @@ class Data:
 
 
 def load_data(run: Run, references: str = "", targets: str = "", images: str = "") -> Data:
-    """The COCO files where given, else MojiWorld scenes at pocket scale.
+    """The COCO files where given (the targets may be a folder of images), else MojiWorld scenes at pocket scale.
 
     Raises:
         StudyError: only some of the three are given; none are, at a scale that has no data of its own; bad files.
@@ -65,7 +74,8 @@ def load_data(run: Run, references: str = "", targets: str = "", images: str = "
         lacking = [name for name, value in given.items() if not value]
         if lacking:
             raise StudyError(f"own data needs --references, --targets and --images: --{lacking[0]} is missing")
-        datasets = load_coco(references, images), load_coco(targets, images)
+        found = unannotated(Path(targets)) if Path(targets).is_dir() else load_coco(targets, images)
+        datasets = load_coco(references, images), check_images(found)
         rule = ReferenceRule(relative=True)  # a photograph's pixels, at every scale
     elif settings.target_scenes:
         world, folder = mojiworld.World(seed=run.seed), run.cache / "scenes"
@@ -81,6 +91,22 @@ def load_data(run: Run, references: str = "", targets: str = "", images: str = "
     run.record("reference_data", datasets[0].hash)
     run.record("target_data", datasets[1].hash)
     return Data(*datasets, rule, names, (*datasets[0].notes, *datasets[1].notes, *notes))
+
+
+def unannotated(folder: Path) -> CocoDataset:
+    """The images of a folder and its sub-folders, as targets that can be predicted and not measured.
+
+    Raises:
+        StudyError: there is none, or one cannot be read.
+    """
+    paths = [path for path in visible_files(folder) if path.suffix.lower() in readable_endings()]
+    if not paths:
+        raise StudyError(f"{folder} has no images: name a folder with some, or a COCO file")
+    sizes = [image_size(path) for path in paths]
+    records = [
+        ImageRecord(n, str(p.relative_to(folder)), *s) for n, (p, s) in enumerate(zip(paths, sizes, strict=True), 1)
+    ]
+    return CocoDataset(folder, folder, {record.id: record for record in records}, {}, (), annotated=False)
 
 
 def load_models(run: Run, weights: str = "") -> dict[str, Encoder]:
@@ -121,20 +147,32 @@ class Pipeline:
     Attributes:
         models: by name.
         proposal_settings: of the headline rows.
+        proposers: whose masks get features, a part of `PROPOSERS`.
     """
 
     run: Run
     data: Data
     models: dict[str, Encoder]
     proposal_settings: ProposalSettings
+    proposers: tuple[str, ...] = PROPOSERS
 
     @functools.cached_property
     def references(self) -> dict[int, dict[int, tuple[Instance, ...]]]:
-        """By seed, then category: the headline's references, of which fewer shots take the first."""
+        """By seed, then category: the headline's references, of which fewer shots take the first.
+
+        Where the file has a box and no mask, SAM makes the mask.
+        """
         settings = self.run.scale.pipeline
         most = max(settings.shots, *settings.shot_curve)
-        seeds = range(settings.reference_seeds)
-        return {seed: choose_references(self.data.references, most, seed, self.data.rule) for seed in seeds}
+        seeds, dataset = range(settings.reference_seeds), self.data.references
+        chosen = {seed: choose_references(dataset, most, seed, self.data.rule) for seed in seeds}
+        every = {i.id: i for groups in chosen.values() for group in groups.values() for i in group}
+        masked = masks_from_boxes(self.models["sam"].model, dataset, [i for i in every.values() if i.box_only])
+        every |= {instance.id: instance for instance in masked}
+        return {
+            seed: {category: tuple(every[i.id] for i in group) for category, group in groups.items()}
+            for seed, groups in chosen.items()
+        }
 
     @functools.cached_property
     def reference_features(self) -> dict[str, dict[int, Features]]:
@@ -158,15 +196,15 @@ class Pipeline:
 
     @functools.cached_property
     def all_features(self) -> MaskFeatures:
-        """Features of the masks of all `PROPOSERS`, one after another: an image is encoded once for all."""
-        found = [self.proposals(proposer) for proposer in PROPOSERS]
+        """Features of the masks of all proposers, one after another: an image is encoded once for all."""
+        found = [self.proposals(proposer) for proposer in self.proposers]
         rles = {n: [rle for proposals in found for rle in proposals[n].rles] for n in self.data.targets.images}
         return pooled_features(self.models, self.data.targets, rles, self.run.cache / "mask_features")
 
     def features(self, proposer: str, source: str, image_id: int) -> Features:
         """`(N, C)` features of unit length of one image's proposals, by one source."""
-        counts = [len(self.proposals(name)[image_id]) for name in PROPOSERS]
-        place = PROPOSERS.index(proposer)
+        counts = [len(self.proposals(name)[image_id]) for name in self.proposers]
+        place = self.proposers.index(proposer)
         return self.all_features.of(source, image_id)[sum(counts[:place]) : sum(counts[: place + 1])]
 
     def predict(self, variant: Variant, seed: int = 0) -> list[Result]:
@@ -179,19 +217,25 @@ class Pipeline:
         return results
 
 
-def start(run: Run, references: str = "", targets: str = "", images: str = "", weights: str = "") -> Pipeline:
-    """A pipeline on these files (figures go to their own folder) or, without any, on the scale's own data.
+def start(
+    run: Run,
+    references: str = "",
+    targets: str = "",
+    images: str = "",
+    weights: str = "",
+    proposers: tuple[str, ...] = PROPOSERS,
+) -> Pipeline:
+    """A pipeline on these files or, without any, on the scale's own data.
 
     Raises:
         StudyError: see `load_data`; or a model's weights are missing.
     """
     settings = run.scale.pipeline
     data = load_data(run, references, targets, images)
-    run = own_data(run) if references else run
     limits = ProposalSettings(
         settings.points_per_side, settings.predicted_iou, settings.stability, box_nms=settings.box_nms
     )
-    return Pipeline(run, data, load_models(run, weights), limits)
+    return Pipeline(run, data, load_models(run, weights), limits, proposers)
 
 
 # --------------------------------------------------------------------------------------------------------- tables

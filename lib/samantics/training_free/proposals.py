@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from segment_anything import SamPredictor
+from segment_anything.modeling import Sam
 from torch import Tensor
 from torchvision.ops import nms
 from tqdm.auto import tqdm
@@ -165,6 +167,21 @@ def _joined(size: tuple[int, int], parts: Sequence[Proposals]) -> Proposals:
     none = Proposals(size, (), np.empty((0, 4)), np.empty(0), np.empty(0), np.empty((0, 2)))
     arrays = (np.concatenate([getattr(part, name) for part in (none, *parts)]) for name in ARRAYS)
     return Proposals(size, tuple(rle for part in parts for rle in part.rles), *arrays)
+
+
+@torch.inference_mode()
+def masks_from_boxes(model: Sam, dataset: CocoDataset, instances: Sequence[Instance]) -> list[Instance]:
+    """The instances with the masks that SAM cuts out at their boxes, where it finds any."""
+    predictor, by_image, masked = SamPredictor(model), dict[int, list[Instance]](), []
+    for instance in instances:
+        by_image.setdefault(instance.image_id, []).append(instance)
+    for image_id, found in by_image.items():
+        predictor.set_image(np.asarray(read_image(dataset, image_id)))
+        for instance in found:
+            masks, _, _ = predictor.predict(box=np.array(instance.box), multimask_output=False)
+            if masks.any():
+                masked.append(dataclasses.replace(instance, rle=rles_of(masks)[0], area=float(masks.sum())))
+    return masked
 
 
 def objects_of(dataset: CocoDataset, image_id: int) -> list[Instance]:

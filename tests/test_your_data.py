@@ -1,0 +1,163 @@
+"""Notebook 05 on small data of other people's making, and the files that it lets them take away."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as mask_tools
+
+from samantics.cache import PROJECT
+from samantics.data import coco
+from samantics.data import first_world as mojiworld
+from samantics.data.coco import CocoDataset
+from samantics.errors import StudyError
+from samantics.metrics.coco_ap import Result
+from samantics.run import Run
+from samantics.training_free import pipeline as pipelines
+from samantics.training_free import your_data
+from samantics.training_free.pipeline import Pipeline, Variant
+
+WORLD = mojiworld.World(image_size=96, seed=3)
+
+
+def reader_files(folder: Path, targets: str = "masks") -> dict[str, str]:
+    """A reader's COCO files: images in sub-folders; targets with `masks`, `boxes`, `none` or as a `folder`."""
+    files = {"images": str(folder)}
+    for name, count in (("references", 24), ("targets", 3)):
+        scenes = mojiworld.write_mojiworld(WORLD, name, count, folder)
+        records = [dataclasses.replace(r, file=f"{scenes.folder.name}/{r.file}") for r in scenes.images.values()]
+        instances = [dataclasses.replace(i, box_only=targets == "boxes") for i in scenes.instances]
+        kept = [] if (name, targets) == ("targets", "none") else instances
+        path = folder / f"{name}.json"
+        coco.write_coco(path, records, scenes.categories, kept, {})
+        files[name] = str(scenes.folder) if (name, targets) == ("targets", "folder") else str(path)
+    return files
+
+
+def started(run: Run, files: dict[str, str]) -> Pipeline:
+    settings = dataclasses.replace(run.scale.pipeline, points_per_side=2, predicted_iou=0.0, reference_seeds=1)
+    run = dataclasses.replace(run, scale=dataclasses.replace(run.scale, pipeline=settings))
+    return pipelines.start(run, **files, weights="zoo_random", proposers=("sam",))
+
+
+@pytest.mark.parametrize("targets", ["masks", "none", "folder"])
+def test_targets_of_every_kind_are_predicted(targets: str, tmp_path: Path, pocket_run: Run) -> None:
+    own = started(pocket_run, reader_files(tmp_path, targets))
+    assert own.data.targets.annotated == (targets == "masks") and len(own.data.targets.images) == 3
+    results = own.predict(Variant(shots=2))
+    assert {r["image_id"] for r in results} == set(own.data.targets.images)
+    assert {r["category_id"] for r in results} <= own.data.names.keys()
+
+
+def test_sam_makes_masks_of_references_that_are_boxes(tmp_path: Path, pocket_run: Run) -> None:
+    own = started(pocket_run, reader_files(tmp_path, "boxes"))
+    assert not own.data.targets.has_masks
+    boxes = {i.id: i for i in own.data.references.instances}
+    chosen = [i for group in own.references[0].values() for i in group]
+    assert all(boxes[i.id].box_only for i in chosen)
+    assert any(i.rle != boxes[i.id].rle for i in chosen)  # an untrained SAM may find nothing in some
+
+
+def test_a_folder_of_targets_needs_images(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="has no images: name a folder with some"):
+        pipelines.unannotated(tmp_path)
+
+
+def test_inputs(pocket_run: Run, tmp_path: Path) -> None:
+    none = {"references": "", "targets": "", "images": ""}
+    example = your_data.inputs(pocket_run, "", none)
+    assert example.run.figures == pocket_run.figures
+    assert len(list(Path(example.folder).glob("*/*.png"))) == 48
+    assert len(coco.load_coco(example.files["targets"], example.files["images"]).images) == 8
+    own = your_data.inputs(pocket_run, str(tmp_path), none, "official", shots=3)
+    assert own.run.figures.name == "own_data" and not own.files
+    assert own.run.scale.weights == "official" and own.run.scale.pipeline.shots == 3
+
+
+def drawn() -> tuple[CocoDataset, list[Result], dict[int, np.ndarray[Any, Any]]]:
+    """Two images that differ in their ending only; a rectangle and, below it, an L of another class in the first."""
+    masks = {8: np.zeros((20, 30), bool), 5: np.zeros((20, 30), bool)}
+    masks[8][2:12, 3:13] = True
+    masks[5][5:18, 5:9] = masks[5][14:18, 5:25] = True
+    records = {n: coco.ImageRecord(n, f"a/x.{end}", 30, 20) for n, end in ((1, "png"), (2, "jpg"))}
+    dataset = CocoDataset(Path("x.json"), Path(), records, {5: "L", 8: "box"}, (), annotated=False)
+    results = []
+    for category, score in ((5, 0.5), (8, 0.9)):
+        rle = coco.rles_of(masks[category][None])[0]
+        box = mask_tools.toBbox(rle).tolist()
+        results.append({"image_id": 1, "category_id": category, "bbox": box, "segmentation": rle, "score": score})
+    return dataset, results, masks
+
+
+def test_polygons_are_the_mask() -> None:
+    _, _, masks = drawn()
+    for mask in (*masks.values(), np.ones((20, 30), bool)):
+        rles = mask_tools.frPyObjects(your_data.polygons(mask), *mask.shape)
+        assert (mask_tools.decode(mask_tools.merge(rles)).astype(bool) == mask).mean() > 0.98  # corners are cut
+    assert your_data.polygons(np.zeros((5, 5), bool)) == []
+
+
+def test_export(tmp_path: Path) -> None:
+    dataset, results, masks = drawn()
+    dataset = dataclasses.replace(dataset, folder=tmp_path)
+    (tmp_path / "a").mkdir()
+    for record in dataset.images.values():
+        Image.new("RGB", (30, 20), (9, 9, 9)).save(tmp_path / record.file)
+    home = tmp_path / "out"
+    home.mkdir()
+    (home / "old.txt").touch()
+    best = your_data.top_results(results)
+    made = [str(path.relative_to(home)) for path in your_data.export(best, dataset, dataset.categories, home)]
+    endings = {"label_maps": "png", "overlays": "png", "yolo": "txt"}
+    images = [f"{kind}/a/x_{n}.{end}" for kind, end in endings.items() for n in (1, 2)]
+    assert made == sorted(["classes.txt", "instances.json", "results.json", *images])
+    labels = np.asarray(Image.open(home / "label_maps" / "a" / "x_1.png"))
+    assert ((labels == 2) == masks[8]).all() and ((labels == 1) == (masks[5] & ~masks[8])).all()
+    lines = (home / "yolo" / "a" / "x_1.txt").read_text().split("\n")
+    assert lines[0].split()[0] == "1" and [float(v) for v in lines[0].split()[1:]] == pytest.approx(
+        [8 / 30, 7 / 20, 10 / 30, 10 / 20], abs=1e-5
+    )
+    assert (home / "yolo" / "a" / "x_2.txt").read_text() == "" and (home / "classes.txt").read_text() == "L\nbox\n"
+    assert json.loads((home / "results.json").read_text()) == best
+    again = coco.load_coco(home / "instances.json", tmp_path)
+    assert [i.category_id for i in again.instances] == [5, 8]
+    overlay = np.asarray(Image.open(home / "overlays" / "a" / "x_1.png"))
+    assert (overlay[masks[8]] != 9).any() and (overlay[19] == 9).all()
+
+
+def test_top_results() -> None:
+    results = [{"image_id": n % 2, "score": n / 10} for n in range(10)]
+    assert [r["score"] for r in your_data.top_results(results, 0.3, most=3)] == [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
+    assert your_data.top_results(results, 2.0) == []
+
+
+def test_notebook_on_two_classes_of_five_and_boxes_only(
+    tmp_path: Path, pocket_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The notebook's cells, one after the other: the smallest folder, and targets that only box AP can measure."""
+    for label, drawing in (("first", 0), ("second", 400)):
+        (tmp_path / "folder" / label).mkdir(parents=True)
+        for number in range(5):
+            picture = mojiworld.object_picture(WORLD, label, number, drawing)
+            Image.fromarray(picture.image).save(tmp_path / "folder" / label / f"{number}.png")
+    own: dict[str, Any] = {"data": str(tmp_path / "folder"), "shots": 2}
+    own |= reader_files(tmp_path / "coco", "boxes")
+    monkeypatch.setattr(plt, "show", lambda: None)
+    cells = json.loads((PROJECT / "notebooks" / "05_your_data.ipynb").read_text())["cells"]
+    names: dict[str, Any] = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+            names |= own if "parameters" in cell["metadata"].get("tags", ()) else {}
+    plt.close("all")
+    made = {path.name for path in (pocket_run.figures / "own_data").glob("*.csv")}
+    assert made == {"05_probes.csv", "05_instances.csv", "05_ap.csv"}
+    assert set(names["ap"]["iou_type"]) == {"bbox"} and names["ap"]["AP"].between(0, 100).all()
+    assert names["probes"]["n_test"].eq(2).all()
