@@ -34,7 +34,7 @@ from matplotlib.ticker import MaxNLocator
 from measuring import bench_run, peak_gib
 
 from samantics import plots as figures
-from samantics.metrics.coco_ap import write_results
+from samantics.cache import write_json
 from samantics.run import start_run
 from samantics.training_free import matching, pipeline, proposals
 
@@ -89,7 +89,7 @@ def training_free(items: int, folder: Path) -> None:
         ):
             counted = Counter(folder / f"{stage}.count").after(getattr(module, name))
             stack.enter_context(mock.patch.object(module, name, counted))
-        write_results(job.predict(pipeline.Variant()), folder / "results.json")
+        write_json(folder / "results.json", job.predict(pipeline.Variant()))
 
 
 def probe(items: int, folder: Path) -> None:

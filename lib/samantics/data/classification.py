@@ -26,8 +26,8 @@ class Part:
 
     Attributes:
         split: name of the split that they belong to.
-        labels: ``(N,)`` int64, one for each of them.
-        rows: ``(N,)`` which images of the split; None: all of them, in order (then features can be streamed).
+        labels: `(N,)` int64, one for each of them.
+        rows: `(N,)` which images of the split; None: all of them, in order (then features can be streamed).
     """
 
     split: str
@@ -40,10 +40,10 @@ class Task:
     """One way to label the images.
 
     Attributes:
-        name: ``drawing``, ``category`` or ``class``.
+        name: `drawing`, `category` or `class`.
         classes: names of the labels.
         train, test: the images of each.
-        groups: ``(N,)`` of the train images: what is held out together when a probe chooses its settings.
+        groups: `(N,)` of the train images: what is held out together when a probe chooses its settings.
     """
 
     name: str
@@ -67,7 +67,7 @@ class ClassificationData:
         splits: images by split name.
         hashes: identifies each split.
         tasks: by name.
-        masks: ``(N, H, W)`` bool-like object masks of each split, for object pooling; empty where there are none.
+        masks: `(N, H, W)` bool-like object masks of each split, for object pooling; empty where there are none.
         notes: what the reader should know of the files.
     """
 
@@ -80,10 +80,10 @@ class ClassificationData:
 
 
 def scale_data(run: Run, folder: Path | str = "") -> ClassificationData:
-    """The images of a run's scale: MojiWorld at ``pocket``, else the image folder named (or downloaded, at ``lite``).
+    """The images of a run's scale: MojiWorld at `pocket`, else the image folder named (or downloaded, at `lite`).
 
     Raises:
-        StudyError: ``paper`` without a folder; a folder that cannot be used.
+        StudyError: `paper` without a folder; a folder that cannot be used.
     """
     settings = run.scale.probing
     if folder:
@@ -96,9 +96,9 @@ def scale_data(run: Run, folder: Path | str = "") -> ClassificationData:
 
 
 def mojiworld_data(world: mojiworld.World, views: int, test_views: int) -> ClassificationData:
-    """``views`` object-centric images of every drawing.
+    """`views` object-centric images of every drawing.
 
-    Drawing level: the last ``test_views`` views of every drawing are the test images. Category level: all views of the
+    Drawing level: the last `test_views` views of every drawing are the test images. Category level: all views of the
     held-out drawings are the test images, all views of the train drawings the train images.
     """
     pictures = mojiworld.classification_pictures(world, views)

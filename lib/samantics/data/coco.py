@@ -49,7 +49,7 @@ Side = Annotated[int, Field(strict=True, gt=0)]
 
 
 class ImageEntry(BaseModel):
-    """An entry of ``images``; the size may be missing, and the name where there is an address."""
+    """An entry of `images`; the size may be missing, and the name where there is an address."""
 
     id: Id
     file_name: str | None = None
@@ -59,14 +59,14 @@ class ImageEntry(BaseModel):
 
 
 class CategoryEntry(BaseModel):
-    """An entry of ``categories``."""
+    """An entry of `categories`."""
 
     id: Id
     name: Any
 
 
 class AnnotationEntry(BaseModel):
-    """An entry of ``annotations``; mask, box and area are checked where they are used."""
+    """An entry of `annotations`; mask, box and area are checked where they are used."""
 
     image_id: Id
     category_id: Id
@@ -85,7 +85,7 @@ def load_coco(annotations: Path | str, images: Path | str, skip_bad_images: bool
     """Read and check a COCO JSON file and the folder of its images.
 
     Image files are looked for by their names in the folder, then by their base names in it and its sub-folders;
-    nothing outside it is opened. A file without ``annotations`` is good: it can be predicted on, not measured.
+    nothing outside it is opened. A file without `annotations` is good: it can be predicted on, not measured.
 
     Args:
         annotations: the JSON file.
@@ -133,7 +133,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _entries(path: Path, content: dict[str, Any], what: str, key: str, model: type[Entry]) -> list[Entry]:
-    """The checked entries under ``key`` (none where it is missing), each with an id of its own."""
+    """The checked entries under `key` (none where it is missing), each with an id of its own."""
     listed = content.get(key) or []
     if not isinstance(listed, list):
         raise StudyError(f'{path}: "{key}" is not a list: export it in COCO format')
@@ -152,7 +152,7 @@ def _entries(path: Path, content: dict[str, Any], what: str, key: str, model: ty
 
 
 def _reason(error: ValidationError) -> str:
-    """What is wrong with an entry: ``no name``; ``width is -3 (should be greater than 0)``."""
+    """What is wrong with an entry: `no name`; `width is -3 (should be greater than 0)`."""
     first = error.errors(include_url=False, include_context=False)[0]
     field = first["loc"][0] if first["loc"] else "the entry"
     if first["type"] == "missing":

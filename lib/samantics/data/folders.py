@@ -62,7 +62,7 @@ Read = TypeVar("Read")
 
 
 class Images(Protocol):
-    """Anything with a length whose items are RGB pictures: PIL images or ``(H, W, 3)`` uint8 arrays."""
+    """Anything with a length whose items are RGB pictures: PIL images or `(H, W, 3)` uint8 arrays."""
 
     def __len__(self) -> int: ...
 
@@ -80,7 +80,7 @@ def open_image(path: Path | str, size: tuple[int, int] | None = None) -> Image.I
     """The picture as RGB, turned as its EXIF says.
 
     CMYK, palettes and grey become RGB as Pillow converts them; an alpha channel is dropped, as the encoders' own
-    packages do; grey of 10 to 16 bits is scaled to 8 (Pillow alone would clip it to white), with a ``StudyNote``
+    packages do; grey of 10 to 16 bits is scaled to 8 (Pillow alone would clip it to white), with a `StudyNote`
     where fewer than 16 are used; an animation is its first frame.
 
     Args:
@@ -88,7 +88,7 @@ def open_image(path: Path | str, size: tuple[int, int] | None = None) -> Image.I
         size: width and height that annotations speak of: a photo that only has it as stored is not turned.
 
     Raises:
-        StudyError: missing, not a file, not an image, damaged, cut short, or of more than ``MAX_PIXELS`` pixels.
+        StudyError: missing, not a file, not an image, damaged, cut short, or of more than `MAX_PIXELS` pixels.
     """
 
     def read(image: Image.Image) -> Image.Image:
@@ -99,7 +99,7 @@ def open_image(path: Path | str, size: tuple[int, int] | None = None) -> Image.I
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
-    """Width and height of the picture as it is shown, from the head of its file; raises as ``open_image``."""
+    """Width and height of the picture as it is shown, from the head of its file; raises as `open_image`."""
 
     def read(image: Image.Image) -> tuple[int, int]:
         across = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # shown with its sides exchanged
@@ -109,7 +109,7 @@ def image_size(path: Path | str) -> tuple[int, int]:
 
 
 def is_turned(path: Path | str) -> bool:
-    """Whether EXIF says that the picture is shown otherwise than it is stored; raises as ``open_image``."""
+    """Whether EXIF says that the picture is shown otherwise than it is stored; raises as `open_image`."""
     return _opened(path, lambda image: image.getexif().get(0x0112, 1) in range(2, 9))
 
 
@@ -170,12 +170,12 @@ def short(value: Any) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """``1 image``, ``2 images``."""
+    """`1 image`, `2 images`."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def listing(values: Sequence[Any]) -> str:
-    """``2, 3, 5 and 7 more``."""
+    """`2, 3, 5 and 7 more`."""
     more = f" and {len(values) - NAMED} more" if len(values) > NAMED else ""
     return ", ".join(short(value) for value in values[:NAMED]) + more
 
@@ -185,11 +185,11 @@ def listing(values: Sequence[Any]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ImageFolder:
-    """One split of a folder of images; ``folder[i]`` opens image ``i``.
+    """One split of a folder of images; `folder[i]` opens image `i`.
 
     Attributes:
         paths: of the images, sorted.
-        labels: ``(N,)`` int64, positions in ``classes``.
+        labels: `(N,)` int64, positions in `classes`.
         classes: names of the sub-folders, sorted.
         notes: a line for each kind of file that was left out.
     """
@@ -227,7 +227,7 @@ def _stat(path: Path) -> os.stat_result:
 
 
 def visible_files(folder: Path) -> Iterator[Path]:
-    """All files below a folder but what tools and systems keep there (hidden ones, thumbnails, ``__MACOSX``)."""
+    """All files below a folder but what tools and systems keep there (hidden ones, thumbnails, `__MACOSX`)."""
     for place, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if is_visible(name))
         yield from (Path(place, name) for name in sorted(files) if is_visible(name))
@@ -246,9 +246,9 @@ def readable_endings() -> frozenset[str]:
 
 
 def image_folders(root: Path | str, seed: int = 0, val_share: float = 0.2) -> tuple[ImageFolder, ImageFolder]:
-    """Train and validation images of a folder: its ``train/`` and ``val/``, else a seeded split of every class.
+    """Train and validation images of a folder: its `train/` and `val/`, else a seeded split of every class.
 
-    The two splits may have any case and the usual other names (``SPLITS``), and may lie in one common folder.
+    The two splits may have any case and the usual other names (`SPLITS`), and may lie in one common folder.
 
     Raises:
         StudyError: no such folder, one class only, a class without images, other classes in val than in train.
@@ -348,7 +348,7 @@ def imagenette(root: Path | str) -> tuple[ImageFolder, ImageFolder]:
     """Train and validation images of Imagenette (320 px): ten classes of ImageNet, fetched and verified.
 
     Raises:
-        StudyError: it is not in ``root`` and cannot be downloaded, or what came is not it.
+        StudyError: it is not in `root` and cannot be downloaded, or what came is not it.
     """
     from torchvision.datasets import Imagenette
 

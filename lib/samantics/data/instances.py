@@ -1,6 +1,6 @@
-"""Annotated objects: images, instances and their boxes, which are ``(x0, y0, x1, y1)`` in pixels.
+"""Annotated objects: images, instances and their boxes, which are `(x0, y0, x1, y1)` in pixels.
 
-Only JSON and pycocotools hold COCO's ``x, y, width, height``; ``xywh`` and ``clipped`` go between the two.
+Only JSON and pycocotools hold COCO's `x, y, width, height`; `xywh` and `clipped` go between the two.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Instance:
     """One annotated object.
 
     Attributes:
-        box: ``(x0, y0, x1, y1)`` pixels, inside the image.
+        box: `(x0, y0, x1, y1)` pixels, inside the image.
         area: pixels of the mask, as the file says it (COCO's area ranges are decided by it).
-        rle: the mask; the whole box where ``box_only``.
+        rle: the mask; the whole box where `box_only`.
         crowd: the mask stands for a group; evaluation ignores what falls on it and it is never a reference.
         box_only: the file has a box and no mask of it. As a reference it needs a mask made from the box.
         drawing, held_out: MojiWorld only: which drawing it shows, and whether that drawing never carries a label.
@@ -184,12 +184,12 @@ def _turned(dataset: CocoDataset, records: Iterable[ImageRecord]) -> list[str]:
 
 
 def xywh(box: Box) -> list[float]:
-    """COCO's form of a box: ``x, y, width, height``."""
+    """COCO's form of a box: `x, y, width, height`."""
     return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
 
 
 def clipped(bbox: Any, image: ImageRecord) -> Box | None:
-    """COCO's ``x, y, width, height`` as a box cut at the frame; None where it is no four numbers or empty."""
+    """COCO's `x, y, width, height` as a box cut at the frame; None where it is no four numbers or empty."""
     if not isinstance(bbox, list) or len(bbox) != 4 or not all(is_pixel(value) for value in bbox):
         return None
     x, y, width, height = (float(value) for value in bbox)
@@ -200,7 +200,7 @@ def clipped(bbox: Any, image: ImageRecord) -> Box | None:
 def box_iou(
     first: Sequence[Box] | NDArray[np.floating[Any]], second: Sequence[Box] | NDArray[np.floating[Any]]
 ) -> NDArray[np.float64]:
-    """``(N, M)`` IoU of ``(N, 4)`` and ``(M, 4)`` boxes ``(x0, y0, x1, y1)``; 0 where both are empty."""
+    """`(N, M)` IoU of `(N, 4)` and `(M, 4)` boxes `(x0, y0, x1, y1)`; 0 where both are empty."""
     a, b = (np.asarray(boxes, np.float64).reshape(-1, 4) for boxes in (first, second))
     sides = np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2])
     shared = sides.clip(min=0).prod(-1)

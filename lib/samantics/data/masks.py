@@ -18,18 +18,18 @@ Rle = dict[str, Any]  # COCO's compressed run lengths: {"size": [height, width],
 
 
 def mask_of(rle: Rle) -> Mask:
-    """``(height, width)`` mask of run lengths."""
+    """`(height, width)` mask of run lengths."""
     return np.asarray(mask_tools.decode(rle), dtype=bool)
 
 
 def rles_of(masks: NDArray[np.bool_]) -> list[Rle]:
-    """Run lengths of ``(N, height, width)`` masks, JSON-able."""
+    """Run lengths of `(N, height, width)` masks, JSON-able."""
     columns = np.asfortranarray(np.moveaxis(masks, 0, -1), dtype=np.uint8)  # pycocotools wants (h, w, N), column-major
     return [{"size": list(rle["size"]), "counts": rle["counts"].decode()} for rle in mask_tools.encode(columns)]
 
 
 def box_rle(box: tuple[float, float, float, float], height: int, width: int) -> Rle:
-    """Run lengths of all pixels that a box ``(x0, y0, x1, y1)`` touches."""
+    """Run lengths of all pixels that a box `(x0, y0, x1, y1)` touches."""
     mask = np.zeros((1, height, width), bool)
     mask[0, math.floor(box[1]) : math.ceil(box[3]), math.floor(box[0]) : math.ceil(box[2])] = True
     return rles_of(mask)[0]
@@ -106,6 +106,6 @@ def _polygons(segmentation: Any, height: int, width: int) -> tuple[list[NDArray[
 
 
 def _outline(polygon: NDArray[np.float64]) -> float:
-    """Pixels of the way from the origin along all points ``x, y, x, y, ...``."""
+    """Pixels of the way from the origin along all points `x, y, x, y, ...`."""
     points = polygon.clip(-1e9, 1e9).reshape(-1, 2)
     return float(np.abs(points[1:] - points[:-1]).sum() + np.abs(points[0]).sum())

@@ -27,7 +27,7 @@ class ReferenceRule:
         max_aspect: of the image, long side to short.
         inset: pixels that the box keeps from the frame.
         max_overlap: box IoU with any other box of the image.
-        relative: ``min_area`` and ``inset`` shrink with images of fewer pixels than a COCO photograph.
+        relative: `min_area` and `inset` shrink with images of fewer pixels than a COCO photograph.
     """
 
     min_area: float = 32.0**2
@@ -88,13 +88,13 @@ def eligible(dataset: CocoDataset, rule: ReferenceRule) -> list[Instance]:
 def choose_references(
     dataset: CocoDataset, shots: int, seed: int = 0, rule: ReferenceRule | None = None
 ) -> dict[int, tuple[Instance, ...]]:
-    """Up to ``shots`` references for every category that has any, those of one category from distinct images.
+    """Up to `shots` references for every category that has any, those of one category from distinct images.
 
     Seeded, and nested: the references of fewer shots are the first ones of more shots. A category may have fewer than
-    ``shots``; one with none is not in the result.
+    `shots`; one with none is not in the result.
 
     Raises:
-        StudyError: ``shots`` is not positive, or no category has any reference.
+        StudyError: `shots` is not positive, or no category has any reference.
     """
     if shots < 1:
         raise StudyError(f"shots is {shots}: choose 1 or more")

@@ -1,7 +1,7 @@
 """AP and AR as COCOeval defines them, with intervals over images. All figures are percent.
 
-Predictions are a list of dictionaries in COCO's result format: ``image_id, category_id, score`` with ``segmentation``
-(run lengths), ``bbox`` (x, y, width, height) or both: what is evaluated here can be saved and loaded elsewhere.
+Predictions are a list of dictionaries in COCO's result format: `image_id, category_id, score` with `segmentation`
+(run lengths), `bbox` (x, y, width, height) or both: what is evaluated here can be saved as JSON and loaded elsewhere.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-from collections.abc import Collection, Sequence
-from pathlib import Path
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,14 +19,15 @@ from pycocotools import mask as mask_tools
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from samantics.cache import write_json
-from samantics.data.coco import CocoDataset
+from samantics.data.coco import CocoDataset, annotation
 from samantics.errors import StudyError
 from samantics.metrics.intervals import Interval
 
 Result = dict[str, Any]
 IOU_TYPES = ("bbox", "segm")
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100")
+MOST = 100  # predictions of a category that an image keeps; more where an image shows more objects
+NOTHING = "no AP: the targets have no annotated object of the categories evaluated (crowds do not count)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +35,9 @@ class Evaluation:
     """The outcome of one evaluation.
 
     Attributes:
-        metrics: percent for each of :data:`METRICS`; None where no object can be measured (COCOeval's -1).
+        metrics: percent for each of `METRICS`; None where no object can be measured (COCOeval's -1).
         category_ids: the categories that were asked for.
-        coco: the evaluated COCOeval, for :func:`ap_interval` and whoever needs more.
+        coco: the evaluated COCOeval, for `ap_interval` and whoever needs more.
     """
 
     metrics: dict[str, float | None]
@@ -52,18 +53,13 @@ class Evaluation:
         """
         value = self.metrics["AP"]
         if value is None:
-            raise StudyError("no AP: the targets have no annotated object of the categories evaluated")
+            raise StudyError(NOTHING)
         return value
 
-    @property
-    def ap_by_category(self) -> dict[int, float]:
-        """AP in percent of each category that has objects."""
-        precision = self.coco.eval["precision"][:, :, :, 0, -1]
-        return {
-            c: float(precision[:, :, k].mean()) * 100
-            for k, c in enumerate(self.category_ids)
-            if (precision[:, :, k] > -1).any()
-        }
+
+def iou_types(dataset: CocoDataset) -> tuple[str, ...]:
+    """What can be measured: boxes, and masks where the data has any."""
+    return IOU_TYPES if dataset.has_masks else IOU_TYPES[:1]
 
 
 def evaluate(
@@ -76,15 +72,18 @@ def evaluate(
     """Compare predictions with a data set's annotations by pycocotools' COCOeval.
 
     All images count, also those without annotations or predictions. Each image keeps its 100 best-scored predictions
-    per category.
+    per category, or as many as it shows objects of one category, if that is more (also in `AR100`). Of objects that
+    have a box and no mask, mask AP ignores what falls on them.
 
     Args:
-        iou_type: ``bbox`` or ``segm``.
+        dataset: the truth.
+        results: the predictions.
+        iou_type: `bbox` or `segm`.
         category_ids: only these categories (their objects and predictions); None for all.
         class_agnostic: treat all these categories as one.
 
     Raises:
-        StudyError: unknown ``iou_type`` or category; a prediction of an image that the data does not have, with a mask
+        StudyError: unknown `iou_type` or category; a prediction of an image that the data does not have, with a mask
             of another size, or with a score or box that is not finite.
     """
     if iou_type not in IOU_TYPES:
@@ -93,14 +92,26 @@ def evaluate(
     _check(dataset, results, chosen)
     label = {c: chosen[0] if class_agnostic else c for c in chosen}
     categories = tuple(sorted(set(label.values())))
+    truth = _annotations(dataset, label, iou_type)
+    counts = Counter((entry["image_id"], entry["category_id"]) for entry in truth)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress there
-        coco = COCOeval(_annotations(dataset, label), _predictions(dataset, results, label, iou_type), iou_type)
+        predicted = _predictions(results, label, iou_type)
+        coco = COCOeval(_coco(dataset, truth, label), _coco(dataset, predicted, label), iou_type)
         coco.params.catIds = list(categories)
+        coco.params.maxDets = [1, 10, max([MOST, *counts.values()])]
         coco.evaluate()
         coco.accumulate()
-        coco.summarize()
-    values = [None if v < 0 else float(v) * 100 for v in coco.stats[: len(METRICS)]]
-    return Evaluation(dict(zip(METRICS, values, strict=True)), categories, coco)
+    return Evaluation(_metrics(coco), categories, coco)
+
+
+def _metrics(coco: COCOeval) -> dict[str, float | None]:
+    """COCOeval's own summary, which knows no other limit than 100 predictions."""
+    precision, recall = coco.eval["precision"], coco.eval["recall"]  # (T, R, K, areas, limits), (T, K, areas, limits)
+    values = [precision[..., 0, -1], precision[0, ..., 0, -1], precision[5, ..., 0, -1]]
+    values += [precision[..., area, -1] for area in (1, 2, 3)] + [recall[..., 0, limit] for limit in (0, 1, 2)]
+    measured = [table[table > -1] for table in values]
+    means = [float(np.mean(table)) * 100 if table.size else None for table in measured]
+    return dict(zip(METRICS, means, strict=True))
 
 
 def _check(dataset: CocoDataset, results: Sequence[Result], category_ids: tuple[int, ...]) -> None:
@@ -108,57 +119,46 @@ def _check(dataset: CocoDataset, results: Sequence[Result], category_ids: tuple[
     if unknown:
         raise StudyError(f"{dataset.path} has no category {unknown[0]}: choose from {sorted(dataset.categories)}")
     for result in results:
-        if result["image_id"] not in dataset.images:
+        image_id = result["image_id"]
+        if image_id not in dataset.images:
             raise StudyError(
-                f"a prediction is of image {result['image_id']}, which {dataset.path} does not list: predict its images"
+                f"a prediction is of image {image_id}, which {dataset.path} does not list: predict its images"
             )
+        image, what = dataset.images[image_id], f"a prediction of image {image_id} has"
         if not np.isfinite(result["score"]):
-            raise StudyError(
-                f"a prediction of image {result['image_id']} has the score {result['score']}: scores must be finite"
-            )
-        box, image = result.get("bbox", (0, 0, 0, 0)), dataset.images[result["image_id"]]
+            raise StudyError(f"{what} the score {result['score']}: scores must be finite")
+        box = result.get("bbox", (0, 0, 0, 0))
         if len(box) != 4 or not np.isfinite(box).all() or min(box[2:]) < 0:
-            raise StudyError(
-                f"a prediction of image {image.id} has the box {list(box)}: give finite x, y, width, height"
-            )
+            raise StudyError(f"{what} the box {list(box)}: give finite x, y, width, height")
         size = result["segmentation"]["size"] if "segmentation" in result else [image.height, image.width]
         if list(size) != [image.height, image.width]:
-            raise StudyError(
-                f"a prediction of image {image.id} has a mask of {size[0]}x{size[1]} (height x width), the image has "
-                f"{image.height}x{image.width}: predict at the image's size"
-            )
+            wanted = f"(height x width), the image has {image.height}x{image.width}: predict at the image's size"
+            raise StudyError(f"{what} a mask of {size[0]}x{size[1]} {wanted}")
 
 
-def _annotations(dataset: CocoDataset, label: dict[int, int]) -> COCO:
-    entries = [
-        {
-            "id": number,  # not the file's own: COCOeval takes an object of id 0 for one that is never found
-            "image_id": i.image_id,
-            "category_id": label[i.category_id],
-            "bbox": [i.box[0], i.box[1], i.box[2] - i.box[0], i.box[3] - i.box[1]],
-            "area": i.area,
-            "iscrowd": int(i.crowd),
-            "segmentation": i.rle,
-        }
+def _annotations(dataset: CocoDataset, label: Mapping[int, int], iou_type: str) -> list[dict[str, Any]]:
+    """The objects under ids of their own: COCOeval takes an object of id 0 for one that is never found."""
+    return [
+        annotation(i)
+        | {"id": number, "category_id": label[i.category_id]}
+        | {"iscrowd": int(i.crowd or (i.box_only and iou_type == "segm"))}
         for number, i in enumerate(dataset.instances, start=1)
         if i.category_id in label
     ]
-    return _coco(dataset, entries, label)
 
 
-def _predictions(dataset: CocoDataset, results: Sequence[Result], label: dict[int, int], iou_type: str) -> COCO:
-    """As ``COCO.loadRes`` does it; but that cannot load an empty list, and takes a mask's area from its box."""
-    kept = [result for result in results if result["category_id"] in label]
+def _predictions(results: Sequence[Result], label: Mapping[int, int], iou_type: str) -> list[dict[str, Any]]:
+    """As `COCO.loadRes` does it; but that cannot load an empty list, and takes a mask's area from its box."""
     entries = []
-    for number, result in enumerate(kept, start=1):
+    for number, result in enumerate([r for r in results if r["category_id"] in label], start=1):
         shape = {"bbox": result["bbox"]} if iou_type == "bbox" else {"segmentation": result["segmentation"]}
         area = result["bbox"][2] * result["bbox"][3] if iou_type == "bbox" else mask_tools.area(result["segmentation"])
         head = {"id": number, "image_id": result["image_id"], "category_id": label[result["category_id"]]}
         entries.append({**head, **shape, "area": float(area), "iscrowd": 0, "score": float(result["score"])})
-    return _coco(dataset, entries, label)
+    return entries
 
 
-def _coco(dataset: CocoDataset, annotations: list[dict[str, Any]], label: dict[int, int]) -> COCO:
+def _coco(dataset: CocoDataset, annotations: list[dict[str, Any]], label: Mapping[int, int]) -> COCO:
     coco = COCO()
     coco.dataset = {
         "images": [{"id": r.id, "width": r.width, "height": r.height} for r in dataset.images.values()],
@@ -169,20 +169,12 @@ def _coco(dataset: CocoDataset, annotations: list[dict[str, Any]], label: dict[i
     return coco
 
 
+def perfect_results(dataset: CocoDataset) -> list[Result]:
+    """The annotations given as predictions: they must score AP 100, else the evaluation is at fault."""
+    return [annotation(instance) | {"score": 1.0} for instance in dataset.instances if not instance.crowd]
+
+
 # ------------------------------------------------------------------------------------------------------ intervals
-
-
-@dataclasses.dataclass(frozen=True)
-class _Curve:
-    """What one category's AP at one IoU threshold is made of, predictions best-scored first.
-
-    Attributes:
-        images: ``(D,)`` position of each prediction's image, for the predictions that count (ignored ones left out).
-        hits: ``(H,)`` positions in ``images`` of the true positives.
-    """
-
-    images: NDArray[np.intp]
-    hits: NDArray[np.intp]
 
 
 def ap_interval(
@@ -198,6 +190,9 @@ def ap_interval(
     images for all of them, because their difficulty is shared, and the evaluations themselves with replacement.
 
     Args:
+        evaluations: one, or several of the same images.
+        samples: resamples.
+        seed: of the resampling.
         iou: AP at this IoU alone (0.5 for AP50); None for COCO's mean over 0.5 to 0.95.
 
     Raises:
@@ -209,17 +204,16 @@ def ap_interval(
     picks = rng.multinomial(len(runs), np.full(len(runs), 1 / len(runs)), size=samples)
     values = np.concatenate([_resampled_ap(run, np.ones_like(weights[:1]), iou) for run in runs])
     if np.isnan(values).any():
-        raise StudyError("no AP: the targets have no annotated object of the categories evaluated")
+        raise StudyError(NOTHING)
     resampled = np.stack([_resampled_ap(run, weights, iou) for run in runs], axis=1)
     drawn = (resampled * picks).sum(1) / len(runs)
-    value, low, high = _centred(float(values.mean()), drawn)
-    return Interval(value, max(low, 0.0), min(high, 100.0))
+    return _centred(float(values.mean()), drawn).within(0, 100)
 
 
 def ap_gain(
     before: Evaluation, after: Evaluation, samples: int = 1000, seed: int = 0, iou: float | None = None
 ) -> Interval:
-    """AP of ``after`` minus AP of ``before``, the same images drawn for both; else as :func:`ap_interval`.
+    """AP of `after` minus AP of `before`, the same images drawn for both; else as `ap_interval`.
 
     Without any object there is no AP, and the gain is 0.
     """
@@ -230,7 +224,7 @@ def ap_gain(
 
 
 def _image_weights(rng: np.random.Generator, images: int, samples: int) -> NDArray[np.float32]:
-    """``(samples, images)`` how often each image is drawn."""
+    """`(samples, images)` how often each image is drawn."""
     return rng.multinomial(images, np.full(images, 1 / images), size=samples).astype(np.float32)
 
 
@@ -241,29 +235,37 @@ def _centred(value: float, drawn: NDArray[np.float64]) -> Interval:
 
 
 def _resampled_ap(evaluation: Evaluation, weights: NDArray[np.float32], iou: float | None) -> NDArray[np.float64]:
-    """``(S,)`` AP in percent for ``(S, images)`` weights; NaN where no object was drawn."""
+    """`(S,)` AP in percent for `(S, images)` weights; NaN where no object was drawn."""
     thresholds = evaluation.coco.params.iouThrs
     chosen = range(len(thresholds)) if iou is None else [int(np.abs(thresholds - iou).argmin())]
     total, present = np.zeros(len(weights)), np.zeros(len(weights))
     for category in range(len(evaluation.category_ids)):
         objects, curves = _curves(evaluation.coco, category)
         count = weights @ objects
-        ap = np.mean([_weighted_ap(curves[t], weights, count) for t in chosen], axis=0)
+        ap = np.mean([_weighted_ap(*curves[t], weights, count) for t in chosen], axis=0)
         total += np.where(count > 0, ap, 0)
         present += count > 0
     with np.errstate(invalid="ignore"):
         return 100 * total / np.where(present > 0, present, np.nan)
 
 
-def _weighted_ap(curve: _Curve, weights: NDArray[np.float32], objects: NDArray[np.float32]) -> NDArray[np.float64]:
-    """``(S,)`` interpolated AP at 101 recalls, each image counted ``weights[s, image]`` times.
+def _weighted_ap(
+    images: NDArray[np.intp], hits: NDArray[np.intp], weights: NDArray[np.float32], objects: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """`(S,)` interpolated AP at 101 recalls, each image counted `weights[s, image]` times.
 
     Precision is only read at true positives: between them it falls, so the envelope never looks there.
+
+    Args:
+        images: `(D,)` image of each prediction that counts, best-scored first.
+        hits: `(H,)` positions in `images` of the true positives.
+        weights: `(S, images)`.
+        objects: `(S,)` drawn objects.
     """
-    if not curve.hits.size:
+    if not hits.size:
         return np.zeros(len(weights))
-    drawn = np.cumsum(weights[:, curve.images], axis=1, dtype=np.float64)[:, curve.hits]
-    found = np.cumsum(weights[:, curve.images[curve.hits]], axis=1, dtype=np.float64)
+    drawn = np.cumsum(weights[:, images], axis=1, dtype=np.float64)[:, hits]
+    found = np.cumsum(weights[:, images[hits]], axis=1, dtype=np.float64)
     precision = found / np.maximum(drawn, 1)
     envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
     recall = found / np.maximum(objects, 1)[:, None]
@@ -271,43 +273,21 @@ def _weighted_ap(curve: _Curve, weights: NDArray[np.float32], objects: NDArray[n
     return (envelope * np.diff(reached, axis=1, prepend=0)).sum(axis=1) / 101
 
 
-def _curves(coco: COCOeval, category: int) -> tuple[NDArray[np.float32], list[_Curve]]:
-    """``(images,)`` objects per image of one category (all sizes), and its curve at every IoU threshold."""
+Curve = tuple[NDArray[np.intp], NDArray[np.intp]]
+
+
+def _curves(coco: COCOeval, category: int) -> tuple[NDArray[np.float32], list[Curve]]:
+    """`(images,)` objects of one category (all sizes); by IoU threshold the `images` and `hits` of `_weighted_ap`."""
     images = len(coco.params.imgIds)
-    start = (
-        category * len(coco.params.areaRng) * images
-    )  # evalImgs: categories, then area ranges ("all" first), then images
+    start = category * len(coco.params.areaRng) * images  # evalImgs: categories, area ranges ("all" first), images
     found = [(i, e) for i, e in enumerate(coco.evalImgs[start : start + images]) if e is not None]
     objects = np.zeros(images, np.float32)
     for i, entry in found:
         objects[i] = np.count_nonzero(entry["gtIgnore"] == 0)
     if not found:
-        return objects, [_Curve(np.empty(0, np.intp), np.empty(0, np.intp))] * len(coco.params.iouThrs)
+        return objects, [(np.empty(0, np.intp), np.empty(0, np.intp))] * len(coco.params.iouThrs)
     order = np.argsort(-np.concatenate([e["dtScores"] for _, e in found]), kind="mergesort")
     owner = np.repeat([i for i, _ in found], [len(e["dtScores"]) for _, e in found])[order]
     matched = np.concatenate([e["dtMatches"] for _, e in found], axis=1)[:, order] > 0
     counts = ~np.concatenate([e["dtIgnore"] for _, e in found], axis=1)[:, order].astype(bool)
-    return objects, [_Curve(owner[c], np.flatnonzero(m[c])) for m, c in zip(matched, counts, strict=True)]
-
-
-# ---------------------------------------------------------------------------------------------------------- files
-
-
-def perfect_results(dataset: CocoDataset) -> list[Result]:
-    """The annotations given as predictions: they must score AP 100, else the evaluation is at fault."""
-    return [
-        {
-            "image_id": i.image_id,
-            "category_id": i.category_id,
-            "bbox": [i.box[0], i.box[1], i.box[2] - i.box[0], i.box[3] - i.box[1]],
-            "segmentation": i.rle,
-            "score": 1.0,
-        }
-        for i in dataset.instances
-        if not i.crowd
-    ]
-
-
-def write_results(results: Sequence[Result], path: Path) -> None:
-    """Save predictions as a COCO result file, which ``pycocotools``' ``COCO.loadRes`` reads."""
-    write_json(path, list(results))
+    return objects, [(owner[c], np.flatnonzero(m[c])) for m, c in zip(matched, counts, strict=True)]

@@ -13,7 +13,7 @@ COVERAGE = 0.95
 
 
 class Interval(NamedTuple):
-    """A value with its 95 % interval. Prints as ``73.9 [72.1, 75.6]``; ``format(interval, ".3f")`` sets the digits."""
+    """A value with its 95 % interval. Prints as `73.9 [72.1, 75.6]`; `format(interval, ".3f")` sets the digits."""
 
     value: float
     low: float
@@ -27,7 +27,7 @@ class Interval(NamedTuple):
         return format(self)
 
     def times(self, factor: float) -> Interval:
-        """The interval in other units: ``times(100)`` turns a share into percent."""
+        """The interval in other units: `times(100)` turns a share into percent."""
         return Interval(self.value * factor, self.low * factor, self.high * factor)
 
     def within(self, least: float, most: float) -> Interval:
@@ -39,7 +39,7 @@ def bootstrap_mean(values: ArrayLike, seed: int = 0, samples: int = 1000) -> Int
     """Mean and 95 % interval, resampling test images, and seeds as well when there are several.
 
     Args:
-        values: ``(n,)`` one number per test image, or ``(seeds, n)`` for the same images under several seeds: an
+        values: `(n,)` one number per test image, or `(seeds, n)` for the same images under several seeds: an
             image drawn is then drawn for all seeds at once, because its difficulty is shared between them.
         seed: of the resampling.
         samples: resamples.
@@ -65,7 +65,7 @@ def bootstrap_statistic(
     """Any statistic and its 95 % interval, for what is not a mean over images (AP, NMI, silhouette).
 
     Args:
-        statistic: from positions ``(size,)`` in ``range(size)``, repetitions allowed, to a finite number.
+        statistic: from positions `(size,)` in `range(size)`, repetitions allowed, to a finite number.
         size: things that are resampled.
         seed: of the resampling.
         samples: resamples.
@@ -91,7 +91,7 @@ def across_trainings(found: Sequence[Interval]) -> Interval:
 
 
 def _counts(rng: np.random.Generator, size: int) -> NDArray[np.int64]:
-    """How often each of ``size`` things is drawn in ``size`` draws with replacement."""
+    """How often each of `size` things is drawn in `size` draws with replacement."""
     return np.bincount(rng.integers(size, size=size), minlength=size)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from samantics.cache import write_json
 from samantics.data import coco
 from samantics.errors import StudyError
 from samantics.metrics import coco_ap as evaluation
@@ -56,14 +60,8 @@ def rle(box: coco.Box) -> coco.Rle:
 
 
 def prediction(rng: np.random.Generator, image_id: int, category_id: int, box: coco.Box) -> evaluation.Result:
-    xywh = [float(box[0]), float(box[1]), float(box[2] - box[0]), float(box[3] - box[1])]
-    return {
-        "image_id": image_id,
-        "category_id": category_id,
-        "bbox": xywh,
-        "segmentation": rle(box),
-        "score": float(rng.random()),
-    }
+    head = {"image_id": image_id, "category_id": category_id, "score": float(rng.random())}
+    return {**head, "bbox": [float(side) for side in coco.xywh(box)], "segmentation": rle(box)}
 
 
 def brute_force_ap(
@@ -121,15 +119,47 @@ def test_silent(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == ""
 
 
+def test_metrics_are_cocoevals_own() -> None:
+    found = evaluation.evaluate(*random_data(1), "segm")
+    with contextlib.redirect_stdout(io.StringIO()):
+        found.coco.summarize()
+    own = [None if value < 0 else 100 * value for value in found.coco.stats[:9]]
+    assert list(found.metrics.values()) == own
+
+
 def test_subset_and_class_agnostic() -> None:
     dataset, results = random_data(1)
     whole = evaluation.evaluate(dataset, results, "bbox")
-    assert whole.ap == pytest.approx(np.mean(list(whole.ap_by_category.values())))
-    one = evaluation.evaluate(dataset, results, "bbox", category_ids=[2])
-    assert one.ap == pytest.approx(whole.ap_by_category[2])
+    parts = [evaluation.evaluate(dataset, results, "bbox", category_ids=[c]).metrics["AP"] for c in dataset.categories]
+    assert whole.ap == pytest.approx(np.mean([ap for ap in parts if ap is not None]))
     relabelled = [{**r, "category_id": 1 + r["category_id"] % 3} for r in results]
     free = [evaluation.evaluate(dataset, r, "bbox", class_agnostic=True).metrics for r in (results, relabelled)]
     assert free[0] == free[1]
+
+
+@pytest.mark.parametrize("iou_type", evaluation.IOU_TYPES)
+def test_more_than_100_objects_in_an_image(iou_type: str) -> None:
+    boxes = [(4.0 * (n % 16), 4.0 * (n // 16), 4.0 * (n % 16) + 3, 4.0 * (n // 16) + 3) for n in range(150)]
+    instances = tuple(coco.Instance(n, 1, 1, box, 9.0, rle(box)) for n, box in enumerate(boxes, start=1))
+    dataset = coco.CocoDataset(
+        Path(), Path(), {1: coco.ImageRecord(1, "", 64, 64)}, {1: "c"}, instances, annotated=True
+    )
+    found = evaluation.evaluate(dataset, evaluation.perfect_results(dataset), iou_type)
+    assert found.metrics["AP"] == found.metrics["AR100"] == pytest.approx(100)
+    assert evaluation.ap_interval(found, samples=10).value == pytest.approx(100)
+
+
+def test_boxes_without_masks_count_for_box_ap_only() -> None:
+    dataset, results = random_data(0)
+    boxes = dataclasses.replace(
+        dataset, instances=tuple(dataclasses.replace(i, box_only=True) for i in dataset.instances)
+    )
+    assert evaluation.iou_types(dataset) == ("bbox", "segm") and evaluation.iou_types(boxes) == ("bbox",)
+    by_box = [evaluation.evaluate(data, results, "bbox").metrics for data in (dataset, boxes)]
+    assert by_box[0] == by_box[1] and evaluation.evaluate(boxes, results, "segm").metrics["AP"] is None
+    half = dataclasses.replace(dataset, instances=(*dataset.instances[:4], *boxes.instances[4:]))
+    perfect = evaluation.evaluate(half, evaluation.perfect_results(half), "segm")
+    assert perfect.ap == pytest.approx(100)  # the others are ignored, and so is what falls on them
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -170,7 +200,7 @@ def test_interval_covers_value_and_is_seeded() -> None:
 
 def test_results_file_loads_in_pycocotools(tmp_path: Path) -> None:
     dataset, results = random_data(2)
-    evaluation.write_results(results, tmp_path / "results.json")
+    write_json(tmp_path / "results.json", results)
     truth = evaluation._coco(dataset, [], {c: c for c in dataset.categories})
     assert len(truth.loadRes(str(tmp_path / "results.json")).anns) == len(results)
 
