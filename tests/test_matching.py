@@ -20,7 +20,7 @@ from samantics.data.coco import Rle, box_iou
 from samantics.data.first_world import write_mojiworld
 from samantics.errors import StudyError
 from samantics.models.encoder import Encoder, load_encoder
-from samantics.models.preprocessing import Geometry, Preprocessing
+from samantics.models.preprocessing import Preprocessing
 from samantics.training_free import matching
 from samantics.training_free.matching import MemoryBank
 from samantics.training_free.proposals import Proposals
@@ -87,13 +87,10 @@ def test_unequal_shots_and_empty_classes() -> None:
     assert bank.category_ids == (3, 5)
     assert np.allclose(bank.prototypes, [[0.5**0.5, 0.5**0.5], [-1, 0]])
     assert np.isfinite(bank.prototypes).all()
+    opposite = matching.remember({1: [reference(1, 1), reference(3, 1)]}, features)
+    assert np.array_equal(opposite.prototypes, [[0, 0]])  # and not NaN
     with pytest.raises(StudyError, match="no category has a reference"):
         matching.remember({9: []}, {})
-
-
-def test_opposite_references_give_no_nan() -> None:
-    bank = matching.remember({1: [reference(1, 1), reference(2, 1)]}, {1: np.array([1.0, 0]), 2: np.array([-1.0, 0])})
-    assert np.array_equal(bank.prototypes, [[0, 0]])
 
 
 def small_bank() -> MemoryBank:
@@ -230,8 +227,3 @@ def test_features_are_kept_by_image(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(StudyError, match="safetensors is damaged: delete it, and it is computed again"):
         pooled()
-
-
-def test_geometry_is_hashable() -> None:
-    """Weights are shared between encoders by their geometry."""
-    assert len({Geometry(1, 2, 3, 1.0, 1.0), Geometry(1, 2, 3, 1.0, 1.0)}) == 1

@@ -127,7 +127,7 @@ def test_export(tmp_path: Path) -> None:
     assert (home / "yolo" / "a" / "x_2.txt").read_text() == "" and (home / "classes.txt").read_text() == "L\nbox\n"
     assert json.loads((home / "results.json").read_text()) == best
     again = coco.load_coco(home / "instances.json", tmp_path)
-    assert [i.category_id for i in again.instances] == [5, 8]
+    assert [i.category_id for i in again.instances] == [8, 5]
     overlay = np.asarray(Image.open(home / "overlays" / "a" / "x_1.png"))
     assert (overlay[masks[8]] != 9).any() and (overlay[19] == 9).all()
 

@@ -37,21 +37,13 @@ LOGITS_AT_ONCE = 2**21  # of attention: 8 MB
 
 @dataclasses.dataclass(frozen=True)
 class EncodedImage:
-    """An image as SAM's decoder sees it.
+    """An image as SAM's decoder sees it."""
 
-    Attributes:
-        model: the `Sam` or `SAM2Base` that encoded it.
-        embedding: `(C, h, w)`.
-        high_res: SAM 2's finer maps `(C / 8, 4h, 4w)` and `(C / 4, 2h, 2w)`; empty for SAM.
-        size: height and width of the image, pixels.
-        frame: height and width that it takes of the model's input, pixels (the rest is padding).
-    """
-
-    model: Any
-    embedding: Tensor
-    high_res: tuple[Tensor, ...]
-    size: tuple[int, int]
-    frame: tuple[int, int]
+    model: Any  # the Sam or SAM2Base that encoded it
+    embedding: Tensor  # (C, h, w)
+    high_res: tuple[Tensor, ...]  # SAM 2's finer maps (C / 8, 4h, 4w) and (C / 4, 2h, 2w); empty for SAM
+    size: tuple[int, int]  # height and width of the image, pixels
+    frame: tuple[int, int]  # height and width that it takes of the model's input (the rest is padding), pixels
 
     @functools.cached_property
     def upscaling(self) -> tuple[Tensor, Tensor]:
@@ -147,17 +139,11 @@ def _attended(attention: Any, x: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-    """Prompts after the decoder's transformer, before any mask is made.
+    """Prompts after the decoder's transformer, before any mask is made."""
 
-    Attributes:
-        predicted_iou: `(P, 3)`.
-        kernels: `(P, 3, C / 8)`, the output of the mask tokens' MLPs.
-        image_tokens: `(P, N, C)`.
-    """
-
-    predicted_iou: Tensor
-    kernels: Tensor
-    image_tokens: Tensor
+    predicted_iou: Tensor  # (P, 3)
+    kernels: Tensor  # (P, 3, C / 8), the output of the mask tokens' MLPs
+    image_tokens: Tensor  # (P, N, C)
 
 
 class PointDecoder:

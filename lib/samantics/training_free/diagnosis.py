@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -12,12 +13,12 @@ import pandas as pd
 from numpy.typing import NDArray
 from pycocotools import mask as mask_tools
 
-from samantics.data.coco import CocoDataset, Instance, Rle, box_iou
+from samantics.data.coco import CocoDataset, Instance, Rle, box_iou, read_image
 from samantics.metrics.coco_ap import IOU_TYPES, Result, ap_gain, evaluate, perfect_results
 from samantics.metrics.intervals import bootstrap_statistic
-from samantics.training_free.matching import ranked, result_of
+from samantics.training_free.matching import match, pooled_features, ranked, result_of
 from samantics.training_free.pipeline import Pipeline, Variant, ap_row
-from samantics.training_free.proposals import Proposals, objects_of
+from samantics.training_free.proposals import Proposals, ProposalSettings, get_proposals, objects_of, propose
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 FOREGROUND, BACKGROUND = 0.5, 0.1  # IoU, as TIDE sets them (arXiv 2008.08115)
@@ -133,6 +134,45 @@ def size_table(pipeline: Pipeline, proposer: str = "sam") -> pd.DataFrame:
             name = f"{100 * least:.0f}–{100 * most:.0f} %"
             rows.append((name, len(chosen), recall(chosen), *recall_interval(chosen)))
     return pd.DataFrame(rows, columns=["size", "objects", "recall", "low", "high"])
+
+
+def grid_table(pipeline: Pipeline, source: str = "dinov2") -> pd.DataFrame:
+    """`points_per_side, seconds, proposals, recall, AP, low, high` (masks) on the first targets, by grid density.
+
+    Seconds are those of proposing, encoding included, per image, over five images.
+    """
+    settings, whole = pipeline.run.scale.pipeline, pipeline.data.targets
+    images = dict(list(whole.images.items())[: settings.grid_images])
+    instances = tuple(i for i in whole.instances if i.image_id in images)
+    targets = dataclasses.replace(whole, images=images, instances=instances)
+    banks = [pipeline.bank(source, settings.shots, seed) for seed in pipeline.references]
+    rows = []
+    for per_side in settings.grids:
+        sparse = dataclasses.replace(pipeline.proposal_settings, points_per_side=per_side)
+        found = get_proposals(pipeline.models["sam"], targets, sparse, pipeline.run.cache / "proposals")
+        rles = {image_id: p.rles for image_id, p in found.items()}
+        encoder = {source: pipeline.models[source]}
+        features = pooled_features(encoder, targets, rles, pipeline.run.cache / "mask_features")
+        runs = [[r for n, p in found.items() for r in match(n, p, features.of(source, n), b)] for b in banks]
+        row = ap_row(targets, runs, "segm")
+        rows.append(
+            {
+                "points_per_side": per_side,
+                "seconds": _seconds(pipeline, sparse, list(images)[:5]),
+                "proposals": np.mean([len(p) for p in found.values()]),
+                "recall": recall(covered(targets, found)),
+                **{name: row[name] for name in ("AP", "low", "high")},
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _seconds(pipeline: Pipeline, settings: ProposalSettings, image_ids: Sequence[int]) -> float:
+    images = [read_image(pipeline.data.targets, image_id) for image_id in image_ids]
+    started = time.perf_counter()
+    for image in images:
+        propose(pipeline.models["sam"].model, image, settings)
+    return (time.perf_counter() - started) / len(images)
 
 
 # ----------------------------------------------------------------------------------------------------------- TIDE

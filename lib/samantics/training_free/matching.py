@@ -43,19 +43,8 @@ def unit(vectors: NDArray[Any]) -> Features:
     return np.divide(vectors, lengths, out=np.zeros(vectors.shape, np.float32), where=lengths > 0).astype(np.float32)
 
 
-# ------------------------------------------------------------------------------------------------------- features
-
-
 def token_weights(masks: NDArray[np.bool_], geometry: Geometry, grid: tuple[int, int]) -> NDArray[np.float32]:
-    """Which tokens make up the mean over each mask, as bilinear resizing of the map to the image would have it.
-
-    Args:
-        masks: `(M, height, width)`.
-        geometry: where the image's pixels land in the encoder's input.
-        grid: rows and columns `(h, w)` of the encoder's map.
-
-    Returns:
-        `(M, h * w)` weights, summing to 1.
+    """`(M, h * w)`: the share of each token of a `grid` `(h, w)` in the mean over `(M, height, width)` masks.
 
     Raises:
         StudyError: a mask is empty.
@@ -93,20 +82,12 @@ def dense_maps(encoder: Encoder, images: Sequence[Image.Image]) -> NDArray[np.fl
 
 @dataclasses.dataclass(frozen=True)
 class MaskFeatures:
-    """Features of masks, in files: those of all masks of COCO's images would fill the memory.
-
-    Attributes:
-        places: file of each image.
-    """
+    """Features of masks by image id, in files: those of all masks of COCO's images would fill the memory."""
 
     places: Mapping[int, Path]
 
     def of(self, source: str, image_id: int) -> Features:
-        """`(N, C)` features of unit length of an image's masks, by one encoder.
-
-        Raises:
-            StudyError: the file is damaged.
-        """
+        """`(N, C)` features of unit length of an image's masks, by one encoder."""
         path = self.places[image_id]
         with reading(path), safe_open(path, "numpy") as file:
             found: Features = file.get_tensor(f"{source}/{image_id}")
@@ -119,12 +100,7 @@ def pooled_features(
     masks: Mapping[int, Sequence[Rle]],
     folder: Path | None = None,
 ) -> MaskFeatures:
-    """Features of the masks of each image by all encoders; a rerun finds them in their files.
-
-    Args:
-        encoders: by name.
-        masks: by image id.
-        folder: of the files; default `mask_features` in the cache folder.
+    """Features of the masks of each image by all encoders; a rerun finds them in the files of `folder`.
 
     Raises:
         StudyError: an image cannot be read, a mask is empty, or no space is left. What was encoded stays.
@@ -190,32 +166,18 @@ def reference_features(
     }
 
 
-# ---------------------------------------------------------------------------------------------------- memory bank
-
-
 @dataclasses.dataclass(frozen=True)
 class MemoryBank:
-    """What is remembered of the references. Classes may have different numbers of them, at least one each.
+    """What is remembered of the references. Classes may have different numbers of them, at least one each."""
 
-    Attributes:
-        category_ids: the K classes.
-        features: `(R, C)` one unit vector per reference.
-        labels: `(R,)` position of its class in `category_ids`.
-        prototypes: `(K, C)` the mean of each class's features, of unit length.
-    """
-
-    category_ids: tuple[int, ...]
-    features: Features
-    labels: NDArray[np.int64]
-    prototypes: Features
+    category_ids: tuple[int, ...]  # the K classes
+    features: Features  # (R, C), one unit vector per reference
+    labels: NDArray[np.int64]  # (R,), position of its class in category_ids
+    prototypes: Features  # (K, C), the mean of each class's features, of unit length
 
 
 def remember(references: Mapping[int, Sequence[Instance]], features: Mapping[int, Features]) -> MemoryBank:
-    """The memory bank of references.
-
-    Args:
-        references: by category.
-        features: `(C,)` by instance id.
+    """The memory bank of references (by category), given their features `(C,)` by instance id.
 
     Raises:
         StudyError: no category has a reference.
@@ -227,9 +189,6 @@ def remember(references: Mapping[int, Sequence[Instance]], features: Mapping[int
     stacked = np.stack([features[i.id] for instances in chosen.values() for i in instances])
     prototypes = np.stack([stacked[labels == label].mean(0) for label in range(len(chosen))])
     return MemoryBank(tuple(chosen), stacked, labels, unit(prototypes))
-
-
-# --------------------------------------------------------------------------------------------------------- scores
 
 
 def _nearest(bank: MemoryBank, features: Features) -> Features:
@@ -270,10 +229,7 @@ MERGINGS: Mapping[str, Callable[[NDArray[np.float64]], NDArray[Any]]] = {
 
 
 def class_scores(bank: MemoryBank, features: Features, scoring: str = "prototype") -> Features:
-    """`(N, K)` scores, 0-1, of `(N, C)` unit features for every class of the bank.
-
-    Args:
-        scoring: a name of `SCORINGS`.
+    """`(N, K)` scores, 0-1, of `(N, C)` unit features for every class of the bank, by a rule of `SCORINGS`.
 
     Raises:
         StudyError: no such scoring.
@@ -284,11 +240,7 @@ def class_scores(bank: MemoryBank, features: Features, scoring: str = "prototype
 
 
 def merged_scores(
-    rles: Sequence[Rle],
-    features: Features,
-    categories: NDArray[np.int64],
-    scores: NDArray[np.floating[Any]],
-    merging: str,
+    rles: Sequence[Rle], features: Features, categories: NDArray[np.int64], scores: NDArray[Any], merging: str
 ) -> NDArray[np.float64]:
     """Scores `(N,)` after merging, for masks ranked best first; 0 marks a mask that is dropped.
 
@@ -318,9 +270,6 @@ def merged_scores(
     return final
 
 
-# ------------------------------------------------------------------------------------------------------- matching
-
-
 def match(
     image_id: int,
     proposals: Proposals,
@@ -330,12 +279,15 @@ def match(
     merging: str = "none",
     nms: float = 0.5,
 ) -> list[Result]:
-    """The classified, ranked instances of one image; none where there are no proposals.
+    """The classified, ranked instances of one image as COCO results; none where there are no proposals.
 
     Args:
+        image_id: of the image.
+        proposals: N masks.
         features: `(N, C)` of the proposals, of unit length.
+        bank: what is remembered of the references.
         scoring, merging: names of `SCORINGS` and `MERGINGS`.
-        nms: see `ranked`.
+        nms: within a class, of two boxes with a higher IoU the one with the better predicted IoU stays.
     """
     scores = class_scores(bank, features, scoring) if len(features) else np.empty((0, len(bank.category_ids)))
     categories = np.array(bank.category_ids)[scores.argmax(1)]
@@ -347,19 +299,12 @@ def ranked(
     proposals: Proposals,
     features: Features,
     categories: NDArray[np.int64],
-    scores: NDArray[np.floating[Any]],
+    scores: NDArray[Any],
     merging: str = "none",
     nms: float = 0.5,
     max_detections: int = 100,
 ) -> list[Result]:
-    """COCO results of labelled proposals after per-class NMS and merging, best score first.
-
-    Args:
-        categories: `(N,)` category id of each proposal.
-        scores: `(N,)`.
-        nms: within a class, of two boxes with a higher IoU the one with the better predicted IoU stays.
-        max_detections: the best-scored that are kept.
-    """
+    """COCO results of proposals with categories and scores `(N,)`, after per-class NMS and merging, best first."""
     quality = torch.as_tensor(proposals.predicted_iou)
     alone = batched_nms(torch.as_tensor(proposals.boxes), quality, torch.as_tensor(categories), nms).numpy()
     alone = alone[np.argsort(-scores[alone], kind="stable")]

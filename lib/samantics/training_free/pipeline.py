@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pandas as pd
 
 from samantics.cache import hash_value, kept
 from samantics.data import first_world as mojiworld
-from samantics.data.coco import CocoDataset, ImageRecord, Instance, check_images, load_coco, read_image
+from samantics.data.coco import CocoDataset, ImageRecord, Instance, check_images, load_coco
 from samantics.data.first_world import write_mojiworld
 from samantics.data.folders import image_size, readable_endings, visible_files
 from samantics.data.references import ReferenceRule, choose_references, matched_categories, shared_images
@@ -36,7 +35,6 @@ from samantics.training_free.proposals import (
     ProposalSettings,
     get_proposals,
     masks_from_boxes,
-    propose,
     true_masks,
 )
 
@@ -46,19 +44,13 @@ PROPOSERS = ("sam", "sam2", "truth")
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Reference and target images.
-
-    Attributes:
-        rule: which instances may be references.
-        names: category names by id.
-        notes: one line for each thing the reader should know of the files.
-    """
+    """Reference and target images."""
 
     references: CocoDataset
     targets: CocoDataset
-    rule: ReferenceRule
-    names: dict[int, str]
-    notes: tuple[str, ...]
+    rule: ReferenceRule  # which instances may be references
+    names: dict[int, str]  # of categories, by id
+    notes: tuple[str, ...]  # a line for each thing the reader should know of the files
 
 
 def load_data(run: Run, references: str = "", targets: str = "", images: str = "") -> Data:
@@ -74,8 +66,8 @@ def load_data(run: Run, references: str = "", targets: str = "", images: str = "
         lacking = [name for name, value in given.items() if not value]
         if lacking:
             raise StudyError(f"own data needs --references, --targets and --images: --{lacking[0]} is missing")
-        found = unannotated(Path(targets)) if Path(targets).is_dir() else load_coco(targets, images)
-        datasets = load_coco(references, images), check_images(found)
+        asked = unannotated(Path(targets)) if Path(targets).is_dir() else load_coco(targets, images)
+        datasets = load_coco(references, images), check_images(asked)
         rule = ReferenceRule(relative=True)  # a photograph's pixels, at every scale
     elif settings.target_scenes:
         world, folder = mojiworld.World(seed=run.seed), run.cache / "scenes"
@@ -85,12 +77,11 @@ def load_data(run: Run, references: str = "", targets: str = "", images: str = "
         )
     else:
         raise StudyError(f"scale {run.scale.name} needs COCO files: give --references, --targets and --images")
-    matched, names, notes = matched_categories(*datasets)
-    datasets = matched, datasets[1]
-    notes += shared_images(*datasets)
-    run.record("reference_data", datasets[0].hash)
+    found, names, notes = matched_categories(*datasets)
+    every_note = (*found.notes, *datasets[1].notes, *notes, *shared_images(found, datasets[1]))
+    run.record("reference_data", found.hash)
     run.record("target_data", datasets[1].hash)
-    return Data(*datasets, rule, names, (*datasets[0].notes, *datasets[1].notes, *notes))
+    return Data(found, datasets[1], rule, names, every_note)
 
 
 def unannotated(folder: Path) -> CocoDataset:
@@ -110,7 +101,7 @@ def unannotated(folder: Path) -> CocoDataset:
 
 
 def load_models(run: Run, weights: str = "") -> dict[str, Encoder]:
-    """The sources of meaning; `sam` and `sam2` also propose. `weights`: others than the scale's."""
+    """The scale's sources of meaning; `sam` and `sam2` also propose. `weights`: others than the scale's."""
     chosen = weights or run.scale.weights
     size = run.scale.pipeline.semantic_size if chosen != "zoo" else 0
     models = {
@@ -142,19 +133,13 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pipeline:
-    """Everything of a run that is computed once and used by many tables.
-
-    Attributes:
-        models: by name.
-        proposal_settings: of the headline rows.
-        proposers: whose masks get features, a part of `PROPOSERS`.
-    """
+    """Everything of a run that is computed once and used by many tables."""
 
     run: Run
     data: Data
     models: dict[str, Encoder]
-    proposal_settings: ProposalSettings
-    proposers: tuple[str, ...] = PROPOSERS
+    proposal_settings: ProposalSettings  # of the headline rows
+    proposers: tuple[str, ...] = PROPOSERS  # whose masks get features
 
     @functools.cached_property
     def references(self) -> dict[int, dict[int, tuple[Instance, ...]]]:
@@ -223,7 +208,7 @@ def start(
     targets: str = "",
     images: str = "",
     weights: str = "",
-    proposers: tuple[str, ...] = PROPOSERS,
+    proposers: Sequence[str] = PROPOSERS,
 ) -> Pipeline:
     """A pipeline on these files or, without any, on the scale's own data.
 
@@ -235,10 +220,7 @@ def start(
     limits = ProposalSettings(
         settings.points_per_side, settings.predicted_iou, settings.stability, box_nms=settings.box_nms
     )
-    return Pipeline(run, data, load_models(run, weights), limits, proposers)
-
-
-# --------------------------------------------------------------------------------------------------------- tables
+    return Pipeline(run, data, load_models(run, weights), limits, tuple(proposers))
 
 
 def ap_table(pipeline: Pipeline, variants: Iterable[Variant], iou_types: Sequence[str] = IOU_TYPES) -> pd.DataFrame:
@@ -290,44 +272,3 @@ def truth_rows(pipeline: Pipeline) -> pd.DataFrame:
     labels = {"proposals": "truth", "source": "truth", "merging": "none", "shots": 0}
     rows = [labels | ap_row(targets, [perfect_results(targets)], t) | {"scoring": "none"} for t in IOU_TYPES]
     return pd.DataFrame(rows)
-
-
-def grid_table(pipeline: Pipeline, source: str = "dinov2") -> pd.DataFrame:
-    """`points_per_side, seconds, proposals, recall, AP, low, high` (masks) on the first targets, by grid density.
-
-    Seconds are those of proposing, encoding included, per image, over five images.
-    """
-    from samantics.training_free.diagnosis import covered, recall
-
-    settings, whole = pipeline.run.scale.pipeline, pipeline.data.targets
-    images = dict(list(whole.images.items())[: settings.grid_images])
-    instances = tuple(i for i in whole.instances if i.image_id in images)
-    targets = dataclasses.replace(whole, images=images, instances=instances)
-    banks = [pipeline.bank(source, settings.shots, seed) for seed in pipeline.references]
-    rows = []
-    for per_side in settings.grids:
-        sparse = dataclasses.replace(pipeline.proposal_settings, points_per_side=per_side)
-        found = get_proposals(pipeline.models["sam"], targets, sparse, pipeline.run.cache / "proposals")
-        rles = {image_id: p.rles for image_id, p in found.items()}
-        encoder = {source: pipeline.models[source]}
-        features = pooled_features(encoder, targets, rles, pipeline.run.cache / "mask_features")
-        runs = [[r for n, p in found.items() for r in match(n, p, features.of(source, n), b)] for b in banks]
-        row = ap_row(targets, runs, "segm")
-        rows.append(
-            {
-                "points_per_side": per_side,
-                "seconds": _seconds(pipeline, sparse, list(images)[:5]),
-                "proposals": np.mean([len(p) for p in found.values()]),
-                "recall": recall(covered(targets, found)),
-                **{name: row[name] for name in ("AP", "low", "high")},
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def _seconds(pipeline: Pipeline, settings: ProposalSettings, image_ids: Sequence[int]) -> float:
-    images = [read_image(pipeline.data.targets, image_id) for image_id in image_ids]
-    started = time.perf_counter()
-    for image in images:
-        propose(pipeline.models["sam"].model, image, settings)
-    return (time.perf_counter() - started) / len(images)

@@ -37,21 +37,13 @@ ARRAYS = ("boxes", "predicted_iou", "stability", "points")
 
 @dataclasses.dataclass(frozen=True)
 class ProposalSettings:
-    """What is kept of the masks at the grid's points. The defaults are SAM's own.
+    """What is kept of the masks at the grid's points. The defaults are SAM's own."""
 
-    Attributes:
-        points_per_side: the grid has this many points along each side of the image, three masks at each.
-        predicted_iou: keep masks whose predicted IoU is above; 0 keeps all (SAM's head may predict less than 0).
-        stability: keep masks whose stability (IoU of the mask cut at higher and at lower logits) is at least this.
-        stability_offset: how much higher and lower, in logits.
-        box_nms: of two masks whose boxes have a higher IoU, the one with the better predicted IoU stays; 1 keeps all.
-    """
-
-    points_per_side: int = 32
-    predicted_iou: float = 0.88
-    stability: float = 0.95
-    stability_offset: float = 1.0
-    box_nms: float = 0.7
+    points_per_side: int = 32  # the grid has so many points along each side of the image, three masks at each
+    predicted_iou: float = 0.88  # keep masks whose predicted IoU is above; 0 keeps all (SAM may predict less than 0)
+    stability: float = 0.95  # keep masks whose IoU, cut at higher and at lower logits, is at least this
+    stability_offset: float = 1.0  # how much higher and lower
+    box_nms: float = 0.7  # of two boxes with a higher IoU, the one with the better predicted IoU stays; 1 keeps all
 
     def __post_init__(self) -> None:
         if self.points_per_side < 1:
@@ -60,22 +52,14 @@ class ProposalSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Proposals:
-    """Class-agnostic masks of one image, best predicted IoU first. There may be none.
+    """Class-agnostic masks of one image, best predicted IoU first. There may be none."""
 
-    Attributes:
-        size: height and width of the image, pixels.
-        rles: `N` masks as COCO run lengths, at the image's resolution.
-        boxes: `(N, 4)` x0, y0, x1, y1 in pixels, tight around the masks.
-        predicted_iou, stability: `(N,)`.
-        points: `(N, 2)` the prompts, x, y in pixels.
-    """
-
-    size: tuple[int, int]
-    rles: tuple[Rle, ...]
-    boxes: NDArray[np.float64]
-    predicted_iou: NDArray[np.float64]
-    stability: NDArray[np.float64]
-    points: NDArray[np.float64]
+    size: tuple[int, int]  # height and width of the image, pixels
+    rles: tuple[Rle, ...]  # N masks as COCO run lengths, at the image's resolution
+    boxes: NDArray[np.float64]  # (N, 4) x0, y0, x1, y1 in pixels, tight around the masks
+    predicted_iou: NDArray[np.float64]  # (N,)
+    stability: NDArray[np.float64]  # (N,)
+    points: NDArray[np.float64]  # (N, 2) the prompts, x, y in pixels
 
     def __len__(self) -> int:
         return len(self.rles)
@@ -199,9 +183,6 @@ def true_masks(dataset: CocoDataset) -> dict[int, Proposals]:
         rles = tuple(instance.rle for instance in objects)
         found[image_id] = Proposals((record.height, record.width), rles, boxes, ones, ones, centres)
     return found
-
-
-# -------------------------------------------------------------------------------------------------------- storing
 
 
 def proposals_folder(

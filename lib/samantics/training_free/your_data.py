@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from samantics.cache import atomic_path, write_json
 from samantics.data import first_world as mojiworld
-from samantics.data.coco import CocoDataset, mask_of, read_image, write_coco
+from samantics.data.coco import CocoDataset, ImageRecord, mask_of, read_image, write_coco
 from samantics.data.first_world import write_mojiworld
 from samantics.metrics.coco_ap import Result
 from samantics.plots import CYCLE
@@ -30,17 +30,11 @@ WORLD = mojiworld.World(seed=5)
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What notebook 05 works on.
+    """What notebook 05 works on."""
 
-    Attributes:
-        run: with the reader's settings and, for the reader's own data, a folder of its own for figures.
-        folder: of images, a sub-folder for each class; empty where there is none.
-        files: `references`, `targets` and `images`; empty where there are none.
-    """
-
-    run: Run
-    folder: str
-    files: dict[str, str]
+    run: Run  # with the reader's settings and, for the reader's own data, a folder of its own for figures
+    folder: str  # of images, a sub-folder for each class; "" where there is none
+    files: dict[str, str]  # references, targets and images; empty where there are none
 
 
 def inputs(run: Run, folder: str, files: Mapping[str, str], weights: str = "", shots: int = 0) -> Inputs:
@@ -86,9 +80,6 @@ def _example_files(home: Path) -> dict[str, str]:
     return files | {"images": str(home)}
 
 
-# ------------------------------------------------------------------------------------------------------- take away
-
-
 def top_results(results: Sequence[Result], min_score: float = 0.0, most: int = 20) -> list[Result]:
     """The best-scored results of each image, best first: at most `most`, none below `min_score`."""
     counts: dict[int, int] = {}
@@ -126,32 +117,36 @@ def export(results: Sequence[Result], dataset: CocoDataset, names: Mapping[int, 
     """
     shutil.rmtree(folder, ignore_errors=True)
     place = {category: number for number, category in enumerate(names)}
-    stems = _stems(dataset)
-    annotations: list[dict[str, Any]] = []
+    stems, annotations = _stems(dataset), list[dict[str, Any]]()
     for image_id, record in tqdm(dataset.images.items(), desc="files to take away", mininterval=1, leave=False):
         found = [result for result in results if result["image_id"] == image_id]
         masks = np.array([mask_of(result["segmentation"]) for result in found], bool)
         masks = masks.reshape(-1, record.height, record.width)
         labels = np.zeros(masks.shape[1:], np.uint8 if len(names) < 256 else np.uint16)
-        lines = []
         for result, mask in zip(reversed(found), masks[::-1], strict=True):
             labels[mask] = place[result["category_id"]] + 1
-            x, y, width, height = result["bbox"]
-            shares = ((x + width / 2) / record.width, (y + height / 2) / record.height)
-            sides = (width / record.width, height / record.height)
-            lines.append(" ".join([str(place[result["category_id"]]), *(f"{v:.6f}" for v in (*shares, *sides))]))
-            rest = {"id": len(annotations) + 1, "iscrowd": 0, "area": float(mask.sum())}
-            annotations.append({**result, **rest, "segmentation": polygons(mask)})
-        _save(folder / "label_maps" / f"{stems[image_id]}.png", Image.fromarray(labels))
+        for result, mask in zip(found, masks, strict=True):
+            entry = {"id": len(annotations) + 1, "iscrowd": 0, "area": float(mask.sum())}
+            annotations.append({**result, **entry, "segmentation": polygons(mask)})
         overlay = _overlay(read_image(dataset, image_id), found, masks, names)
-        _save(folder / "overlays" / f"{stems[image_id]}.png", overlay)
-        _write(folder / "yolo" / f"{stems[image_id]}.txt", reversed(lines))
+        for kind, picture in (("label_maps", Image.fromarray(labels)), ("overlays", overlay)):
+            with atomic_path(folder / kind / f"{stems[image_id]}.png") as temporary:
+                picture.save(temporary)
+        _write(folder / "yolo" / f"{stems[image_id]}.txt", [_yolo(result, record, place) for result in found])
     images = [{"id": r.id, "file_name": r.file, "width": r.width, "height": r.height} for r in dataset.images.values()]
     categories = [{"id": category, "name": name} for category, name in names.items()]
     write_json(folder / "instances.json", {"images": images, "annotations": annotations, "categories": categories})
     write_json(folder / "results.json", list(results))
     _write(folder / "classes.txt", names.values())
     return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _yolo(result: Result, image: ImageRecord, place: Mapping[int, int]) -> str:
+    x, y, width, height = result["bbox"]
+    across, down = (x + width / 2) / image.width, (y + height / 2) / image.height
+    return (
+        f"{place[result['category_id']]} {across:.6f} {down:.6f} {width / image.width:.6f} {height / image.height:.6f}"
+    )
 
 
 def _stems(dataset: CocoDataset) -> dict[int, str]:
@@ -174,11 +169,6 @@ def _overlay(
     words = [f"{names[result['category_id']]} {result['score']:.2f}" for result in results]
     boxes = torch.stack([x, y, x + width, y + height], 1)
     return Image.fromarray(draw_bounding_boxes(picture, boxes, words, colours).permute(1, 2, 0).numpy())
-
-
-def _save(path: Path, image: Image.Image) -> None:
-    with atomic_path(path) as temporary:
-        image.save(temporary)
 
 
 def _write(path: Path, lines: Iterable[str]) -> None:
