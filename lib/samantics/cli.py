@@ -120,6 +120,21 @@ def readme() -> None:
     _script("readme").rewrite()
 
 
+@app.command()
+def catalogue() -> None:
+    """Make MojiWorld's catalogue of drawings and its instance classes anew from the installed packages."""
+    print(*_script("curation").write_catalogue(), sep="\n")
+
+
+@app.command()
+def drawings(out: Annotated[Path, typer.Argument(help="The file to write, for SAMANTICS_DRAWINGS elsewhere")]) -> None:
+    """Write all rasterised drawings into one file (7 MB): a machine without npm can train with it."""
+    from samantics.mojiworld.catalogue import export_catalogue_drawings
+
+    export_catalogue_drawings(out)
+    print(out)
+
+
 # ------------------------------------------------------------------------------------------ parts that take their time
 
 

@@ -1,0 +1,237 @@
+"""The drawings of MojiWorld: nine open emoji sets, one for each artist, rasterised once.
+
+The sets are npm packages pinned in `package.json`; `scripts/environment.sh` installs them into the environment's
+own folder. What they are rasterised to is one small file in the cache. A machine without npm can be given a copy of
+that file (`export_drawings`): the variable `SAMANTICS_DRAWINGS` names it, or another folder of packages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import resvg_py
+from filelock import FileLock
+from PIL import Image
+from tqdm.auto import tqdm
+
+from samantics.cache import PROJECT, atomic_path, cache_dir, hash_value, reading
+from samantics.errors import StudyError
+
+SPRITE_SIZE = 128  # pixels of a rasterised drawing before it is cropped to what it shows
+CURE = (
+    "run scripts/environment.sh again (it installs package-lock.json), or set SAMANTICS_DRAWINGS to exported drawings"
+)
+
+Key = tuple[str, str]  # (artist, icon)
+
+
+@dataclasses.dataclass(frozen=True)
+class Artist:
+    """One set of drawings, by one artist.
+
+    Attributes:
+        split: `train`, `validation` or `test`: who may see its drawings (see `world`).
+        title: the set's name, and who made it.
+        licence: SPDX identifier.
+        version: of the package `@iconify-json/<name>`.
+        digest: first 16 hexadecimal digits of SHA-256 over its `icons.json` and `chars.json`.
+    """
+
+    split: str
+    title: str
+    licence: str
+    version: str
+    digest: str
+
+
+ARTISTS: Mapping[str, Artist] = {
+    "openmoji": Artist("train", "OpenMoji", "CC-BY-SA-4.0", "1.2.29", "18d48f4b8c35d02a"),
+    "noto": Artist("train", "Noto Emoji, Google", "Apache-2.0", "1.2.9", "959d40ff719c6361"),
+    "noto-v1": Artist("train", "Noto Emoji of 2013-2017, Google", "Apache-2.0", "1.2.5", "f3b3c1043831e90e"),
+    "emojione": Artist("train", "EmojiOne 2, Emoji One", "CC-BY-4.0", "1.2.3", "5e76822012d13a6c"),
+    "emojione-v1": Artist("train", "EmojiOne 1, Emoji One", "CC-BY-SA-4.0", "1.2.3", "df22c5f5fb9b32d9"),
+    "streamline-emojis": Artist("train", "Streamline Emojis, Streamline", "CC-BY-4.0", "1.2.4", "a5d104f212fbfa61"),
+    "fxemoji": Artist("validation", "Firefox OS Emoji, Mozilla", "Apache-2.0", "1.2.2", "a08d03858531d6e1"),
+    "twemoji": Artist("test", "Twitter Emoji, Twitter", "CC-BY-4.0", "1.2.5", "06cbf33a3c8355e2"),
+    "fluent-emoji-flat": Artist("test", "Fluent Emoji Flat, Microsoft", "MIT", "1.2.6", "07f8ede1e3405afb"),
+}
+SPLITS = ("train", "validation", "test")
+
+
+def artists_of(split: str) -> tuple[str, ...]:
+    """Names of the artists of a split.
+
+    Raises:
+        StudyError: there is no such split.
+    """
+    if split not in SPLITS:
+        raise StudyError(f"there is no split {split!r} of artists: choose one of {', '.join(SPLITS)}")
+    return tuple(name for name, artist in ARTISTS.items() if artist.split == split)
+
+
+# ---------------------------------------------------------------------------------------------------- the packages
+
+
+@dataclasses.dataclass(frozen=True)
+class Package:
+    """One installed set: its icons as SVG, and which of them stands for which character.
+
+    Attributes:
+        artist: whose it is.
+        icons: what Iconify's `icons.json` holds: `icons` by name, `aliases`, `width` and `height`.
+        chars: code points (lower case, joined by hyphens) -> icon; empty where the set does not say.
+    """
+
+    artist: str
+    icons: dict[str, Any]
+    chars: dict[str, str]
+
+    def find(self, name: str) -> str | None:
+        """The icon of that name, also through its aliases; None where there is none."""
+        for _ in range(5):  # an alias may name an alias
+            if name in self.icons["icons"]:
+                return name
+            name = self.icons.get("aliases", {}).get(name, {}).get("parent", "")
+        return None
+
+    def svg(self, icon: str) -> str:
+        """One icon as an SVG document on a square ground; an icon that is not square stands in its middle.
+
+        Raises:
+            StudyError: the set has no such icon.
+        """
+        if icon not in self.icons["icons"]:
+            raise StudyError(
+                f"@iconify-json/{self.artist} has no icon {icon!r}: catalogue.csv and package differ; {CURE}"
+            )
+        entry = self.icons["icons"][icon]
+        width, height = (entry.get(side, self.icons.get(side, 16)) for side in ("width", "height"))
+        side = max(width, height)
+        left, top = entry.get("left", 0) - (side - width) / 2, entry.get("top", 0) - (side - height) / 2
+        return (
+            '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+            f'viewBox="{left} {top} {side} {side}">{entry["body"]}</svg>'
+        )
+
+
+def packages_dir() -> Path:
+    """The folder `node_modules` that holds the sets: in `SAMANTICS_DRAWINGS`, else in the environment's folder."""
+    named = os.environ.get("SAMANTICS_DRAWINGS")
+    if named and Path(named).is_dir():
+        return Path(named) / "node_modules"
+    homes = [Path(sys.prefix) / "drawings", PROJECT / ".venv" / "drawings"]
+    return next((home for home in homes if home.is_dir()), homes[0]) / "node_modules"
+
+
+@functools.cache
+def load_package(artist: str) -> Package:
+    """One set, checked to be the very package that is pinned.
+
+    Raises:
+        StudyError: an unknown artist; the package is missing, of another version, or altered.
+    """
+    if artist not in ARTISTS:
+        raise StudyError(f"there is no artist {artist!r}: choose one of {', '.join(ARTISTS)}")
+    folder = packages_dir() / "@iconify-json" / artist
+    try:
+        version = json.loads((folder / "package.json").read_text(encoding="utf-8"))["version"]
+        content = [(folder / name).read_bytes() for name in ("icons.json", "chars.json")]
+    except (OSError, ValueError, KeyError) as error:
+        raise StudyError(f"the drawings @iconify-json/{artist} are not installed in {folder}: {CURE}") from error
+    wanted = ARTISTS[artist]
+    if version != wanted.version:
+        raise StudyError(f"{folder} is version {version}, wanted is {wanted.version}: {CURE}")
+    if hashlib.sha256(b"".join(content)).hexdigest()[:16] != wanted.digest:
+        raise StudyError(f"{folder} was altered after its installation: delete it, then {CURE}")
+    return Package(artist, json.loads(content[0]), json.loads(content[1]))
+
+
+def rasterised(svg: str, size: int = SPRITE_SIZE) -> Image.Image:
+    """An SVG document as an RGBA image of `size` pixels a side, cropped to what it shows."""
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
+    image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    return image.crop(image.getchannel("A").point(lambda alpha: 255 * (alpha >= 8)).getbbox())
+
+
+# ----------------------------------------------------------------------------------------------------- the sprites
+
+
+def load_sprites(keys: Iterable[Key]) -> tuple[Image.Image, ...]:
+    """The drawings named, as cropped RGBA images, in the order of `keys`; rasterised on the first call ever.
+
+    Raises:
+        StudyError: neither the packages nor an exported file are at hand, or they lack one of the drawings.
+    """
+    keys = tuple(keys)
+    path = _file(keys)
+    with reading(path), np.load(path) as stored:
+        names, ends, data = stored["names"].tolist(), stored["ends"].tolist(), stored["data"].tobytes()
+    place = {tuple(name.split("/")): (start, end) for name, start, end in zip(names, [0, *ends], ends, strict=False)}
+    missing = [key for key in keys if key not in place]
+    if missing:
+        raise StudyError(f"{path} lacks {len(missing)} drawings, {'/'.join(missing[0])} among them: export it again")
+    with reading(path):
+        return tuple(Image.open(io.BytesIO(data[slice(*place[key])])).convert("RGBA") for key in keys)
+
+
+def export_drawings(path: Path | str, keys: Iterable[Key]) -> Path:
+    """Copy the rasterised drawings to one file of a few megabytes, for a machine without npm.
+
+    Args:
+        path: the file to write (`.npz`); there, name it in `SAMANTICS_DRAWINGS`.
+        keys: the drawings, as (artist, icon).
+
+    Returns:
+        The path.
+
+    Raises:
+        StudyError: it cannot be written, or the drawings are not installed here.
+    """
+    source = _file(tuple(keys))
+    with atomic_path(path) as temporary:
+        shutil.copyfile(source, temporary)
+    return Path(path)
+
+
+def _file(keys: tuple[Key, ...]) -> Path:
+    """The file of the rasterised drawings: what `SAMANTICS_DRAWINGS` names, else the cache's, made if need be."""
+    named = Path(os.environ.get("SAMANTICS_DRAWINGS") or ".")
+    if not named.is_dir():
+        if not named.is_file():
+            raise StudyError(f"SAMANTICS_DRAWINGS names {named}, which is not there: correct or unset it")
+        return named
+    versions = {name: artist.digest for name, artist in ARTISTS.items()}
+    path = cache_dir() / "drawings" / f"{hash_value([SPRITE_SIZE, versions, keys])}.npz"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):  # who comes second waits, and finds the drawings
+            if not path.exists():
+                _rasterise_into(path, keys)
+    return path
+
+
+def _rasterise_into(path: Path, keys: tuple[Key, ...]) -> None:
+    """Write `names` (artist/icon), `data` (lossless WebP, one after another) and `ends` (of each in `data`)."""
+    chunks = []
+    for artist, icon in tqdm(keys, desc="rasterising the drawings", leave=False):
+        buffer = io.BytesIO()
+        rasterised(load_package(artist).svg(icon)).save(buffer, "WEBP", lossless=True, quality=50, method=2)
+        chunks.append(buffer.getvalue())
+    with atomic_path(path) as temporary:
+        np.savez(
+            temporary,
+            names=np.array([f"{artist}/{icon}" for artist, icon in keys]),
+            ends=np.cumsum([len(chunk) for chunk in chunks]),
+            data=np.frombuffer(b"".join(chunks), np.uint8),
+        )

@@ -1,0 +1,360 @@
+"""MojiWorld: the same bytes on every rerun, exact masks, and no artist where he must not be seen."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as mask_tools
+from pycocotools.coco import COCO
+
+from samantics.errors import StudyError
+from samantics.mojiworld import captions, floors, rendered
+from samantics.mojiworld import catalogue as tables
+from samantics.mojiworld import world as mojiworld
+from samantics.mojiworld.drawings import ARTISTS
+from samantics.mojiworld.places import PLACES, painting, place_background, places_of
+from samantics.mojiworld.world import KINDS, STREAMS, Stream, World, picture
+
+WORLD = World(image_size=64)
+SPLIT = tables.catalogue()["split"].to_numpy(dtype=str)
+LABEL = tables.class_of_drawing()
+
+
+def shown_by(stream: Stream, count: int, world: World = WORLD) -> list[mojiworld.Picture]:
+    return [picture(world, stream, index) for index in range(count)]
+
+
+# ------------------------------------------------------------------------------------------------ who may see what
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_no_stream_ever_shows_an_artist_or_class_it_must_not(name: str) -> None:
+    """Every drawing that any picture of the stream can hold, and what a few hundred pictures do hold."""
+    stream = STREAMS[name]
+    allowed = {"choice": {"validation"}, "test": {"test"}, "targets": {"test", "train"}}.get(stream.role, {"train"})
+    reachable = np.concatenate(mojiworld.visible_drawings(stream.role, stream.classes))
+    expected = [row for row in range(len(SPLIT)) if SPLIT[row] in allowed]
+    if stream.classes != "all":
+        table = tables.instance_classes()
+        wanted = set(table["class"][table["part"].isin(mojiworld.PARTS[stream.classes])])
+        expected = [row for row in expected if tables.catalogue()["class"][row] in wanted]
+    assert sorted(reachable) == expected
+    seen = {drawing for one in shown_by(stream, 150) for drawing in one.drawings}
+    assert seen <= set(expected) and len(seen) > 50
+
+
+def test_only_targets_choices_and_tests_show_artists_that_nobody_trains_on() -> None:
+    for stream in STREAMS.values():
+        splits = {split for rows in mojiworld.visible_drawings(stream.role, stream.classes) for split in SPLIT[rows]}
+        if stream.role in ("pretraining", "labels", "views", "references", "tuning"):
+            assert splits == {"train"}
+
+
+def test_balanced_streams_show_every_drawing_in_every_kind() -> None:
+    for name in ("labels", "views", "choice", "test"):
+        stream = STREAMS[name]
+        rows = mojiworld.visible_drawings(stream.role)[0]
+        drawings, kinds = [], []
+        for index in range(2 * len(rows)):  # what picture() decides before it paints
+            turn = sum(divmod(index, len(rows)))
+            drawings.append(rows[index % len(rows)])
+            kinds.append(turn % 2)
+        assert len(set(zip(drawings, kinds, strict=True))) == 2 * len(rows)
+        for index in (0, 7, len(rows), len(rows) + 7):
+            one = picture(WORLD, stream, index)
+            assert one.drawings[0] == drawings[index] and KINDS.index(one.kind) == kinds[index]
+
+
+def test_half_of_the_targets_objects_are_by_test_artists() -> None:
+    shown = [d for one in shown_by(STREAMS["targets"], 300) for d in one.drawings]
+    assert 0.44 < np.mean(SPLIT[shown] == "test") < 0.56
+
+
+def test_a_stream_of_the_wrong_role_is_refused() -> None:
+    STREAMS["pretraining"].require("pretraining")
+    for name in ("choice", "test", "targets"):
+        with pytest.raises(StudyError, match="must not serve pretraining: choose another stream"):
+            STREAMS[name].require("pretraining")
+    for row in np.flatnonzero(SPLIT != "train")[::150]:
+        with pytest.raises(StudyError, match="must not show drawing"):
+            picture(WORLD, STREAMS["pretraining"], 0, drawing=int(row))
+    novel = tables.instance_classes().query("part == 'novel'")["class"]
+    row = int(tables.drawings_of(["train"], tables.class_labels(novel))[0])
+    with pytest.raises(StudyError, match="must not show drawing"):
+        picture(WORLD, STREAMS["tuning"], 0, drawing=row)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"role": "training"}, {"classes": "birds"}, {"kinds": ("portrait",)}], ids=["role", "classes", "kinds"]
+)
+def test_impossible_streams_are_refused(settings) -> None:
+    with pytest.raises(StudyError, match="choose one of"):
+        Stream(**{"name": "x", "role": "labels", **settings})
+    with pytest.raises(StudyError, match="no stream 'x': choose"):
+        mojiworld.stream("x")
+
+
+# --------------------------------------------------------------------------------------------------- one picture
+
+
+@pytest.mark.parametrize("name", ["pretraining", "targets", "test"])
+def test_a_picture_depends_on_nothing_but_its_name(name: str) -> None:
+    stream = STREAMS[name]
+    first = [picture(WORLD, stream, index) for index in (3, 5)]
+    painting.cache_clear()
+    again = [picture(WORLD, stream, index) for index in (5, 3)][::-1]
+    for a, b in zip(first, again, strict=True):
+        assert a.image.tobytes() == b.image.tobytes() and (a.instances == b.instances).all()
+        assert (a.drawings, a.kind, a.place) == (b.drawings, b.kind, b.place)
+    others = [(WORLD, stream.named("other"), 3), (World(64, seed=1), stream, 3), (WORLD, stream, 4)]
+    assert all(picture(*other).image.tobytes() != first[0].image.tobytes() for other in others)
+
+
+def test_masks_and_colours_equal_a_painter_that_goes_pixel_by_pixel() -> None:
+    rng = np.random.default_rng(5)
+    background = Image.new("RGB", (48, 48), (10, 200, 30))
+    canvas, copy = mojiworld._Canvas(background.copy()), np.random.default_rng(5)
+    expected = np.asarray(background).astype(float).copy()
+    owner = np.zeros((48, 48), int)
+    for drawing in (3, 200, 1410, 2000, 3100):
+        sprite = tables.sprites()[drawing].resize((22, 18))
+        placed = canvas.place(sprite, drawing, rng, margin=0.1)
+        left, top = (int(v) for v in copy.uniform(0.1, 0.9, 2) * 48 - np.array(sprite.size) / 2)
+        pixels = np.asarray(sprite).astype(float)
+        after, full = owner.copy(), 0
+        for y in range(sprite.height):
+            for x in range(sprite.width):
+                full += pixels[y, x, 3] >= 128
+                if 0 <= top + y < 48 and 0 <= left + x < 48:
+                    alpha = pixels[y, x, 3] / 255
+                    if placed:
+                        below = expected[top + y, left + x]
+                        expected[top + y, left + x] = (1 - alpha) * below + alpha * pixels[y, x, :3]
+                    if pixels[y, x, 3] >= 128:
+                        after[top + y, left + x] = 99
+        hidden = any(
+            (after == number).sum() < 0.35 * area
+            for number, area in enumerate(canvas.full_areas[: owner.max()], start=1)
+        )
+        assert placed == (not hidden and (after == 99).sum() >= max(8, 0.35 * full))
+        if placed:
+            owner = np.where(after == 99, len(canvas.drawings), after)
+    done = canvas.picture("scene", "meadow")
+    assert len(done.drawings) >= 3 and (done.instances == owner).all()
+    assert np.abs(done.image - expected).max() <= len(done.drawings)  # each layer is rounded
+
+
+def test_kinds_hold_what_they_promise() -> None:
+    for kind in KINDS:
+        stream = dataclasses.replace(STREAMS["pretraining"], kinds=(kind,))
+        for one in shown_by(stream, 60):
+            assert one.kind == kind and (one.place == "") == (kind == "studio")
+            assert 2 <= len(one.drawings) <= 6 if kind == "scene" else len(one.drawings) == 1
+            areas = np.bincount(one.instances.ravel(), minlength=len(one.drawings) + 1)[1:]
+            assert len(areas) == len(one.drawings) and areas.min() >= 5
+    kinds = [one.kind for one in shown_by(STREAMS["pretraining"], 30)]
+    assert all(kinds.count(kind) == 10 for kind in KINDS)
+
+
+def test_objects_of_scenes_measure_20_to_60_percent(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, posed = [], mojiworld._posed
+    monkeypatch.setattr(mojiworld, "_posed", lambda rng, d, size: (sizes.append(size), posed(rng, d, size))[1])
+    shown_by(STREAMS["targets"], 100)
+    shares = np.array(sizes) / WORLD.image_size
+    assert 0.2 <= shares.min() < 0.22 and 0.55 < shares.max() <= 0.6
+
+
+def test_a_third_of_the_companions_are_the_anchors_class_by_another_artist() -> None:
+    artists = tables.catalogue()["artist"].to_numpy()
+    world = World(64, theme_strength=0.0)
+    pairs = [(one.drawings[0], d) for one in shown_by(STREAMS["targets"], 500, world) for d in one.drawings[1:]]
+    same = [(a, d) for a, d in pairs if LABEL[a] == LABEL[d]]
+    assert abs(len(same) / len(pairs) - 1 / 3) < 0.04
+    assert np.mean([artists[a] != artists[d] for a, d in same]) > 0.97  # or met by chance
+
+
+def test_flocks_are_in_pretraining_only() -> None:
+    def flocks(name: str) -> float:
+        stream = dataclasses.replace(STREAMS[name], kinds=("scene",))
+        large = [one.drawings for one in shown_by(stream, 300) if len(one.drawings) >= 4]
+        return float(np.mean([len(set(LABEL[list(drawings)])) == 1 for drawings in large]))
+
+    assert flocks("pretraining") > 0.08
+    assert flocks("targets") < 0.06 and flocks("tuning") < 0.06  # met by chance
+    assert not any(STREAMS[name].flocks for name in ("references", "tuning", "choice scenes", "targets"))
+
+
+def test_theme_strength_ties_places_and_companions_to_superclasses() -> None:
+    above = tables.superclass_of_class()[LABEL]
+    stream = Stream("themes", "pretraining", ("scene",))
+
+    def themed(strength: float) -> tuple[float, float]:
+        scenes = shown_by(stream, 250, World(64, theme_strength=strength))
+        fits = [one.place in places_of(tables.superclasses()[above[one.drawings[0]]]) for one in scenes]
+        pairs = [(a, b) for one in scenes for a, b in combinations(one.drawings, 2) if LABEL[a] != LABEL[b]]
+        return float(np.mean(fits)), float(np.mean([above[a] == above[b] for a, b in pairs]))
+
+    chance = np.mean([len(places_of(name)) for name in tables.superclasses()]) / len(PLACES)
+    assert themed(1.0)[0] == 1.0 and abs(themed(0.0)[0] - chance) < 0.08
+    assert themed(1.0)[1] > 0.3 > 0.12 > themed(0.0)[1]
+
+
+def test_places_serve_every_superclass_and_vary_a_little_only() -> None:
+    assert 12 <= len(PLACES) <= 24
+    assert {name for place in PLACES.values() for name in place.home} == set(tables.superclasses())
+    for name in ("meadow", "stage"):
+        views = [
+            np.asarray(place_background(np.random.default_rng(k), name, 64), float).mean((0, 1)) for k in range(12)
+        ]
+        others = [np.asarray(painting(other, 64, 0), float).mean((0, 1)) for other in PLACES if other != name]
+        assert np.std(views, axis=0).max() < 15 < min(np.abs(np.mean(views, axis=0) - o).max() for o in others[:3])
+
+
+@pytest.mark.parametrize(("size", "count"), [(32, 300), (97, 6), (200, 3)])
+def test_any_size(size: int, count: int) -> None:
+    for index in range(count):  # many of the smallest: thin things vanish, and must not be waited for
+        one = picture(World(image_size=size), STREAMS["pretraining"], index)
+        assert one.image.shape == (size, size, 3) and one.instances.shape == (size, size) and one.instances.max() >= 1
+
+
+@pytest.mark.parametrize(
+    "settings", [{"theme_strength": 1.5}, {"theme_strength": float("nan")}, {"image_size": 8}, {"image_size": 10**6}]
+)
+def test_impossible_worlds_are_refused(settings) -> None:
+    with pytest.raises(StudyError, match="choose"):
+        World(**settings)
+
+
+def test_hash_tells_worlds_apart() -> None:
+    worlds = [World(), World(image_size=96), World(theme_strength=0), World(seed=1)]
+    assert len({world.hash for world in worlds}) == 4 and World().hash == World().hash
+
+
+# ------------------------------------------------------------------------------------------------- many pictures
+
+
+def test_stored_pictures_equal_rendered_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables.sprites()
+    monkeypatch.setenv("SAMANTICS_CACHE", str(tmp_path))
+    monkeypatch.setattr(rendered, "CHUNK", 4)
+    stream = STREAMS["choice scenes"]
+    stored = rendered.stored_pictures(WORLD, stream, 10, workers=2)
+    direct = rendered.render(WORLD, stream, range(10))
+    for part in rendered.FIELDS:
+        assert (getattr(stored, part) == getattr(direct, part)).all(), part
+    assert isinstance(rendered.stored_pictures(WORLD, stream, 10).images, np.memmap)
+    assert (stored.labels == LABEL[stored.drawings[:, 0]]).all()
+    assert not list((tmp_path / "mojiworld").glob(".*unfinished"))
+
+
+def test_a_half_rendered_folder_is_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables.sprites()
+    monkeypatch.setenv("SAMANTICS_CACHE", str(tmp_path))
+    stream = STREAMS["test"]
+    rendered.stored_pictures(WORLD, stream, 2)
+    (made,) = [path for path in (tmp_path / "mojiworld").iterdir() if path.is_dir()]
+    left = made.rename(made.with_name(f".{made.name}.unfinished"))  # as a killed run leaves it
+    (left / "images.npy").write_bytes(b"half")
+    assert len(rendered.stored_pictures(WORLD, stream, 2)) == 2 and not left.exists()
+    (made / "images.npy").write_bytes(b"half")
+    with pytest.raises(StudyError, match="damaged: delete it"):
+        rendered.stored_pictures(WORLD, stream, 2)
+
+
+def test_no_pictures_are_refused(tmp_path: Path) -> None:
+    for make in (rendered.stored_pictures, functools.partial(rendered.write_scenes, folder=tmp_path)):
+        with pytest.raises(StudyError, match="choose 1 or more"):
+            make(WORLD, STREAMS["targets"], count=0)
+
+
+def test_scenes_are_written_as_coco_reads_them(tmp_path: Path) -> None:
+    stream = STREAMS["targets"]
+    path, images = rendered.write_scenes(WORLD, stream, 6, tmp_path, workers=1)
+    coco = COCO(path)
+    assert len(coco.getCatIds()) == 80 and len(coco.getImgIds()) == 6
+    assert sum(entry["part"] == "novel" for entry in coco.loadCats(coco.getCatIds())) == 20
+    for index in range(6):
+        one, record = picture(WORLD, stream, index), coco.loadImgs(index + 1)[0]
+        assert (np.asarray(Image.open(images / record["file_name"])) == one.image).all()
+        found = coco.loadAnns(coco.getAnnIds(imgIds=index + 1))
+        assert len(found) == len(one.drawings)
+        for number, (entry, drawing) in enumerate(zip(found, one.drawings, strict=True), start=1):
+            mask, row = one.instances == number, tables.catalogue().iloc[drawing]
+            assert (mask_tools.decode(coco.annToRLE(entry)).astype(bool) == mask).all()
+            ys, xs = np.nonzero(mask)
+            assert entry["bbox"] == [xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1] and entry["area"] == mask.sum()
+            assert entry["artist"] in ARTISTS and entry["split"] in ("train", "test")
+            assert (entry["class"], entry["artist"]) == (row["class"], row["artist"])
+            assert coco.loadCats(entry["category_id"])[0]["name"] == row["class"]
+    before = json.loads(path.read_text())
+    again, _ = rendered.write_scenes(WORLD, stream, 6, tmp_path, workers=1)
+    assert again == path and json.loads(path.read_text()) == before
+
+
+# ------------------------------------------------------------------------------------------- captions and floors
+
+
+def test_captions_name_what_is_shown_in_words_of_the_vocabulary() -> None:
+    rng, words = np.random.default_rng(0), set(captions.caption_words())
+    named = both = above_only = 0
+    for row in rng.integers(0, len(LABEL), 600).tolist():
+        text = captions.caption(rng, [row, -1])
+        name, above = tables.classes()[LABEL[row]], tables.superclasses()[tables.superclass_of_class()[LABEL[row]]]
+        assert set(captions.split_words(text)) <= words
+        has_name, has_above = name in text, above in text
+        assert has_name or has_above
+        named, both, above_only = named + has_name, both + (has_name and has_above), above_only + (not has_name)
+    assert 0.8 < named / 600 < 0.9 and 0.28 < both / 600 < 0.5 and 0.1 < above_only / 600 < 0.2
+    many = [captions.caption(rng, rng.integers(0, len(LABEL), 6)) for _ in range(300)]
+    assert max(len(captions.split_words(text)) for text in many) < 75 and len(set(many)) == 300
+
+
+def test_prompts_are_one_for_every_class_and_superclass() -> None:
+    prompts, above = captions.class_prompts(), captions.superclass_prompts()
+    assert len(prompts) == len(tables.classes()) and len(above) == 22
+    assert all(name in text for name, its in zip(tables.classes(), prompts, strict=True) for text in its)
+    words = {word for its in (*prompts, *above) for text in its for word in captions.split_words(text)}
+    assert words <= set(captions.caption_words())
+
+
+def test_every_object_has_its_crop_and_its_vectors() -> None:
+    scenes = rendered.render(WORLD, STREAMS["targets"], range(3))
+    cut, box = (floors.object_crops(scenes, cut_out=value) for value in (True, False))
+    count = int((scenes.drawings >= 0).sum())
+    assert cut.shape == box.shape == (count, 64, 64, 3)
+    assert (cut[:, 0, 0] == floors.GREY).mean() > 0.7  # a corner is seldom the object's
+    vectors = floors.object_vectors(scenes)
+    assert all(v.shape[0] == count and np.allclose(np.linalg.norm(v, axis=1), 1, atol=1e-3) for v in vectors.values())
+
+
+def test_instruments_see_what_they_should() -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    pixels = floors.small_pixels(images)
+    assert np.allclose(pixels, floors.small_pixels(images // 2 + 20), atol=0.05)  # neither brightness nor contrast
+    flat = images.reshape(4, -1, 3)
+    shuffled = np.stack([rng.permutation(one) for one in flat]).reshape(images.shape)
+    assert np.allclose(floors.colour_histograms(images), floors.colour_histograms(shuffled))  # no place
+    by_hand = [sum((p // 43 == (0, 1, 2)).all() for p in one) for one in flat]
+    found = floors.colour_histograms(images)[:, 0 * 36 + 1 * 6 + 2]
+    assert np.allclose(found, np.sqrt(np.array(by_hand) / (32 * 32)), atol=1e-6)
+
+
+def test_difficulty_asks_both_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {name: dataclasses.replace(stream, classes="instances") for name, stream in STREAMS.items()}
+    monkeypatch.setattr(floors, "STREAMS", few)
+    monkeypatch.setattr(floors, "SHOTS", 2)
+    table = floors.difficulty(World(40), scenes=240)
+    assert len(table) == 18 + 14 and table.duplicated(["question", "asked", "shown", "instrument"]).sum() == 0
+    assert (table["low"] <= table["accuracy"]).all() and (table["accuracy"] <= table["high"]).all()
+    cut = table[(table["shown"] == "cut-out") & (table["instrument"] == "pixels")]
+    assert (cut["low"] > 3 * cut["chance"]).all()
+    with pytest.raises(StudyError, match="choose more"):
+        floors.difficulty(World(40), scenes=5)
