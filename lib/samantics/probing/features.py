@@ -38,6 +38,7 @@ from samantics.models.preprocessing import Geometry
 FORMAT = 1  # of the files below; a store of another format is refused
 SHARD_ROWS = 1024
 PREFETCH = 2  # batches decoded ahead
+FEW = 3  # unreadable images that a data set of any size may have
 
 
 class Images(Protocol):
@@ -210,7 +211,8 @@ def encode_images(
         folder: parent of the stores; default ``features`` in the cache folder.
         batch_size: images at once; default: 32, or fewer where the encoder's input is large.
         workers: threads that decode and resize.
-        max_unreadable: share of the images that may be unreadable; they are skipped and listed in the store.
+        max_unreadable: images that may be unreadable, which are skipped and listed in the store: below 1 a share of
+            all, but at least `FEW`; from 1 on a count; 0 for none.
 
     Raises:
         StudyError: unknown layer or pooling, too many unreadable images, a store of another version, no space left.
@@ -254,8 +256,10 @@ def _open(folder: Path, rows: int, shard_rows: int, max_unreadable: float) -> Fe
 
 
 def _check_readable(reasons: Sequence[str], rows: int, limit: float) -> None:
-    if len(reasons) > limit * rows:
-        raise StudyError(f"{len(reasons)} of {rows} images are unreadable, over the limit of {limit:.1%}: {reasons[0]}")
+    allowed = limit if limit >= 1 or limit == 0 else max(FEW, limit * rows)
+    if len(reasons) > allowed or len(reasons) == rows:
+        counts = f"{len(reasons)} of {rows} images are unreadable, over the limit of {int(allowed)} (max_unreadable)"
+        raise StudyError(f"{counts}: {reasons[0]}")
 
 
 def _is_done(folder: Path, shard: int) -> bool:
