@@ -1,7 +1,9 @@
-"""An encoder whose features are known beforehand."""
+"""An encoder whose features are known beforehand, and classes to probe."""
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,11 @@ from torch import Tensor
 from samantics.models.architectures import Architecture, LayerOutput
 from samantics.models.encoder import Encoder
 from samantics.models.preprocessing import Preprocessing
+from samantics.probing.features import FeatureStore, encode_images
 
 MEAN = ("final", "mean")
+CLASSES = 12
+Data = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]
 
 
 class LookUp:
@@ -38,3 +43,23 @@ class LookUp:
         architecture = Architecture(lambda _model: [], self.forward, lambda _model, output: output, after=layers)
         preprocess = Preprocessing(4, "squash", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
         return Encoder("stub", "0", torch.nn.Identity(), preprocess, architecture, torch.device("cpu"))
+
+
+def overlapping_classes() -> Data:
+    """Train and test: Gaussian classes with features of very different scales, as raw encoder features have."""
+    rng = np.random.default_rng(0)
+    means = rng.normal(size=(CLASSES, 24))
+    scales = 10.0 ** rng.uniform(-3, 2, 24)
+
+    def draw(count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        labels = rng.permutation(np.repeat(np.arange(CLASSES), count))
+        return ((means[labels] + 1.5 * rng.normal(size=(len(labels), 24))) * scales).astype(np.float32), labels
+
+    return *draw(40), *draw(60)
+
+
+def stored(folder: Path, table: NDArray[np.float32], shard_rows: int = 100, weights: str = "0") -> FeatureStore:
+    """A store of given vectors, made by an encoder that looks them up."""
+    stub = LookUp(table)
+    encoder = dataclasses.replace(stub.encoder, weights_hash=weights)
+    return encode_images(encoder, stub.images, [MEAN], "data", folder=folder, shard_rows=shard_rows)

@@ -45,7 +45,7 @@ from torchvision import datasets
 import study
 from report import notebook_page, write_report
 from samantics import run as provenance
-from samantics.cache import hash_file
+from samantics.cache import hash_file, kept
 from samantics.data import coco
 from samantics.data import first_world as mojiworld
 from samantics.data import folders as images
@@ -59,7 +59,6 @@ from samantics.models.encoder import load_encoder
 from samantics.models.registry import ENCODERS
 from samantics.models.weights import WeightFile, read_weights, weight_file
 from samantics.plots import save_table
-from samantics.probing import tables as probing
 from samantics.probing.features import encode_images
 from samantics.run import Run
 from samantics.training_free.matching import pooled_features
@@ -898,4 +897,4 @@ def test_a_damaged_cache_is_named(content: bytes, tmp_path: Path, monkeypatch: p
 def test_a_kept_table_that_is_empty_is_named(tmp_path: Path) -> None:
     path = tmp_path / "kept.csv"
     path.write_bytes(b"")
-    refused(lambda: probing._kept_table(path, pd.DataFrame), "is damaged: delete it", path)
+    refused(lambda: kept(path, pd.DataFrame), "is damaged: delete it", path)

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from samantics.data.coco import mask_of, rles_of
 from samantics.models.encoder import load_encoder
 from samantics.models.preprocessing import Preprocessing
+from samantics.probing import knn
 from samantics.probing import linear as probe
 from samantics.probing.features import encode_images
 from samantics.training_free import matching
@@ -110,6 +111,11 @@ def one_after_another(
     return probe._Heads(torch.stack(trained, dim=1), *(torch.from_numpy(v.astype(np.float32)) for v in (mean, scale)))
 
 
+def votes(distances: NDArray[Any]) -> NDArray[Any]:
+    """DINOv2's weights of neighbours."""
+    return np.exp((1 - distances) / knn.TEMPERATURE)
+
+
 def neighbours(size: int) -> Pair:
     """20 nearest neighbours by cosine among ``size`` features, as scikit-learn's brute force finds them."""
     rng = np.random.default_rng(0)
@@ -118,11 +124,10 @@ def neighbours(size: int) -> Pair:
     cut = size * 4 // 5
 
     def ours() -> NDArray[Any]:
-        found = probe.knn_probe(x[:cut], y[:cut], x[cut:], y[cut:], 100, ks=(20,), temperature=None)
-        return found[20].predictions[0]
+        return knn.knn_probe(x[:cut], y[:cut], x[cut:], y[cut:], 100, k=20).predictions[0]
 
     def plain() -> NDArray[Any]:
-        model = KNeighborsClassifier(20, metric="cosine", algorithm="brute").fit(x[:cut], y[:cut])
+        model = KNeighborsClassifier(20, weights=votes, metric="cosine", algorithm="brute").fit(x[:cut], y[:cut])
         return model.predict(x[cut:])
 
     return Pair(ours, plain, lambda a, b: float((a == b).mean()))

@@ -298,13 +298,13 @@ def _instance(entry: AnnotationEntry, number: int, image: ImageRecord) -> tuple[
         box = box or clipped(mask_tools.toBbox(rle).tolist(), image)
         if area == 0 or box is None:
             raise ValueError("no pixel of the mask lies in the image")
-    claimed = float(entry.area) if is_pixel(entry.area) and OUTSIDE not in mended else 0.0
+    said = float(entry.area) if is_pixel(entry.area) and OUTSIDE not in mended else 0.0
     instance = Instance(
         id=number,
         image_id=image.id,
         category_id=entry.category_id,
         box=box,
-        area=claimed if 0 < claimed <= image.width * image.height else area,
+        area=said if 0 < said <= image.width * image.height else area,
         rle=rle,
         crowd=bool(entry.iscrowd),
         drawing=entry.drawing,

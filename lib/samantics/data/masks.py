@@ -30,10 +30,9 @@ def rles_of(masks: NDArray[np.bool_]) -> list[Rle]:
 
 def box_rle(box: tuple[float, float, float, float], height: int, width: int) -> Rle:
     """Run lengths of all pixels that a box `(x0, y0, x1, y1)` touches."""
-    x, y = math.floor(box[0]), math.floor(box[1])
-    corner = np.array([[x, y, math.ceil(box[2]) - x, math.ceil(box[3]) - y]], np.float64)
-    (rle,) = mask_tools.frPyObjects(corner, height, width)
-    return {"size": [height, width], "counts": rle["counts"].decode()}
+    mask = np.zeros((1, height, width), bool)
+    mask[0, math.floor(box[1]) : math.ceil(box[3]), math.floor(box[0]) : math.ceil(box[2])] = True
+    return rles_of(mask)[0]
 
 
 def parsed_rle(segmentation: Any, height: int, width: int) -> tuple[Rle, list[str]]:

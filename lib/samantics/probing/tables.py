@@ -1,4 +1,4 @@
-"""The rows of notebook 01: encode once, then probe every encoder, layer, label level and number of shots."""
+"""The tables of notebook 01: encode once, then probe every encoder, layer, label level and number of shots."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from samantics.cache import atomic_path, hash_value, reading
+from samantics.cache import hash_value, kept
 from samantics.data.classification import ClassificationData, Part, Task
 from samantics.metrics.intervals import Interval, across_trainings, bootstrap_mean
 from samantics.models.architectures import Readout
-from samantics.models.encoder import load_encoder, within_reach
-from samantics.plots import LABELS
-from samantics.probing import protocol as ablation
-from samantics.probing.features import Column, FeatureStore, Images, encode_images
-from samantics.probing.linear import Features, ProbeResult, few_shot_rows, knn_probe, linear_probe
+from samantics.models.encoder import Encoder, load_encoder, within_reach
+from samantics.probing.features import Column, FeatureStore, encode_images
+from samantics.probing.knn import knn_probe
+from samantics.probing.linear import Features, Labels, ProbeResult, few_shot_rows, linear_probe
+from samantics.probing.protocol import Data, input_variants, projected_probe, training_changes
 from samantics.run import Run, available_cores
 
 PROBES = 1  # of what is kept; raised when the same probe would give other numbers
-KNN = 10  # neighbours of the headline; 20 to 200 change no order (notebook 01 prints them)
+ENCODED_AGAIN = 100_000  # images of a split, at most, that are encoded again with another input
 FEW_SHOT_RATE, FEW_SHOT_EPOCHS = 0.3, 60  # one image per class leaves nothing to choose settings on
 
 
@@ -46,352 +46,251 @@ class Encoded:
     layers: tuple[str, ...]
     stores: Mapping[str, FeatureStore]
 
-    def features(self, part: Part, wanted: Readout | None = None) -> tuple[Features, NDArray[np.int64]]:
+    def features(self, part: Part, readout: Readout | None = None) -> tuple[Features, Labels]:
         """Features and labels of the readable images of a part: streamed where it is a whole split."""
         store = self.stores[part.split]
-        column = store.column(wanted or self.headline)
+        column, readable = store.column(readout or self.headline), np.isin(rows_of(part), store.kept)
         if part.rows is None:
-            return column, part.labels[store.kept]
-        readable = np.isin(part.rows, store.kept)
-        positions = np.searchsorted(store.kept, part.rows[readable])
-        return gathered(column, positions), part.labels[readable]
+            return column, part.labels[readable]
+        return column.take(np.searchsorted(store.kept, part.rows[readable])), part.labels[readable]
+
+    def rows(self, part: Part) -> NDArray[np.int64]:
+        """Which images of the split `features` tells of."""
+        rows = rows_of(part)
+        return rows[np.isin(rows, self.stores[part.split].kept)]
+
+    def data(self, task: Task, readout: Readout | None = None) -> Data:
+        """What every probe takes first: train features and labels, test features and labels, number of classes."""
+        return *self.features(task.train, readout), *self.features(task.test, readout), len(task.classes)
+
+    def dims(self, task: Task) -> dict[Readout, int]:
+        """Width of every layer and pooling that is stored."""
+        return self.stores[task.train.split].dims
 
 
-def gathered(column: Column, positions: NDArray[np.int64]) -> NDArray[np.float32]:
-    """``(n, C)`` features at these positions of a column, read shard by shard."""
-    out = np.empty((len(positions), column.shape[1]), np.float32)
-    place = np.full(len(column), -1)
-    place[positions] = np.arange(len(positions))
-    for shard in range(column.store.shards):
-        members, vectors = column.block(shard)
-        chosen = place[members] >= 0
-        out[place[members[chosen]]] = vectors[chosen]
-    return out
+def rows_of(part: Part) -> NDArray[np.int64]:
+    """Which images of its split a part has."""
+    return np.arange(len(part.labels)) if part.rows is None else part.rows
 
 
 def encode_all(run: Run, data: ClassificationData, names: Sequence[str]) -> dict[str, Encoded]:
-    """Every encoder's features of every split: all layers, pooled all ways, in one pass each; from disk on a rerun."""
-    return {name: _encode(run, data, name) for name in within_reach(names, run.scale.weights)}
-
-
-def _encode(run: Run, data: ClassificationData, name: str) -> Encoded:
-    encoder = load_encoder(name, run.scale.weights, run.device)
-    run.record(f"weights:{name}", encoder.weights_hash)
-    wanted = [(layer, "mean") for layer in encoder.layers]
-    wanted += [(layer, "cls") for layer in encoder.layers if encoder.has_class_token(layer)]
-    if data.masks:
-        wanted.append(("final", "object"))
-    stores = {
-        split: encode_images(
-            encoder, images, wanted, data.hashes[split], data.masks.get(split), folder=run.cache / "features"
-        )
-        for split, images in data.splits.items()
-    }
+    """Features of every encoder within reach: all layers, pooled all ways, in one pass; from disk on a rerun."""
+    found = {}
+    for name in within_reach(names, run.scale.weights):
+        encoder = load_encoder(name, run.scale.weights, run.device)
+        run.record(f"weights:{name}", encoder.weights_hash)
+        readouts = [(layer, "mean") for layer in encoder.layers]
+        readouts += [(layer, "cls") for layer in encoder.layers if encoder.has_class_token(layer)]
+        found[name] = encode(run, data, encoder, readouts + [("final", "object")] * bool(data.masks))
     for split, value in data.hashes.items():
         run.record(f"data:{split}", value)
-    return Encoded(name, encoder.headline, encoder.layers, stores)
+    return found
 
 
-def images_and_labels(data: ClassificationData, part: Part) -> tuple[Images, NDArray[np.int64]]:
-    """The images of a part, by position, and their labels: to show some of them."""
-    images = data.splits[part.split]
-    return (images if part.rows is None else _Chosen(images, part.rows)), part.labels
-
-
-@dataclasses.dataclass(frozen=True)
-class _Chosen:
-    """Some images of a split."""
-
-    images: Images
-    rows: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.images[int(self.rows[index])]
-
-
-# --------------------------------------------------------------------------------------------------------- tables
+def encode(run: Run, data: ClassificationData, encoder: Encoder, readouts: Sequence[Readout]) -> Encoded:
+    """One encoder's features of every split."""
+    folder, stores = run.cache / "features", {}
+    for split, images in data.splits.items():
+        stores[split] = encode_images(encoder, images, readouts, data.hashes[split], data.masks.get(split), folder)
+    return Encoded(encoder.name, encoder.headline, encoder.layers, stores)
 
 
 def probe(
-    encoded: Encoded, task: Task, kind: str = "linear", wanted: Readout | None = None, seeds: int = 1, k: int = KNN
+    encoded: Encoded, task: Task, kind: str = "linear", readout: Readout | None = None, seeds: int = 1
 ) -> ProbeResult:
-    """One probe of one task: ``linear`` (its settings chosen on held-out train images) or ``knn``; kept on disk."""
+    """One probe of one task: `linear` (its settings chosen on held-out train images) or `knn`; kept on disk."""
 
-    def make() -> ProbeResult:
-        train_x, train_y = encoded.features(task.train, wanted)
-        test_x, test_y = encoded.features(task.test, wanted)
+    def make() -> dict[str, Any]:
+        data = encoded.data(task, readout)
         if kind == "knn":
-            voters = min(k, len(train_y))  # a reader's folder may have fewer images
-            return knn_probe(train_x, train_y, test_x, test_y, len(task.classes), (voters,))[voters]
-        return linear_probe(
-            train_x, train_y, test_x, test_y, len(task.classes), seeds=tuple(range(seeds)), groups=task.groups
-        )
+            return knn_probe(*data, k=min(10, len(data[1])))._asdict()  # a reader's folder may have fewer images
+        return linear_probe(*data, seeds=range(seeds), groups=task.groups)._asdict()
 
-    path = _kept_path([encoded], task, [kind, list(wanted or encoded.headline), k if kind == "knn" else seeds], "npz")
-    if not path.is_file():
-        with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **dataclasses.asdict(make()))
-    with reading(path), np.load(path) as arrays:
-        found: dict[str, Any] = {
-            name: arrays[name] if arrays[name].ndim > 1 else tuple(arrays[name].tolist()) for name in arrays.files
-        }
-    return ProbeResult(**found)
+    what = [kind, list(readout or encoded.headline), seeds if kind == "linear" else 10]
+    return ProbeResult(**kept(_path([encoded], task, what, "npz"), make))
 
 
-def _kept_path(encoded: Sequence[Encoded], task: Task, what: list[Any], kind: str) -> Path:
+def _path(features: Sequence[Encoded], task: Task, what: list[Any], kind: str) -> Path:
     """Where the outcome of probes is kept: its name says what it depends on."""
     digest = hashlib.sha256()
     for part in (task.train, task.test):
         for values in (part.labels, part.rows):
             digest.update(b"all" if values is None else np.ascontiguousarray(values).tobytes())
     digest.update(b"" if task.groups is None else np.ascontiguousarray(task.groups).tobytes())
-    stores = [{split: store.folder.parts[-2:] for split, store in e.stores.items()} for e in encoded]
+    stores = [{split: store.folder.parts[-2:] for split, store in one.stores.items()} for one in features]
     key = hash_value([PROBES, stores, task.name, digest.hexdigest(), what])
-    return encoded[0].stores[task.train.split].folder.parent / "probes" / f"{key}.{kind}"
+    return features[0].stores[task.train.split].folder.parent / "probes" / f"{key}.{kind}"
 
 
-def _kept_table(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-    """The table in that file, made and written first where it is not there."""
-    if not path.is_file():
-        with atomic_path(path) as temporary:
-            make().to_csv(temporary, index=False)
-    with reading(path):
-        return pd.read_csv(path, float_precision="round_trip", keep_default_na=False)
-
-
-def row(encoded: Encoded, task: Task, kind: str, result: ProbeResult, wanted: Readout | None = None) -> dict[str, Any]:
-    """A line of ``01_probe_accuracy.csv``: percent, with 95 % intervals over test images and seeds."""
-    layer, pooling = wanted or encoded.headline
-    top1, top5 = (bootstrap_mean(100.0 * hits) for hits in (result.top1, result.top5))
-    return {
-        "encoder": encoded.name,
-        "labels": task.name,
-        "probe": kind,
-        "layer": layer,
-        "pooling": pooling,
-        "top1": top1.value,
-        "top1_low": top1.low,
-        "top1_high": top1.high,
-        "top5": top5.value,
-        "top5_low": top5.low,
-        "top5_high": top5.high,
-        "dim": encoded.stores[task.train.split].dims[(layer, pooling)],
-        "n_train": len(task.train.labels),
-        "n_test": result.top1.shape[1],
-        "seeds": result.top1.shape[0],
-    }
-
-
-def headline(
-    features: Mapping[str, Encoded], tasks: Mapping[str, Task], seeds: int
-) -> tuple[pd.DataFrame, dict[tuple[str, str], ProbeResult]]:
-    """Both probes of every encoder's output at every label level; the linear probes' answers by (encoder, level)."""
-    jobs = [(e, t, kind) for t in tasks.values() for e in features.values() for kind in ("linear", "knn")]
-    results = on_all_cores(lambda job: probe(job[0], job[1], job[2], seeds=seeds), jobs)
-    rows = [row(*job, result) for job, result in zip(jobs, results, strict=True)]
-    answers = {(e.name, t.name): r for (e, t, kind), r in zip(jobs, results, strict=True) if kind == "linear"}
-    return pd.DataFrame(rows), answers
-
-
-def zoo_rows(table: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
-    """The linear probes of :func:`headline` with the noise of training in their intervals: C1's table.
-
-    Args:
-        others: the same probes of zoos trained from other seeds (:func:`controls.other_zoos`); encoders and label
-            levels without any keep their value and interval.
-
-    Returns:
-        ``encoder, labels, probe, layer, top1, top1_low, top1_high`` (the mean over zoos, within 0 and 100 percent),
-        ``lowest`` and ``highest`` zoo, ``zoos``, and ``seeds`` of the probe.
-    """
-    columns = ["top1", "top1_low", "top1_high"]
-    rows = []
-    for line in table[table["probe"] == "linear"].to_dict("records"):
-        alike = others[(others["model"] == line["encoder"]) & (others["labels"] == line["labels"])]
-        found = [Interval(*values) for values in [[line[name] for name in columns], *alike[columns].to_numpy(float)]]
-        top1 = [one.value for one in found]
-        rows.append(
-            {name: line[name] for name in ("encoder", "labels", "probe", "layer")}
-            | dict(zip(columns, across_trainings(found).within(0, 100), strict=True))
-            | {"lowest": min(top1), "highest": max(top1), "zoos": len(found), "seeds": line["seeds"]}
-        )
-    return pd.DataFrame(rows)
-
-
-def layer_rows(features: Mapping[str, Encoded], task: Task) -> pd.DataFrame:
-    """Linear probes of the spatial mean of every layer: where in the network is the meaning?"""
-    jobs = [(e, (layer, "mean")) for e in features.values() for layer in e.layers]
-    rows = _linear_rows(jobs, task, seeds=1)
-    depth = [(place + 1) / len(e.layers) for e in features.values() for place in range(len(e.layers))]
-    return rows.assign(depth=depth)
-
-
-def pooling_rows(features: Mapping[str, Encoded], task: Task, seeds: int) -> pd.DataFrame:
-    """Linear probes of the final layer under every pooling it has: is meaning absent, or only averaged away?"""
-    jobs = [(e, pair) for e in features.values() for pair in e.stores[task.train.split].dims if pair[0] == "final"]
-    return _linear_rows(jobs, task, seeds)
-
-
-def _linear_rows(jobs: Sequence[tuple[Encoded, Readout]], task: Task, seeds: int) -> pd.DataFrame:
-    results = on_all_cores(lambda job: probe(job[0], task, wanted=job[1], seeds=seeds), jobs)
-    return pd.DataFrame([row(e, task, "linear", r, pair) for (e, pair), r in zip(jobs, results, strict=True)])
-
-
-def on_all_cores(function: Callable[[Any], Any], jobs: Sequence[Any]) -> list[Any]:
-    """``function`` of every job, in order. A probe is too small for several cores: each core takes a job.
+def on_all_cores(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """`function` of every job, in order. A probe is too small for several cores: each core takes a job.
 
     Threads, because the work is in torch, which lets others run meanwhile; each computes on one core.
     """
     cores = available_cores()
     try:
         with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(function, jobs))
+            return list(pool.map(lambda job: function(*job), jobs))
     finally:
         torch.set_num_threads(cores)
 
 
-def possible_shots(task: Task, shots: Sequence[int]) -> tuple[int, ...]:
-    """Those of the wanted numbers of images per class that every class has."""
-    fewest = int(np.bincount(task.train.labels, minlength=len(task.classes)).min())
-    return tuple(count for count in shots if count <= fewest)
+# --------------------------------------------------------------------------------------------------------- tables
 
 
-def few_shot(features: Mapping[str, Encoded], task: Task, shots: Sequence[int], seeds: int) -> pd.DataFrame:
-    """Linear probes on 1, 2, 4 ... images of every class; each seed draws other images."""
-    path = _kept_path(list(features.values()), task, ["few shot", list(shots), seeds], "csv")
-    return _kept_table(path, lambda: _few_shot(features, task, shots, seeds))
+def percent(name: str, hits: NDArray[np.bool_]) -> dict[str, float]:
+    """`name`, `name_low`, `name_high`: the mean of `(seeds, n)` hits in percent with its 95 % interval."""
+    return dict(zip((name, f"{name}_low", f"{name}_high"), bootstrap_mean(100.0 * hits), strict=True))
 
 
-def _few_shot(features: Mapping[str, Encoded], task: Task, shots: Sequence[int], seeds: int) -> pd.DataFrame:
-    jobs = [(e, count) for e in features.values() for count in shots]
-    results = on_all_cores(lambda job: _few_shot_hits(job[0], job[1], task, seeds), jobs)
-    rows = []
-    for (encoded, count), hits in zip(jobs, results, strict=True):
-        top1 = bootstrap_mean(100.0 * hits)
-        line = {"encoder": encoded.name, "labels": task.name, "shots": count, "seeds": seeds}
-        rows.append(line | {"top1": top1.value, "top1_low": top1.low, "top1_high": top1.high})
+def row(encoded: Encoded, task: Task, kind: str, result: ProbeResult, readout: Readout | None = None) -> dict[str, Any]:
+    """A row of `01_probe_accuracy.csv`: percent, with 95 % intervals over test images and seeds."""
+    layer, pooling = readout or encoded.headline
+    what = {"encoder": encoded.name, "labels": task.name, "probe": kind, "layer": layer, "pooling": pooling}
+    counts = {"n_train": len(task.train.labels), "n_test": result.top1.shape[1], "seeds": result.top1.shape[0]}
+    accuracy = percent("top1", result.top1) | percent("top5", result.top5)
+    return what | accuracy | {"dim": encoded.dims(task)[layer, pooling]} | counts
+
+
+def headline(
+    features: Mapping[str, Encoded], tasks: Mapping[str, Task], seeds: int
+) -> tuple[pd.DataFrame, dict[tuple[str, str], ProbeResult]]:
+    """Both probes of every encoder's output at every label level; the linear probes' answers by (encoder, level)."""
+    jobs = [(e, t, kind, None, seeds) for t in tasks.values() for e in features.values() for kind in ("linear", "knn")]
+    results = on_all_cores(probe, jobs)
+    rows = [row(*job[:3], result) for job, result in zip(jobs, results, strict=True)]
+    return pd.DataFrame(rows), {(e.name, t.name): r for (e, t, *_), r in zip(jobs[::2], results[::2], strict=True)}
+
+
+def zoo_rows(table: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
+    """The linear probes of `headline` with the noise of training in their intervals: C1's table.
+
+    Args:
+        table: of `headline`.
+        others: the same probes of models trained from other seeds (`controls.other_zoos`).
+
+    Returns:
+        `encoder, labels, probe, layer, top1, top1_low, top1_high` (the mean over trainings, within 0 and 100 percent;
+        a model trained once keeps its row), the `lowest` and `highest` of `zoos` trainings, and `seeds` of the probe.
+    """
+    columns, rows = ["top1", "top1_low", "top1_high"], []
+    for line in table[table["probe"] == "linear"].to_dict("records"):
+        alike = others[(others["model"] == line["encoder"]) & (others["labels"] == line["labels"])]
+        found = [Interval(*values) for values in [[line[name] for name in columns], *alike[columns].to_numpy(float)]]
+        top1 = dict(zip(columns, across_trainings(found).within(0, 100), strict=True))
+        span = {"lowest": min(found).value, "highest": max(found).value, "zoos": len(found), "seeds": line["seeds"]}
+        rows.append({name: line[name] for name in ("encoder", "labels", "probe", "layer")} | top1 | span)
     return pd.DataFrame(rows)
 
 
-def _few_shot_hits(encoded: Encoded, count: int, task: Task, seeds: int) -> NDArray[np.bool_]:
-    """``(seeds, n)``: is the test image's class found?"""
-    train_x, train_y = encoded.features(task.train)
-    test_x, test_y = encoded.features(task.test)
+def layer_rows(features: Mapping[str, Encoded], tasks: Mapping[str, Task]) -> pd.DataFrame:
+    """Linear probes of the spatial mean of every layer: where in the network is the class?"""
+    jobs = [(e, t, (layer, "mean")) for t in tasks.values() for e in features.values() for layer in e.layers]
+    depth = [(e.layers.index(layer) + 1) / len(e.layers) for e, _, (layer, _) in jobs]
+    return _linear_rows(jobs, 1).assign(depth=depth)
+
+
+def pooling_rows(features: Mapping[str, Encoded], tasks: Mapping[str, Task], seeds: int) -> pd.DataFrame:
+    """Linear probes of the final layer under every pooling it has: is the class absent, or only averaged away?"""
+    pairs = [(e, t) for t in tasks.values() for e in features.values()]
+    return _linear_rows([(e, t, readout) for e, t in pairs for readout in e.dims(t) if readout[0] == "final"], seeds)
+
+
+def _linear_rows(jobs: Sequence[tuple[Encoded, Task, Readout]], seeds: int) -> pd.DataFrame:
+    results = on_all_cores(probe, [(e, t, "linear", readout, seeds) for e, t, readout in jobs])
+    return pd.DataFrame([row(e, t, "linear", r, readout) for (e, t, readout), r in zip(jobs, results, strict=True)])
+
+
+def few_shot(features: Mapping[str, Encoded], task: Task, shots: Sequence[int], seeds: int) -> pd.DataFrame:
+    """Linear probes on 1, 2, 4 ... images of every class, as far as each has as many; each seed draws other images."""
+    fewest = int(np.bincount(task.train.labels, minlength=len(task.classes)).min())
+    possible = [count for count in shots if count <= fewest]
+
+    def make() -> pd.DataFrame:
+        jobs = [(e, task, count, seeds) for e in features.values() for count in possible]
+        found = zip(jobs, on_all_cores(_few_shot_hits, jobs), strict=True)
+        what = [
+            ({"encoder": e.name, "labels": task.name, "shots": n, "seeds": seeds}, hits) for (e, _, n, _), hits in found
+        ]
+        return pd.DataFrame([line | percent("top1", hits) for line, hits in what])
+
+    return kept(_path(list(features.values()), task, ["few shot", possible, seeds], "csv"), make)
+
+
+def _few_shot_hits(encoded: Encoded, task: Task, count: int, seeds: int) -> NDArray[np.bool_]:
+    """`(seeds, n)`: is the test image's class found?"""
+    x, y, test_x, test_y, classes = encoded.data(task)
     hits = []
     for seed in range(seeds):
-        chosen = few_shot_rows(train_y, count, seed)
-        few_x = gathered(train_x, chosen) if isinstance(train_x, Column) else train_x[chosen]
-        labels, classes = train_y[chosen], len(task.classes)
+        few = few_shot_rows(y, count, seed)
+        few_x = x.take(few) if isinstance(x, Column) else x[few]
         fixed = linear_probe(
-            few_x, labels, test_x, test_y, classes, (seed,), rates=(FEW_SHOT_RATE,), max_epochs=FEW_SHOT_EPOCHS
+            few_x, y[few], test_x, test_y, classes, (seed,), (FEW_SHOT_RATE,), max_epochs=FEW_SHOT_EPOCHS
         )
         hits.append(fixed.top1[0])
     return np.stack(hits)
 
 
-def class_rows(answers: Mapping[tuple[str, str], ProbeResult], task: Task, test_y: NDArray[np.int64]) -> pd.DataFrame:
+def class_rows(answers: Mapping[tuple[str, str], ProbeResult], task: Task, test_y: Labels) -> pd.DataFrame:
     """Top-1 of every class and encoder, percent, with intervals over its test images and the seeds."""
     rows = []
-    for (name, level), result in answers.items():
-        if level != task.name:
-            continue
-        for label, text in enumerate(task.classes):
+    for name, result in ((name, result) for (name, level), result in answers.items() if level == task.name):
+        for label in np.unique(test_y):
             hits = result.top1[:, test_y == label]
-            if not hits.size:
-                continue
-            top1 = bootstrap_mean(100.0 * hits)
-            line = {"encoder": name, "class": text, "n_test": hits.shape[1], "seeds": hits.shape[0]}
-            rows.append(line | {"top1": top1.value, "top1_low": top1.low, "top1_high": top1.high})
+            what = {"encoder": name, "class": task.classes[label], "n_test": hits.shape[1], "seeds": hits.shape[0]}
+            rows.append(what | percent("top1", hits))
     return pd.DataFrame(rows)
 
 
-def test_labels(encoded: Encoded, task: Task) -> NDArray[np.int64]:
-    """``(n,)`` true labels of the test images that a probe's answers belong to."""
-    return encoded.features(task.test)[1]
+# --------------------------------------------------------------------------------------------- the paper's protocol
 
 
-def protocol_rows(features: Mapping[str, Encoded], task: Task, seeds: int) -> pd.DataFrame:
-    """The paper's probing protocol and one change of it at a time, for every encoder (see ``ablation``).
+def protocol_rows(
+    run: Run, data: ClassificationData, features: Mapping[str, Encoded], task: Task, seeds: int
+) -> pd.DataFrame:
+    """The paper's probing protocol and one change of it at a time, for every encoder.
 
-    Few encoders have the same width: each is also projected to the narrowest one's.
+    Few encoders have the same width: each is also projected to the narrowest one's. Each is also given another input
+    (`protocol.input_variants`), but not hundreds of thousands of images; where all pictures are square, squashing them
+    changes nothing: no row for that.
     """
-    path = _kept_path(list(features.values()), task, ["protocol", seeds], "csv")
-    return _kept_table(path, lambda: _protocol(features, task, seeds))
+    width = min(one.dims(task)[one.headline] for one in features.values())
+
+    def make() -> pd.DataFrame:
+        jobs = [(one, _variants(run, data, one), task, width, range(seeds)) for one in features.values()]
+        return pd.concat(on_all_cores(_protocol, jobs), ignore_index=True)
+
+    return kept(_path(list(features.values()), task, ["protocol and input", seeds], "csv"), make)
 
 
-def _protocol(features: Mapping[str, Encoded], task: Task, seeds: int) -> pd.DataFrame:
-    narrowest = min(e.stores[task.train.split].dims[e.headline] for e in features.values())
-    parts = on_all_cores(lambda e: _protocol_lines(e, task, narrowest, tuple(range(seeds))), list(features.values()))
-    rows = []
-    for encoded, lines in zip(features.values(), parts, strict=True):
-        for line in lines:
-            entry = row(encoded, task, "linear", line.result, (line.layer, line.pooling))
-            rows.append({"question": line.question, "setting": line.setting} | entry | {"dim": line.dim})
-    return pd.DataFrame(rows)
+def _variants(run: Run, data: ClassificationData, own: Encoded) -> dict[str, Encoded]:
+    """The encoder's headline features, by what was changed of its input; none where encoding again takes days."""
+    if max(len(images) for images in data.splits.values()) > ENCODED_AGAIN:
+        return {}
+    changed = input_variants(load_encoder(own.name, run.scale.weights, run.device))
+    arrays = [images for images in data.splits.values() if isinstance(images, np.ndarray)]
+    square = len(arrays) == len(data.splits) and all(array.shape[1] == array.shape[2] for array in arrays)
+    names = list(changed)[1:2] if square else list(changed)[1:]  # the first is the encoder's own
+    return {name: encode(run, data, changed[name], [own.headline]) for name in names}
 
 
-def _protocol_lines(encoded: Encoded, task: Task, width: int, seeds: tuple[int, ...]) -> list[ablation.Line]:
-    train_y, test_y = (encoded.features(part)[1] for part in (task.train, task.test))
-    wanted = [encoded.headline, *_other_outputs(encoded, task)]
-    arrays = {pair: (_array(encoded, task.train, pair), _array(encoded, task.test, pair)) for pair in wanted}
-    shared = (encoded.headline, train_y, test_y, len(task.classes))
-    lines = ablation.protocol_lines(arrays, *shared, seeds=seeds)
-    return lines + ablation.feature_lines(arrays, *shared, width=width, seeds=seeds)
-
-
-def _other_outputs(encoded: Encoded, task: Task) -> list[Readout]:
-    """What the headline is compared with: other poolings of its layer, CLIP before its projection, the last block."""
-    dims = encoded.stores[task.train.split].dims
-    last = [layer for layer in encoded.layers if layer.startswith("block")][-1]
-    return [
-        pair
-        for pair in dims
-        if pair != encoded.headline and (pair[0] in ("final", "before_projection") or pair == (last, "mean"))
-    ]
-
-
-def _array(encoded: Encoded, part: Part, wanted: Readout) -> NDArray[np.float32]:
-    found = encoded.features(part, wanted)[0]
-    return gathered(found, np.arange(len(found))) if isinstance(found, Column) else found
-
-
-def order_sentences(table: pd.DataFrame) -> list[str]:
-    """What the headline table says, for each label level: the order of the encoders, and SAM beside its floor."""
-    sentences = []
-    for level, rows in table[table["probe"] == "linear"].groupby("labels", sort=False):
-        ranked = rows.sort_values("top1", ascending=False)
-        order = " > ".join(
-            f"{LABELS[r.encoder]} {r.top1:.1f} [{r.top1_low:.1f}, {r.top1_high:.1f}]" for r in ranked.itertuples()
-        )
-        sentences.append(f"{level}: {order} (top-1 %)")
-        by_name = rows.set_index("encoder")
-        if {"sam", "clip", "dinov2"} <= set(by_name.index):
-            weaker = by_name.loc[["clip", "dinov2"], "top1"].idxmin()
-            ratio = by_name.loc[weaker, "top1"] / max(by_name.loc["sam", "top1"], 1e-9)
-            apart = by_name.loc["sam", "top1_high"] < by_name.loc[weaker, "top1_low"]
-            sentences.append(
-                f"{level}: SAM is {'below' if apart else 'not clearly below'} both CLIP and DINOv2; "
-                f"{LABELS[weaker]}, the weaker of them, has {ratio:.1f} times its top-1"
-            )
-    return sentences
-
-
-def confusion(result: ProbeResult, task: Task, test_y: NDArray[np.int64]) -> pd.DataFrame:
-    """``(classes, classes)`` share (percent) of each true class (row) that is called each class (column)."""
-    counts = np.zeros((len(task.classes), len(task.classes)))
-    for predictions in result.predictions:
-        np.add.at(counts, (test_y, predictions), 1)
-    shares = 100 * counts / counts.sum(1, keepdims=True).clip(min=1)
-    return pd.DataFrame(shares, index=list(task.classes), columns=list(task.classes))
-
-
-def only_right(answers: Mapping[tuple[str, str], ProbeResult], level: str, name: str) -> NDArray[np.int64]:
-    """Test images that this encoder gets right under every seed and no other under any, in their order.
-
-    The untrained encoder is not asked: what it gets right beside the others is chance.
-    """
-    others = [r.top1.any(0) for (other, task), r in answers.items() if task == level and other not in (name, "random")]
-    return np.flatnonzero(answers[name, level].top1.all(0) & ~np.any(others, axis=0))
+def _protocol(
+    own: Encoded, variants: Mapping[str, Encoded], task: Task, width: int, seeds: Sequence[int]
+) -> pd.DataFrame:
+    data, top = own.data(task), own.headline
+    found = [(*words, top, result) for words, result in training_changes(data, seeds).items()]
+    sound = found[-1][-1]
+    found.append(("headline", "", top, sound))
+    last = [layer for layer in own.layers if layer.startswith("block")][-1]
+    questions = {"before_projection": "before the projection", last: "trunk instead of the last layer"}
+    for layer, pooling in own.dims(task):
+        if (layer, pooling) != top and (layer in ("final", "before_projection") or (layer, pooling) == (last, "mean")):
+            result = linear_probe(*own.data(task, (layer, pooling)), seeds=seeds)
+            found.append((questions.get(layer, "pooling"), "", (layer, pooling), result))
+    narrow = projected_probe(data, width, seeds)
+    found.append(("unequal widths", f"random projection to {width}", top, narrow))
+    found.append(("the encoder's input", "own", top, sound))
+    for name, variant in variants.items():
+        found.append(("the encoder's input", name, top, linear_probe(*variant.data(task), seeds=seeds)))
+    rows = [{"question": q, "setting": s} | row(own, task, "linear", r, readout) for q, s, readout, r in found]
+    return pd.DataFrame([line | ({"dim": width} if line["question"] == "unequal widths" else {}) for line in rows])

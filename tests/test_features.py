@@ -20,8 +20,8 @@ from samantics.errors import StudyError
 from samantics.models.architectures import Architecture, LayerOutput
 from samantics.models.encoder import Encoder
 from samantics.models.preprocessing import Preprocessing
-from samantics.probing import features as store
-from samantics.probing.features import encode_images
+from samantics.probing import features
+from samantics.probing.features import FeatureStore, encode_images
 from stub_encoder import MEAN, LookUp
 
 
@@ -30,8 +30,8 @@ def stub() -> LookUp:
     return LookUp(np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32))
 
 
-def encode(stub: LookUp, folder: Path, **options: Any) -> store.FeatureStore:
-    options = {"wanted": [MEAN], "data_hash": "data", "shard_rows": 16, "batch_size": 5, **options}
+def encode(stub: LookUp, folder: Path, **options: Any) -> FeatureStore:
+    options = {"readouts": [MEAN], "data_hash": "data", "shard_rows": 16, "batch_size": 5, **options}
     return encode_images(stub.encoder, options.pop("images", stub.images), folder=folder, **options)
 
 
@@ -40,7 +40,7 @@ def halves(stub: LookUp) -> NDArray[np.float32]:
 
 
 def test_features_are_the_images_own_in_order(stub: LookUp, tmp_path: Path) -> None:
-    made = encode(stub, tmp_path, wanted=[("early", "mean"), MEAN])
+    made = encode(stub, tmp_path, readouts=[("early", "mean"), MEAN])
     assert np.allclose(made.read(MEAN), halves(stub), rtol=1e-3)
     assert np.allclose(made.read(("early", "mean")), 2 * halves(stub), rtol=1e-3)
     assert made.kept.tolist() == list(range(50))
@@ -48,10 +48,20 @@ def test_features_are_the_images_own_in_order(stub: LookUp, tmp_path: Path) -> N
         made.read(("early", "cls"))
 
 
+def test_some_rows_and_projected_ones_are_those_of_the_whole(stub: LookUp, tmp_path: Path) -> None:
+    column, rows = encode(stub, tmp_path, images=Unreadable(stub.images), max_unreadable=0.06).column(MEAN), [11, 2, 40]
+    assert np.allclose(column.take(np.array(rows)), np.delete(halves(stub), Unreadable.bad, axis=0)[rows], rtol=1e-3)
+    matrix = np.random.default_rng(1).normal(size=(6, 2)).astype(np.float32)
+    narrow = dataclasses.replace(column, projection=matrix)
+    assert narrow.shape == (47, 2)
+    np.testing.assert_allclose(narrow.take(np.array(rows)), column.take(np.array(rows)) @ matrix, rtol=1e-5)
+
+
 def test_a_second_call_encodes_nothing(stub: LookUp, tmp_path: Path) -> None:
-    encode(stub, tmp_path, wanted=[("early", "mean"), MEAN])
+    encode(stub, tmp_path, readouts=[("early", "mean"), MEAN])
     stub.calls = 0
-    assert np.allclose(encode(stub, tmp_path).read(MEAN), halves(stub), rtol=1e-3)  # a part of what is there will do
+    again = encode(stub, tmp_path, readouts=[MEAN, ("early", "mean")])  # in any order
+    assert np.allclose(again.read(MEAN), halves(stub), rtol=1e-3)
     assert stub.calls == 0
 
 
@@ -112,7 +122,7 @@ def test_damage_is_found_and_mended_by_deleting_the_shard(stub: LookUp, tmp_path
 
 def test_a_store_of_another_version_is_refused(stub: LookUp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encode(stub, tmp_path)
-    monkeypatch.setattr(store, "FORMAT", 99)
+    monkeypatch.setattr(features, "FORMAT", 99)
     with pytest.raises(StudyError, match="another version: delete"):
         encode(stub, tmp_path)
 
@@ -146,10 +156,9 @@ class Unreadable(list[Any]):
 
 def test_unreadable_images_are_skipped_up_to_the_limit_and_listed(stub: LookUp, tmp_path: Path) -> None:
     images = Unreadable(stub.images)
-    for limit in (2, 0):
-        with pytest.raises(StudyError, match=rf"of 50 images are unreadable, over the limit of {limit} .*: \d+\.png"):
-            encode(stub, tmp_path, images=images, max_unreadable=limit)
-    made = encode(stub, tmp_path, images=images)  # three are a few, whatever share of 50
+    with pytest.raises(StudyError, match=r"of 50 images are unreadable, over the limit of 2\.0%: \d+\.png"):
+        encode(stub, tmp_path, images=images, max_unreadable=0.02)
+    made = encode(stub, tmp_path, images=images, max_unreadable=0.06)
     assert sorted(made.skipped) == [3, 20, 21]
     assert "20.png" in made.skipped[20]
     assert np.allclose(made.read(MEAN), halves(stub)[made.kept], rtol=1e-3)
@@ -171,7 +180,7 @@ def test_refused_before_any_work(stub: LookUp, tmp_path: Path) -> None:
         ([("final", "cls")], "no class token"),
     ):
         with pytest.raises(StudyError, match=message):
-            encode(stub, tmp_path, wanted=wanted)
+            encode(stub, tmp_path, readouts=wanted)
     with pytest.raises(StudyError, match="no images"):
         encode(stub, tmp_path, images=[])
     assert stub.calls == 0
@@ -205,9 +214,11 @@ def test_object_masks_pool_the_object(tmp_path: Path) -> None:
         assert np.allclose(made.read(MEAN), 0.5, atol=0.05), fit  # padding is left out of the mean
 
 
-def test_a_mask_of_another_size_is_refused(stub: LookUp, tmp_path: Path) -> None:
+def test_masks_that_are_missing_or_of_another_size_are_refused(stub: LookUp, tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="needs masks"):
+        encode(stub, tmp_path, readouts=[("final", "object")])
     with pytest.raises(StudyError, match="cannot belong"):
-        encode(stub, tmp_path, wanted=[("final", "object")], masks=[np.ones((5, 4))] * 50)
+        encode(stub, tmp_path, readouts=[("final", "object")], masks=[np.ones((5, 4))] * 50)
 
 
 def test_damaged_notes_are_named(stub: LookUp, tmp_path: Path) -> None:
