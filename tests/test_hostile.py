@@ -52,7 +52,6 @@ from samantics.data import folders as images
 from samantics.data.folders import class_names, image_folders, open_image
 from samantics.data.references import ReferenceRule, choose_references
 from samantics.errors import StudyError
-from samantics.incontext.evaluation import load_trials
 from samantics.metrics import coco_ap as evaluation
 from samantics.models import pocket, weights
 from samantics.models.encoder import load_encoder
@@ -884,12 +883,12 @@ def test_odd_files_among_the_results_are_named(case: Case, tmp_path: Path) -> No
 def test_a_damaged_cache_is_named(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files of notebooks 02 and 03 and of the world, each read where the study reads it."""
     monkeypatch.setenv("SAMANTICS_CACHE", str(tmp_path))
-    trials, pictures = tmp_path / "trials.npz", tmp_path / "mojiworld" / "kept_2"
+    detections, pictures = tmp_path / "detections.npz", tmp_path / "mojiworld" / "kept_2"
     pictures.mkdir(parents=True)
-    for path in (trials, *(pictures / f"{part}.npy" for part in mojiworld.PARTS)):
+    for path in (detections, *(pictures / f"{part}.npy" for part in mojiworld.PARTS)):
         path.write_bytes(content)
     again = "is damaged: delete it, and it is computed again"
-    refused(lambda: load_trials(trials), again, trials)
+    refused(lambda: kept(detections, dict), again, detections)
     render: Any = None  # never called: the pictures are there
     refused(lambda: mojiworld.stored_pictures(render, 2, "kept"), again, pictures)
 

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.spatial.distance import pdist
 from sklearn.metrics import normalized_mutual_info_score, silhouette_score
 from sklearn.model_selection import GroupKFold
 
 from samantics.errors import StudyError
-from samantics.incontext.separability import METRICS, knn_predictions, linear_predictions, nmi, separability, tsne_map
+from samantics.incontext.separability import (
+    METRICS,
+    class_structure,
+    knn_predictions,
+    linear_predictions,
+    nmi,
+    separability,
+    tsne_maps,
+)
 
 RNG = np.random.default_rng(0)
 LABELS = np.repeat(np.arange(4), 30)
@@ -72,14 +81,20 @@ def test_a_group_never_recognises_its_own_members() -> None:
     assert (linear_predictions(directions, labels, GROUPS) == labels).mean() < 0.5
 
 
-def test_tsne_is_seeded_and_keeps_classes_together() -> None:
-    placed = tsne_map(APART, perplexity=20, seed=1)
-    assert placed.shape == (120, 2)
-    assert silhouette_score(placed, LABELS) > 0.5
-    again = tsne_map(APART, perplexity=20, seed=1)  # alike; rounding grows in its many steps
-    assert np.corrcoef(pdist(placed), pdist(again))[0, 1] > 0.9
+def test_tables_of_spaces_and_tsne_maps() -> None:
+    points = pd.DataFrame({"category_id": LABELS, "group": GROUPS, "split": np.where(LABELS < 2, "base", "novel")})
+    table = class_structure({"apart": APART, "mixed": MIXED}, points).set_index(["stage", "split", "metric"])
+    assert len(table) == 2 * 2 * len(METRICS)
+    alone = separability(MIXED[LABELS < 2], LABELS[LABELS < 2], GROUPS[LABELS < 2]).set_index("metric")
+    assert table.loc[("mixed", "base", "linear"), "value"] == pytest.approx(alone.loc["linear", "value"])
+    maps = tsne_maps({"apart": APART}, points, [(20, 1), (20, 2)])
+    assert list(maps.columns) == ["stage", "perplexity", "seed", "x", "y", "category_id", "split"]
+    first, other = (maps.loc[maps["seed"] == seed, ["x", "y"]].to_numpy() for seed in (1, 2))
+    assert silhouette_score(first, LABELS) > 0.5 and not np.allclose(first, other)
+    again = tsne_maps({"apart": APART}, points, [(20, 1)])[["x", "y"]]  # alike; rounding grows in its many steps
+    assert np.corrcoef(pdist(first), pdist(again))[0, 1] > 0.9
     with pytest.raises(StudyError, match="perplexity"):
-        tsne_map(APART[:20], perplexity=20)
+        tsne_maps({"apart": APART[:20]}, points[:20], [(20, 0)])
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import tempfile
 import time
 from pathlib import Path
@@ -17,11 +18,13 @@ from pathlib import Path
 import torch
 from measuring import peak_gib
 
+from samantics.cache import Checkpoint
 from samantics.data import first_world as mojiworld
 from samantics.data.coco import CocoDataset, load_coco
 from samantics.data.first_world import write_mojiworld
-from samantics.incontext.model import Checkpoint, Lesson, build_model, split_categories, train
-from samantics.incontext.tokens import LiveFeatures, objects_of, reference_tokens, stored_features
+from samantics.incontext.model import build_model
+from samantics.incontext.tokens import live_maps, object_tokens, objects_of, stored_maps
+from samantics.incontext.training import BatchSampler, split_categories, train
 from samantics.models.encoder import load_encoder
 from samantics.run import available_cores
 from samantics.scales import get_scale
@@ -66,26 +69,25 @@ def measure(dataset: CocoDataset, scale: str, steps: int, folder: Path) -> None:
     encoder = load_encoder("sam", "zoo_random" if scale == "pocket" else "random")
     sam, objects = encoder.model, objects_of(dataset, encoder.image_size)
     if settings.store_features:
-        source = stored_features(sam, dataset, settings.trunk_maps, encoder.weights_hash, folder)
+        maps = stored_maps(sam, dataset, settings.trunk_maps, encoder.weights_hash, folder)
     else:
-        source = LiveFeatures(sam, dataset, settings.trunk_maps)
+        maps = functools.partial(live_maps, sam, dataset, settings.trunk_maps)
         settings = dataclasses.replace(settings, batch=2)
     started = time.perf_counter()
-    tokens = reference_tokens(sam, source, objects, folder / "tokens", batch=2)
+    tokens = object_tokens(sam, maps, objects, folder / "tokens")
     tokens_seconds = time.perf_counter() - started
     images = {
         c: len(set(objects.image[objects.categories == c].tolist()))
         for c in split_categories(dataset, settings.novel).base
     }
     base = tuple(c for c, count in images.items() if count > 1)
-    lesson = Lesson(source, objects, tokens, base, encoder.image_size, settings)
-    lesson = dataclasses.replace(
-        lesson, settings=dataclasses.replace(settings, epochs=steps * settings.batch / len(lesson.images))
-    )
+    sampler = BatchSampler(maps, objects, tokens, base, encoder.image_size, settings)
+    settings = dataclasses.replace(settings, epochs=steps * settings.batch / len(sampler.images))
+    sampler = dataclasses.replace(sampler, settings=settings)
     model = build_model(settings, sam, 0)
     started = time.perf_counter()
-    curve = train(model, lesson, Checkpoint(folder / "model.pt", {}))
-    seconds = (time.perf_counter() - started) / lesson.steps
+    _, curve = train(model, sampler, Checkpoint(folder / "model.pt", {}))
+    seconds = (time.perf_counter() - started) / sampler.steps
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     loss = curve["loss"].iloc[-1]
     print(f"{scale}: {millions:.1f} M trained parameters, batch {settings.batch}, last loss {loss:.2f}")

@@ -19,7 +19,7 @@ import torch
 PACKAGES = (
     "study",
     "samantics.zoo.training",
-    "samantics.incontext.model",
+    "samantics.incontext.training",
     "samantics.training_free.proposals",
     "samantics.probing.features",
 )

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from samantics.cache import Checkpoint
 from samantics.data import coco
 from samantics.errors import StudyError
-from samantics.incontext import model as incontext
 from samantics.models import pocket, weights
 from samantics.models.encoder import load_encoder
 from samantics.training_free.proposals import compute_proposals, get_proposals
@@ -58,7 +58,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kept]:
     state = training._State(folder / "clip.ckpt", "recipe")
     state.step = 7
     state.save(module, torch.optim.AdamW(module.parameters()))
-    checkpoint = incontext.Checkpoint(folder / "model.pt", {"seed": 0})
+    checkpoint = Checkpoint(folder / "model.pt", {"seed": 0})
     checkpoint.save({"step": 9, "model": module.state_dict()})
     for ending in ("safetensors", "json"):
         shutil.copy(pocket.ASSETS / f"clip.{ending}", folder)

@@ -24,9 +24,8 @@ from servers import serve
 import study
 from notebooks import write_notebook
 from samantics import cli
-from samantics.cache import atomic_path
+from samantics.cache import Checkpoint, atomic_path
 from samantics.errors import StudyError
-from samantics.incontext import model as incontext
 from samantics.models import pocket
 from samantics.models.weights import WeightFile, download
 from samantics.plots import save_figure
@@ -120,7 +119,7 @@ def test_zoo_training_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: p
 
 def test_the_checkpoint_in_context_stays_as_it_was(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 300) as disk:
-        checkpoint = incontext.Checkpoint(disk / "model.pt", {"seed": 0})
+        checkpoint = Checkpoint(disk / "model.pt", {"seed": 0})
         checkpoint.save({"step": 1})
         with full(disk / "model.pt"):
             checkpoint.save({"step": 2, "model": torch.zeros(100_000)})

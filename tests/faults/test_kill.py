@@ -110,7 +110,7 @@ def test_zoo_training(seed: int, tmp_path: Path) -> None:
 
 def test_in_context_training(seed: int, tmp_path: Path) -> None:
     dataset, log = works.scenes(tmp_path / "scenes", 16), tmp_path / "log"
-    steps = works.prepare_lesson(dataset, tmp_path / "maps").steps
+    steps = works.batch_sampler(dataset, tmp_path / "maps").steps
     arguments = (dataset, tmp_path / "maps")
     finish(works.train_in_context, *arguments, tmp_path / "whole.pt", tmp_path / "other", log=tmp_path / "other")
     path = tmp_path / "killed" / "model.pt"

@@ -17,11 +17,13 @@ from processes import tell
 
 import study
 from samantics import cli
+from samantics.cache import Checkpoint
 from samantics.data import first_world as mojiworld
 from samantics.data.coco import CocoDataset
 from samantics.data.first_world import Pictures, write_mojiworld
-from samantics.incontext import model as incontext
-from samantics.incontext.tokens import SamMaps, StoredFeatures, objects_of, reference_tokens, stored_features
+from samantics.incontext import training as incontext
+from samantics.incontext.model import build_model
+from samantics.incontext.tokens import SamMaps, object_tokens, objects_of, stored_maps
 from samantics.models import pocket, weights
 from samantics.models.encoder import load_encoder
 from samantics.plots import save_figure
@@ -122,35 +124,27 @@ TINY = dataclasses.replace(
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class ToldFeatures:
-    """Maps of a step's images, each step told."""
-
-    source: StoredFeatures
-    log: Path
-
-    def read(self, rows: np.ndarray, mirrored: np.ndarray | None = None) -> SamMaps:
-        tell(self.log)
-        return self.source.read(rows, mirrored)
-
-
-def prepare_lesson(dataset: CocoDataset, folder: Path) -> incontext.Lesson:
+def batch_sampler(dataset: CocoDataset, folder: Path) -> incontext.BatchSampler:
     """What in-context training needs, computed by the first call and read by the others."""
     sam = pocket.build("sam").requires_grad_(False)
     objects = objects_of(dataset, pocket.DEFAULT.image_size)
-    source = stored_features(sam, dataset, TINY.trunk_maps, "random", folder)
-    tokens = reference_tokens(sam, source, objects, folder / "tokens")
+    maps = stored_maps(sam, dataset, TINY.trunk_maps, "random", folder)
+    tokens = object_tokens(sam, maps, objects, folder / "tokens")
     common = [c for c in dataset.categories if len(np.unique(objects.image[objects.categories == c])) > 2]
-    return incontext.Lesson(source, objects, tokens, tuple(common[:-1]), pocket.DEFAULT.image_size, TINY)
+    return incontext.BatchSampler(maps, objects, tokens, tuple(common[:-1]), pocket.DEFAULT.image_size, TINY)
 
 
 def train_in_context(dataset: CocoDataset, prepared: Path, checkpoint: Path, log: Path) -> None:
-    """In-context training with a checkpoint every :data:`SAVE_EVERY` steps."""
+    """In-context training with a checkpoint every :data:`SAVE_EVERY` steps, each step told."""
     incontext.SAVE_EVERY, incontext.RECORD_EVERY = SAVE_EVERY, 1
-    lesson = prepare_lesson(dataset, prepared)
-    lesson = dataclasses.replace(lesson, source=ToldFeatures(lesson.source, log))
-    model = incontext.build_model(TINY, pocket.build("sam"), 0)
-    incontext.train(model, lesson, incontext.Checkpoint(checkpoint, {"seed": 0}))
+    sampler = batch_sampler(dataset, prepared)
+
+    def told_maps(rows: np.ndarray, mirrored: np.ndarray | None = None) -> SamMaps:
+        tell(log)
+        return sampler.maps(rows, mirrored)
+
+    model = build_model(TINY, pocket.build("sam"), 0)
+    incontext.train(model, dataclasses.replace(sampler, maps=told_maps), Checkpoint(checkpoint, {"seed": 0}))
 
 
 # ----------------------------------------------------------------------------------------------- figures, notebooks

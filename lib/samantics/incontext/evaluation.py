@@ -1,12 +1,12 @@
-"""What the in-context model finds, measured: AP for base and novel categories, controls, and failures by rule.
+"""AP of the in-context model for base and novel categories, with controls, and failures by rule.
 
 One table of detections per draw of references serves every variant:
 
-- ``class_oracle``: an image is asked only for classes that it shows, as the paper does;
-- ``all_classes``: every image is asked for every class;
-- ``wrong_reference``: as the oracle, but each class is asked for with references of another class of its split, one
+- `class_oracle`: an image is asked only for classes that it shows, as in the paper;
+- `all_classes`: every image is asked for every class;
+- `wrong_reference`: as the oracle, but each class is asked for with references of another class of its split, one
   that the image does not show. A model that ignored its reference would score the same;
-- ``random_reference``: as the oracle, but the class embedding is Gaussian noise with the mean and spread, per
+- `random_reference`: as the oracle, but the class embedding is Gaussian noise with the mean and spread, per
   dimension, of real embeddings of base classes.
 """
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,139 +27,101 @@ from torch import Tensor
 from torchvision.ops import box_convert
 from tqdm.auto import tqdm
 
-from samantics.cache import atomic_path, reading
-from samantics.data.coco import CocoDataset, Instance, rles_of
+from samantics.data.coco import CocoDataset, ImageRecord, Instance, box_iou, rles_of
 from samantics.errors import StudyError
-from samantics.incontext.model import InContextModel, Split
-from samantics.incontext.tokens import FeatureSource, box_masks, input_scales
+from samantics.incontext.model import InContextModel
+from samantics.incontext.tokens import MapSource, box_masks, input_scales
+from samantics.incontext.training import Split
 from samantics.metrics.coco_ap import IOU_TYPES, Result, ap_interval, evaluate
 from samantics.scales import InContextSettings
 
 VARIANTS = ("class_oracle", "all_classes", "wrong_reference", "random_reference")
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """Detections as arrays, D of them.
-
-    Attributes:
-        image: ``(D,)`` row of the image in ``dataset.images``.
-        asked: ``(D,)`` row of the class embedding that found it.
-        scores: ``(D,)`` 0-1.
-        boxes: ``(D, 4)`` in SAM's input frame.
-    """
-
-    image: NDArray[np.int64]
-    asked: NDArray[np.int64]
-    scores: NDArray[np.float32]
-    boxes: NDArray[np.float32]
-
-    def __len__(self) -> int:
-        return len(self.image)
+FATES = ("found", "bad mask", "confused with base", "confused with novel", "missed")
+CORNERS = ["x0", "y0", "x1", "y1"]
+Draw = tuple[int, int]  # shots and seed of the references
 
 
 @torch.no_grad()
 def class_embeddings(model: InContextModel, tokens: NDArray[np.float16], references: NDArray[np.int64]) -> Tensor:
-    """``(C, dim)`` embeddings of ``(C, shots)`` rows of references: their mask tokens are averaged, then fused."""
-    device = next(model.parameters()).device
-    averaged = tokens[references].astype(np.float32).mean(axis=1)
-    embeddings: Tensor = model.fuser(torch.from_numpy(averaged).to(device))
+    """`(C, dim)` embeddings of `(C, shots)` rows of references: their mask tokens are averaged, then fused."""
+    averaged = torch.from_numpy(tokens[references].astype(np.float32).mean(axis=1))
+    embeddings: Tensor = model.fuser(averaged.to(next(model.parameters()).device))
     return embeddings
 
 
 def random_embeddings(real: Tensor, count: int, seed: int) -> Tensor:
-    """``(count, dim)`` Gaussian vectors with the mean and spread, per dimension, of ``(C, dim)`` real ones."""
+    """`(count, dim)` Gaussian vectors with the mean and spread, per dimension, of `(C, dim)` real ones."""
     noise = torch.randn(count, real.shape[1], generator=torch.Generator().manual_seed(seed)).to(real.device)
     return real.mean(0) + real.std(0) * noise
 
 
 @torch.no_grad()
-def find(
-    model: InContextModel,
-    source: FeatureSource,
-    embeddings: Tensor,
-    asked: NDArray[np.bool_],
-    input_size: int,
-    top: int,
-    min_score: float,
-    pairs: int = 256,
-) -> Found:
-    """Ask images for classes.
+def detect(
+    model: InContextModel, sam: Sam, dataset: CocoDataset, maps: MapSource, embeddings: Tensor,
+    asked: NDArray[np.bool_], settings: InContextSettings,
+) -> pd.DataFrame:  # fmt: skip
+    """The best detections of every class in every image that is asked for it, with SAM's masks.
 
-    Args:
-        embeddings: ``(E, dim)``.
-        asked: ``(N, E)`` which image is asked for which embedding.
-        top, min_score: detections kept per image and embedding.
-        pairs: questions answered in one forward.
+    `embeddings` are `(E, dim)`; `asked (N, E)` says which image is asked for which. Columns: `image` and `embedding`
+    (positions in `asked`), `score` 0-1, `x0, y0, x1, y1` in SAM's frame, `mask` (COCO's run lengths, text).
     """
-    model.eval()
-    parts: list[Found] = []
+    parts, records, size = [], list(dataset.images.values()), sam.image_encoder.img_size
     for image in tqdm(np.flatnonzero(asked.any(1)), desc="detecting", unit="image"):
-        maps = source.read(np.array([image]))
-        for rows in torch.from_numpy(np.flatnonzero(asked[image])).to(embeddings.device).split(pairs):
-            detections = model.detect(maps, embeddings[rows], torch.zeros_like(rows))
-            scores, order = detections.logits[-1].sigmoid().topk(min(top, detections.logits.shape[-1]), dim=1)
-            boxes = box_convert(detections.boxes[-1], "cxcywh", "xyxy").clamp(0, 1) * input_size
+        found = maps(np.array([image]))
+        memory, tables = model.encode(found), []
+        for rows in torch.from_numpy(np.flatnonzero(asked[image])).to(embeddings.device).split(256):
+            output = model.decode(memory, embeddings[rows], torch.zeros_like(rows))
+            scores, order = output.logits[-1].sigmoid().topk(min(settings.top, output.logits.shape[-1]), dim=1)
+            boxes = box_convert(output.boxes[-1], "cxcywh", "xyxy").clamp(0, 1) * size
             boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
-            kept = (scores >= min_score) & (boxes[..., 2:] > boxes[..., :2]).all(-1)
-            owners = rows[:, None].expand_as(scores)[kept].numpy(force=True)
-            parts.append(
-                Found(
-                    np.full(len(owners), image), owners, scores[kept].numpy(force=True), boxes[kept].numpy(force=True)
-                )
-            )
-    return joined(parts)
+            kept = (scores >= settings.min_score) & (boxes[..., 2:] > boxes[..., :2]).all(-1)
+            owners = rows[:, None].expand_as(scores)
+            table = pd.DataFrame(boxes[kept].numpy(force=True), columns=CORNERS).assign(image=image)
+            table["embedding"], table["score"] = (part[kept].numpy(force=True) for part in (owners, scores))
+            tables.append(table)
+        table = pd.concat(tables, ignore_index=True)
+        parts.append(table.assign(mask=_masks(sam, found.neck, table[CORNERS].to_numpy(), records[image])))
+    return pd.concat(parts, ignore_index=True)
 
 
-def joined(parts: Sequence[Found]) -> Found:
-    """Several tables of detections as one."""
-    empty = Found(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32), np.empty((0, 4), np.float32))
-    parts = [empty, *parts]
-    return Found(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(Found)))
+def _masks(sam: Sam, neck: Tensor, boxes: NDArray[np.float32], record: ImageRecord) -> list[str]:
+    """SAM's mask of each `(D, 4)` box of an image; boxes that agree to the input's pixel share one, as many do."""
+    different, which = np.unique(boxes.round().astype(np.int64), axis=0, return_inverse=True)
+    parts = torch.from_numpy(different).to(neck).split(64) if len(different) else []
+    rles = [rle for part in parts for rle in rles_of(box_masks(sam, neck, part, record.width, record.height))]
+    return [rles[row]["counts"] for row in which.ravel()]
 
 
-def masks_of(sam: Sam, source: FeatureSource, dataset: CocoDataset, found: Found, batch: int = 64) -> list[str]:
-    """Run lengths (COCO's compressed text) of SAM's mask for every detection's box.
+def detect_draws(
+    model: InContextModel, sam: Sam, dataset: CocoDataset, maps: MapSource, embeddings: Mapping[Draw, Tensor],
+    split: Split, settings: InContextSettings,
+) -> pd.DataFrame:  # fmt: skip
+    """Ask every target image for every class, for each draw of references, and with random embeddings.
 
-    Boxes that agree to the input's pixel share a mask: many questions find the same object.
+    `embeddings` are `(C, dim)` of the classes `split.all`. The result is that of `detect` for, draw by draw, first the
+    real, then the random embeddings; these are asked for only in images that show the class.
     """
-    records = list(dataset.images.values())
-    rounded = found.boxes.round().astype(np.int64)
-    texts = np.empty(len(found), object)
-    for image in tqdm(np.unique(found.image), desc="masks", unit="image"):
-        rows = np.flatnonzero(found.image == image)
-        boxes, which = np.unique(rounded[rows], axis=0, return_inverse=True)
-        neck = source.read(np.array([image])).neck
-        width, height = records[image].width, records[image].height
-        masks = [box_masks(sam, neck, part, width, height) for part in torch.from_numpy(boxes).to(neck).split(batch)]
-        texts[rows] = np.array([rle["counts"] for rle in rles_of(np.concatenate(masks))], object)[which.ravel()]
-    return list(texts)
+    shown, classes = shown_classes(dataset, split), len(split.all)
+    real = torch.cat(list(embeddings.values()))
+    base = torch.from_numpy(np.isin(split.all, split.base))
+    noise = [random_embeddings(e[base], classes, 1000 * shots + seed) for (shots, seed), e in embeddings.items()]
+    asked = np.concatenate([np.ones((len(shown), len(real)), bool), np.tile(shown, len(noise))], axis=1)
+    return detect(model.eval(), sam, dataset, maps, torch.cat([real, *noise]), asked, settings)
 
 
-# -------------------------------------------------------------------------------------------------------- variants
+def shown_classes(dataset: CocoDataset, split: Split) -> NDArray[np.bool_]:
+    """`(N, C)` which image shows which category (crowds apart), categories as in `split.all`."""
+    shown = {(i.image_id, i.category_id) for i in dataset.instances if not i.crowd}
+    return np.array([[(image, category) in shown for category in split.all] for image in dataset.images])
 
 
-def shown(dataset: CocoDataset, split: Split) -> NDArray[np.bool_]:
-    """``(N, C)`` which image shows which category (crowds apart), categories as in ``split.all``."""
-    columns = {category: column for column, category in enumerate(split.all)}
-    table = np.zeros((len(dataset.images), len(columns)), bool)
-    for row, image_id in enumerate(dataset.images):
-        for instance in dataset.by_image[image_id]:
-            table[row, columns[instance.category_id]] |= not instance.crowd
-    return table
-
-
-def wrong_classes(present: NDArray[np.bool_], split: Split, seed: int) -> NDArray[np.int64]:
-    """``(N, C)`` for each class that an image shows, the column of one of its split that it does not show; else -1.
-
-    Raises:
-        StudyError: an image shows every category.
-    """
+def wrong_classes(shown: NDArray[np.bool_], split: Split, seed: int) -> NDArray[np.int64]:
+    """`(N, C)` for each class that an image shows, the column of one of its split that it does not show; else -1."""
     rng = np.random.default_rng(seed)
     base = np.isin(split.all, split.base)
-    wrong = np.full(present.shape, -1)
-    for row, column in np.argwhere(present):
-        absent = np.flatnonzero(~present[row])
+    wrong = np.full(shown.shape, -1)
+    for row, column in np.argwhere(shown):
+        absent = np.flatnonzero(~shown[row])
         if not absent.size:
             raise StudyError(f"image row {row} shows every category: a wrong reference needs one that it does not show")
         alike = absent[base[absent] == base[column]]
@@ -168,205 +129,104 @@ def wrong_classes(present: NDArray[np.bool_], split: Split, seed: int) -> NDArra
     return wrong
 
 
-def questions(variant: str, present: NDArray[np.bool_], split: Split, seed: int) -> pd.DataFrame:
-    """Which images are asked for what: ``image`` row, ``asked`` column of ``present``, ``category`` id that is meant.
-
-    Raises:
-        StudyError: no such variant.
-    """
-    if variant not in VARIANTS:
-        raise StudyError(f"no variant is called {variant!r}: choose from {', '.join(VARIANTS)}")
-    image, meant = np.argwhere(present | (variant == "all_classes")).T
-    asked = wrong_classes(present, split, seed)[image, meant] if variant == "wrong_reference" else meant
-    return pd.DataFrame({"image": image, "asked": asked, "category": np.array(split.all)[meant]})
-
-
-def coco_results(
-    dataset: CocoDataset, input_size: int, found: Found, masks: Sequence[str], asked: pd.DataFrame
-) -> list[Result]:
-    """The answers to some :func:`questions` in COCO's result format, boxes and masks in pixels of the image."""
-    table = pd.DataFrame({"image": found.image, "asked": found.asked, "detection": np.arange(len(found))})
-    answers = table.merge(asked, on=["image", "asked"])
-    records = list(dataset.images.values())
-    boxes = found.boxes / input_scales(dataset, input_size)[found.image]
-    results: list[Result] = []
-    for image, detection, category in answers[["image", "detection", "category"]].to_numpy().tolist():
-        record = records[image]
-        x0, y0, x1, y1 = boxes[detection].tolist()
-        results.append(
-            {
-                "image_id": record.id,
-                "category_id": category,
-                "score": float(found.scores[detection]),
-                "bbox": [x0, y0, x1 - x0, y1 - y0],
-                "segmentation": {"size": [record.height, record.width], "counts": masks[detection]},
-            }
-        )
-    return results
+def asked_pairs(variant: str, shown: NDArray[np.bool_], split: Split, seed: int) -> pd.DataFrame:
+    """Which images are asked for what: `image` row, `embedding` (a column of `shown`), `category` id that is meant."""
+    image, meant = np.argwhere(shown | (variant == "all_classes")).T
+    column = wrong_classes(shown, split, seed)[image, meant] if variant == "wrong_reference" else meant
+    return pd.DataFrame({"image": image, "embedding": column, "category": np.array(split.all)[meant]})
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
-    """One draw of references and what was found with it.
+class Evaluation:
+    """Detections in a test set, for several draws of references."""
 
-    Attributes:
-        shots, seed: of the draw.
-        found: every image asked for every class; ``asked`` is the class's position in ``split.all``.
-        found_masks: run lengths for ``found``.
-        noise, noise_masks: the same for random embeddings, asked only for classes that an image shows.
-    """
+    dataset: CocoDataset
+    split: Split
+    input_size: int  # side of SAM's input, pixels
+    draws: tuple[Draw, ...]  # in the order in which `detections` numbers their embeddings
+    detections: pd.DataFrame  # see `detect_draws`
 
-    shots: int
-    seed: int
-    found: Found
-    found_masks: list[str]
-    noise: Found
-    noise_masks: list[str]
-
-    def results(self, variant: str, dataset: CocoDataset, split: Split, input_size: int) -> list[Result]:
-        """Detections of a variant in COCO's result format."""
-        found, masks = (
-            (self.noise, self.noise_masks) if variant == "random_reference" else (self.found, self.found_masks)
-        )
-        return coco_results(
-            dataset, input_size, found, masks, questions(variant, shown(dataset, split), split, self.seed)
-        )
-
-
-def ap_table(
-    dataset: CocoDataset, split: Split, input_size: int, trials: Sequence[Trial], samples: int = 1000
-) -> pd.DataFrame:
-    """AP of every variant, split, number of shots and kind of overlap: means over seeds, 95 % over images and seeds.
-
-    Columns ``variant, split, shots, iou_type, AP, AP50, AP75, AR100, low, high, seeds``; percent.
-    """
-    rows = []
-    for variant, shots in itertools.product(VARIANTS, sorted({trial.shots for trial in trials})):
-        draws = [t.results(variant, dataset, split, input_size) for t in trials if t.shots == shots]
-        for (name, ids), iou_type in itertools.product((("base", split.base), ("novel", split.novel)), IOU_TYPES):
-            runs = [evaluate(dataset, results, iou_type, ids) for results in draws]
-            interval = ap_interval(runs, samples)
-            means = {m: float(np.mean([run.metrics[m] for run in runs])) for m in ("AP", "AP50", "AP75", "AR100")}
-            head: dict[str, Any] = {"variant": variant, "split": name, "shots": shots, "iou_type": iou_type}
-            rows.append({**head, **means, "low": interval.low, "high": interval.high, "seeds": len(runs)})
-    return pd.DataFrame(rows)
-
-
-def run_trials(
-    model: InContextModel,
-    sam: Sam,
-    target: tuple[CocoDataset, FeatureSource],
-    embeddings: dict[tuple[int, int], Tensor],
-    split: Split,
-    settings: InContextSettings,
-) -> list[Trial]:
-    """Ask every target image for every class, once for each draw of references.
-
-    Args:
-        target: the test data and SAM's maps of its images.
-        embeddings: ``(C, dim)`` class embeddings, as :func:`class_embeddings` gives them for ``split.all``, by
-            (shots, seed).
-    """
-    dataset, source = target
-    present = shown(dataset, split)
-    classes, size = len(split.all), sam.image_encoder.img_size
-    real = torch.cat(list(embeddings.values()))
-    base = np.isin(split.all, split.base)
-    noise = [
-        random_embeddings(e[torch.from_numpy(base)], classes, 1000 * shots + seed)
-        for (shots, seed), e in embeddings.items()
-    ]
-    asked = np.concatenate([np.ones((len(present), len(real)), bool), np.tile(present, len(noise))], axis=1)
-    found = find(model, source, torch.cat([real, *noise]), asked, size, settings.top, settings.min_score)
-    masks = masks_of(sam, source, dataset, found)
-    trials = []
-    for number, (shots, seed) in enumerate(embeddings):
-        halves = [selected(found, masks, (number + len(noise) * part) * classes, classes) for part in (0, 1)]
-        trials.append(Trial(shots, seed, *halves[0], *halves[1]))
-    return trials
-
-
-def selected(found: Found, masks: Sequence[str], first: int, count: int) -> tuple[Found, list[str]]:
-    """The detections of embeddings ``first`` to ``first + count``, counted from 0 again, and their masks."""
-    rows = np.flatnonzero((found.asked >= first) & (found.asked < first + count)).tolist()
-    return Found(found.image[rows], found.asked[rows] - first, found.scores[rows], found.boxes[rows]), [
-        masks[r] for r in rows
-    ]
-
-
-def save_trials(trials: Sequence[Trial], path: Path) -> None:
-    """Keep trials in one file."""
-    arrays: dict[str, Any] = {"draws": np.array([[t.shots, t.seed] for t in trials])}
-    for number, trial in enumerate(trials):
-        for part, found, masks in (
-            ("found", trial.found, trial.found_masks),
-            ("noise", trial.noise, trial.noise_masks),
-        ):
-            arrays |= {f"{number}_{part}_{f.name}": getattr(found, f.name) for f in dataclasses.fields(Found)}
-            arrays[f"{number}_{part}_masks"] = np.array(masks, dtype=np.bytes_)
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)
-
-
-def load_trials(path: Path) -> list[Trial]:
-    """What :func:`save_trials` wrote.
-
-    Raises:
-        StudyError: the file is damaged.
-    """
-    with reading(path), np.load(path) as arrays:
+    def results(self, variant: str, draw: Draw) -> list[Result]:
+        """Detections of a variant and a draw (shots, seed) in COCO's result format, in pixels of the image."""
+        pairs = asked_pairs(variant, shown_classes(self.dataset, self.split), self.split, draw[1])
+        block = self.draws.index(draw) + len(self.draws) * (variant == "random_reference")
+        pairs["embedding"] += block * len(self.split.all)
+        found = self.detections.merge(pairs, on=["image", "embedding"])
+        records = list(self.dataset.images.values())
+        boxes = found[CORNERS].to_numpy() / input_scales(self.dataset, self.input_size)[found["image"]]
+        columns = (found[name].tolist() for name in ("image", "category", "score", "mask"))
         return [
-            Trial(int(shots), int(seed), *_half(arrays, f"{number}_found"), *_half(arrays, f"{number}_noise"))
-            for number, (shots, seed) in enumerate(arrays["draws"])
+            {
+                "image_id": records[image].id,
+                "category_id": category,
+                "score": score,
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
+                "segmentation": {"size": [records[image].height, records[image].width], "counts": mask},
+            }
+            for image, category, score, mask, (x0, y0, x1, y1) in zip(*columns, boxes.tolist(), strict=True)
         ]
 
+    def ap(self, samples: int = 1000) -> pd.DataFrame:
+        """AP of every variant, split, number of shots and kind of overlap, percent; mean over draws.
 
-def _half(arrays: Mapping[str, NDArray[Any]], name: str) -> tuple[Found, list[str]]:
-    found = Found(*(arrays[f"{name}_{f.name}"] for f in dataclasses.fields(Found)))
-    return found, [text.decode() for text in arrays[f"{name}_masks"].tolist()]
+        Columns `variant, split, shots, iou_type, AP, AP50, AP75, AR100, low, high, seeds`; low and high are the 95 %
+        bootstrap interval of AP over images and draws.
+        """
+        rows, sides = [], (("base", self.split.base), ("novel", self.split.novel))
+        for variant, shots in itertools.product(VARIANTS, sorted({shots for shots, _ in self.draws})):
+            draws = [self.results(variant, draw) for draw in self.draws if draw[0] == shots]
+            for (side, ids), iou_type in itertools.product(sides, IOU_TYPES):
+                runs = [evaluate(self.dataset, results, iou_type, ids) for results in draws]
+                interval = ap_interval(runs, samples)
+                head: dict[str, Any] = {"variant": variant, "split": side, "shots": shots, "iou_type": iou_type}
+                means = {m: float(np.mean([run.metrics[m] for run in runs])) for m in ("AP", "AP50", "AP75", "AR100")}
+                rows.append({**head, **means, "low": interval.low, "high": interval.high, "seeds": len(runs)})
+        return pd.DataFrame(rows)
 
 
-# -------------------------------------------------------------------------------------------------------- failures
+def corners(result: Result) -> tuple[float, float, float, float]:
+    """A result's box as `(x0, y0, x1, y1)`, pixels."""
+    x, y, width, height = result["bbox"]
+    return x, y, x + width, y + height
 
-FATES = ("found", "bad mask", "confused with base", "confused with novel", "missed")
+
+def best_detections(dataset: CocoDataset, results: Sequence[Result], target: Instance, count: int = 4) -> list[Result]:
+    """The best detections of the target's class in its image, those with at least half the best score.
+
+    Each has an `iou` too: the largest IoU of its box with an object of the class.
+    """
+    found = [r for r in results if (r["image_id"], r["category_id"]) == (target.image_id, target.category_id)]
+    found = sorted(found, key=lambda r: -r["score"])[:count]
+    truths = [o.box for o in dataset.by_image[target.image_id] if o.category_id == target.category_id]
+    best = [r for r in found if r["score"] >= found[0]["score"] / 2]
+    return [{**r, "iou": float(box_iou([corners(r)], truths).max())} for r in best]
 
 
 def fates(dataset: CocoDataset, split: Split, results: Sequence[Result]) -> pd.DataFrame:
     """What became of every object when all classes were asked for, by one rule.
 
     Of the detections of any class whose box overlaps the object's with an IoU of 0.5 or more, the best-scored decides:
-    none: ``missed``; of another class: ``confused with base`` or ``... novel``, whichever that class is; of its own:
-    ``found`` when the masks' IoU is 0.5 or more too, else ``bad mask``. ``duplicate`` is True where a second detection
-    of its own class overlaps it so, with at least half the best one's score.
+    none: `missed`; of another class: `confused with base` or `... novel`, whichever that class is; of its own: `found`
+    when the masks' IoU is 0.5 or more too, else `bad mask`. `duplicate` is True where a second detection of its own
+    class overlaps it so, with at least half the best one's score.
 
-    Columns ``instance, image_id, category_id, split, held_out, area, fate, duplicate, decided_by, score``;
-    ``decided_by`` is the position of the deciding detection in ``results``, -1 for none.
+    Returns:
+        Columns `instance, image_id, category_id, held_out, area, split, fate, duplicate, decided_by, score`;
+        `decided_by` is the position of the deciding detection in `results`, -1 for none.
     """
     by_image: dict[int, list[int]] = {image_id: [] for image_id in dataset.images}
     for position, result in enumerate(results):
         by_image[result["image_id"]].append(position)
-    rows = []
-    for instance in dataset.instances:
-        if not instance.crowd:
-            side = "base" if instance.category_id in split.base else "novel"
-            head = {
-                "instance": instance.id,
-                "image_id": instance.image_id,
-                "category_id": instance.category_id,
-                "split": side,
-            }
-            mine = by_image[instance.image_id]
-            rows.append(
-                {**head, "held_out": instance.held_out, "area": instance.area, **_fate(instance, split, results, mine)}
-            )
-    return pd.DataFrame(rows)
+    objects = [i for i in dataset.instances if not i.crowd]
+    fields = [(i.id, i.image_id, i.category_id, i.held_out, i.area) for i in objects]
+    table = pd.DataFrame(fields, columns=["instance", "image_id", "category_id", "held_out", "area"])
+    table["split"] = np.where(table["category_id"].isin(split.base), "base", "novel")
+    return table.join(pd.DataFrame([_fate(i, split, results, by_image[i.image_id]) for i in objects]))
 
 
 def _fate(instance: Instance, split: Split, results: Sequence[Result], positions: Sequence[int]) -> dict[str, Any]:
-    x0, y0, x1, y1 = instance.box
-    boxes = np.array([results[p]["bbox"] for p in positions]).reshape(-1, 4)
-    overlap = mask_tools.iou(boxes, np.array([[x0, y0, x1 - x0, y1 - y0]]), [0])
-    near = [p for p, iou in zip(positions, np.reshape(overlap, -1), strict=True) if iou >= 0.5]
+    overlap = box_iou([corners(results[p]) for p in positions], [instance.box])[:, 0]
+    near = [p for p, iou in zip(positions, overlap, strict=True) if iou >= 0.5]
     if not near:
         return {"fate": "missed", "duplicate": False, "decided_by": -1, "score": 0.0}
     near.sort(key=lambda p: -results[p]["score"])
@@ -379,3 +239,20 @@ def _fate(instance: Instance, split: Split, results: Sequence[Result], positions
         fate = "found" if same else "bad mask"
     duplicate = len(own) > 1 and own[1] >= own[0] / 2
     return {"fate": fate, "duplicate": duplicate, "decided_by": near[0], "score": best["score"]}
+
+
+def fate_shares(table: pd.DataFrame) -> pd.DataFrame:
+    """Share of each fate in percent, for base objects of train drawings, of held-out ones, and for novel ones.
+
+    Columns `group, objects, duplicates, fate, share`; `duplicates` is the share of objects found more than once.
+    """
+    group = table["split"] + " categories"
+    if table["held_out"].any():
+        drawings = np.where(table["held_out"], ", held-out drawings", ", train drawings")
+        group = group.where(table["split"] == "novel", group + drawings)
+    rows = []
+    for name, objects in table.groupby(group):
+        shares = objects["fate"].value_counts(normalize=True)
+        head = {"group": name, "objects": len(objects), "duplicates": 100 * objects["duplicate"].mean()}
+        rows += [{**head, "fate": fate, "share": 100 * shares.get(fate, 0.0)} for fate in FATES]
+    return pd.DataFrame(rows)

@@ -95,6 +95,7 @@ def show_instances(
             x, y, name, fontsize=7.5, color=ink(shade[place]), va="bottom", clip_on=True,
             bbox={"facecolor": shade[place], "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
         )  # fmt: skip
+    axis.set(xlim=(-0.5, pixels.shape[1] - 0.5), ylim=(pixels.shape[0] - 0.5, -0.5))  # boxes may leave the image
 
 
 def _corner(mask: NDArray[np.bool_]) -> tuple[float, float]:
