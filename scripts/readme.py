@@ -21,7 +21,7 @@ NEEDS = {  # by a notebook's number: what the scales lite and paper need
     "02": "SAM's and DINOv2's weights; COCO JSON; a GPU",
     "03": "SAM's and DINOv2's weights; COCO JSON",
     "04": "the tables of 01 to 03",
-    "05": "your images",
+    "05": "your own images or COCO files",
     "A1": "nothing: it is about the pocket zoo",
 }
 

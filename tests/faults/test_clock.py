@@ -10,19 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import works
-from processes import told
+from processes import tell, told
 
 import study
 from notebooks import write_notebook
 from samantics.cache import atomic_path, remove_leftovers
-from samantics.models.encoder import load_encoder
-from samantics.training_free.proposals import compute_proposals, proposals_folder
-from samantics.zoo import training
-from stub_encoder import MEAN
 
 DAY = 24 * 3600.0
+BREAKS = (3, 6, 8)  # units after which a work is interrupted
 
 
 @pytest.fixture(autouse=True)
@@ -40,40 +36,34 @@ def ages(folder: Path) -> Iterator[None]:
         yield
 
 
-def test_features_and_proposals_stay_valid(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    written = works.encode(tmp_path / "features", log).read(MEAN)
-    dataset = works.scenes(tmp_path / "scenes", 2)
-    encoder = load_encoder("sam", "zoo_random")
-    compute_proposals(encoder, dataset, works.POINTS, tmp_path / "proposals")
-    folder = proposals_folder(encoder, dataset, works.POINTS, tmp_path / "proposals")
-    inodes = {path: path.stat().st_ino for path in folder.iterdir()}
+@pytest.mark.parametrize("name", ["features", "proposals", "zoo training", "in-context training"])
+def test_a_work_goes_on_from_files_of_any_age(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work, inputs, log = works.WORKS[name], tmp_path / "inputs", tmp_path / "log"
+    work.prepare(inputs)
+
+    def breaks(place: Path) -> None:
+        tell(place)
+        if told(place) in BREAKS:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(works, "tell", breaks)
     for _ in ages(tmp_path):
-        assert (works.encode(tmp_path / "features", log).read(MEAN) == written).all()
-        assert compute_proposals(encoder, dataset, works.POINTS, tmp_path / "proposals") == folder
-    assert told(log) == works.ROWS
-    assert {path: path.stat().st_ino for path in folder.iterdir()} == inodes
+        try:
+            work.run(inputs, tmp_path / "results", log)
+        except KeyboardInterrupt:
+            continue
+    monkeypatch.setattr(works, "tell", tell)
+    work.run(inputs, tmp_path / "results", log)
+    done = told(log)
+    work.run(inputs, tmp_path / "whole", tmp_path / "once")
+    assert done <= told(tmp_path / "once") + len(BREAKS) * work.lost
+    works.assert_same(work.read(tmp_path / "results"), work.read(tmp_path / "whole"))
 
 
-def test_training_goes_on_from_a_checkpoint_of_any_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = training._State(tmp_path / "clip.ckpt", "recipe")
-    module = torch.nn.Linear(2, 2)
-    optimiser = torch.optim.AdamW(module.parameters())
-    state.step = 7
-    state.save(module, optimiser)
-    for _ in ages(tmp_path):
-        again = training._State(state.path, "recipe")
-        again.restore(module, optimiser)
-        assert again.step == 7
-
-
-def test_the_study_counts_figures_and_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figures = tmp_path / "figures" / "pocket"
+def test_the_study_counts_figures_and_seconds(own_notebooks: Path) -> None:
+    figures = own_notebooks.parent / "figures" / "pocket"
     draws = f"from pathlib import Path\nPath({str(figures)!r}, '00_new.png').write_bytes(b'picture')"
-    write_notebook(tmp_path / "notebooks", "00_draws", draws)
-    monkeypatch.setenv("SAMANTICS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("SAMANTICS_FIGURES", str(tmp_path / "figures"))
-    monkeypatch.setattr(study, "NOTEBOOKS", tmp_path / "notebooks")
+    write_notebook(own_notebooks, "00_draws", draws)
     figures.mkdir(parents=True)
     (figures / "00_old.png").write_bytes(b"picture")
     os.utime(figures / "00_old.png", (time.time() + 2 * DAY,) * 2)
