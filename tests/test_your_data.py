@@ -65,6 +65,15 @@ def test_sam_makes_masks_of_references_that_are_boxes(tmp_path: Path, pocket_run
     assert any(i.rle != boxes[i.id].rle for i in chosen)  # an untrained SAM may find nothing in some
 
 
+def test_bad_images_are_refused_before_any_work_or_left_out(tmp_path: Path, pocket_run: Run) -> None:
+    files = reader_files(tmp_path)
+    damaged = sorted(tmp_path.glob("targets_*/*.png"))[-1]
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    with pytest.raises(StudyError, match=rf"{damaged.name} cannot be read .* skip_bad_images leaves them out"):
+        pipelines.load_data(pocket_run, **files)
+    assert len(pipelines.load_data(pocket_run, **files, skip_bad_images=True).targets.images) == 2
+
+
 def test_a_folder_of_targets_needs_images(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="has no images: name a folder with some"):
         pipelines.unannotated(tmp_path)

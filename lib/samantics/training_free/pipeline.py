@@ -53,7 +53,9 @@ class Data:
     notes: tuple[str, ...]  # a line for each thing the reader should know of the files
 
 
-def load_data(run: Run, references: str = "", targets: str = "", images: str = "") -> Data:
+def load_data(
+    run: Run, references: str = "", targets: str = "", images: str = "", skip_bad_images: bool = False
+) -> Data:
     """The COCO files where given (the targets may be a folder of images), else MojiWorld scenes at pocket scale.
 
     Raises:
@@ -66,8 +68,9 @@ def load_data(run: Run, references: str = "", targets: str = "", images: str = "
         lacking = [name for name, value in given.items() if not value]
         if lacking:
             raise StudyError(f"own data needs --references, --targets and --images: --{lacking[0]} is missing")
-        asked = unannotated(Path(targets)) if Path(targets).is_dir() else load_coco(targets, images)
-        datasets = load_coco(references, images), check_images(asked)
+        asked = unannotated(Path(targets)) if Path(targets).is_dir() else load_coco(targets, images, skip_bad_images)
+        found = (load_coco(references, images, skip_bad_images), asked)
+        datasets = check_images(found[0], skip_bad_images), check_images(found[1], skip_bad_images)
         rule = ReferenceRule(relative=True)  # a photograph's pixels, at every scale
     elif settings.target_scenes:
         world, folder = mojiworld.World(seed=run.seed), run.cache / "scenes"
@@ -77,11 +80,11 @@ def load_data(run: Run, references: str = "", targets: str = "", images: str = "
         )
     else:
         raise StudyError(f"scale {run.scale.name} needs COCO files: give --references, --targets and --images")
-    found, names, notes = matched_categories(*datasets)
-    every_note = (*found.notes, *datasets[1].notes, *notes, *shared_images(found, datasets[1]))
-    run.record("reference_data", found.hash)
+    matched, names, notes = matched_categories(*datasets)
+    every_note = (*matched.notes, *datasets[1].notes, *notes, *shared_images(matched, datasets[1]))
+    run.record("reference_data", matched.hash)
     run.record("target_data", datasets[1].hash)
-    return Data(found, datasets[1], rule, names, every_note)
+    return Data(matched, datasets[1], rule, names, every_note)
 
 
 def unannotated(folder: Path) -> CocoDataset:
@@ -209,14 +212,23 @@ def start(
     images: str = "",
     weights: str = "",
     proposers: Sequence[str] = PROPOSERS,
+    skip_bad_images: bool = False,
 ) -> Pipeline:
     """A pipeline on these files or, without any, on the scale's own data.
+
+    Args:
+        run: its scale sets grid, thresholds and shots.
+        references, targets: COCO JSON; the targets may be a folder of images.
+        images: the folder of the images that the files name.
+        weights: of the encoders, others than the scale's.
+        proposers: whose masks are classified, a part of `PROPOSERS`.
+        skip_bad_images: leave out images that are missing, damaged or of another size than their entry says.
 
     Raises:
         StudyError: see `load_data`; or a model's weights are missing.
     """
     settings = run.scale.pipeline
-    data = load_data(run, references, targets, images)
+    data = load_data(run, references, targets, images, skip_bad_images)
     limits = ProposalSettings(
         settings.points_per_side, settings.predicted_iou, settings.stability, box_nms=settings.box_nms
     )
