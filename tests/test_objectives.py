@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from samantics.data import first_world as mojiworld
 from samantics.models import pocket
-from samantics.zoo import objectives
+from samantics.zoo import masks as mask_losses
+from samantics.zoo import objectives, views
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +25,10 @@ def batch() -> objectives.Batch:
 
 def test_batched_sam_decoding_equals_the_packages_decoder_image_by_image(batch) -> None:
     torch.manual_seed(0)
-    sam = objectives.SamObjective("sam", pocket.DEFAULT).eval()
+    sam = objectives.SamObjective().eval()
     points, labels = torch.rand(3, 2, 2) * 100, torch.tensor([[1.0, 0], [1, 1], [0, 1]])
     with torch.no_grad():
-        image = sam.embed(objectives.normalised(batch.images))
+        image = sam.embed(views.normalised(batch.images))
         logits, iou = sam.decode(image, points, labels)
         for i in range(3):
             sparse, dense = sam.model.prompt_encoder((points[i : i + 1], labels[i : i + 1]), None, None)
@@ -39,10 +40,10 @@ def test_batched_sam_decoding_equals_the_packages_decoder_image_by_image(batch) 
 
 def test_batched_sam2_decoding_equals_the_packages_heads(batch) -> None:
     torch.manual_seed(0)
-    sam = objectives.SamObjective("sam2", pocket.DEFAULT).eval()
+    sam = objectives.Sam2Objective().eval()
     points, labels = torch.rand(3, 1, 2) * 100, torch.ones(3, 1)
     with torch.no_grad():
-        embedding, *fine = sam.embed(objectives.normalised(batch.images))
+        embedding, *fine = sam.embed(views.normalised(batch.images))
         logits, iou = sam.decode((embedding, *fine), points, labels)
         prompt = {"point_coords": points, "point_labels": labels.int()}
         low, _, quality, *_ = sam.model._forward_sam_heads(
@@ -54,18 +55,12 @@ def test_batched_sam2_decoding_equals_the_packages_heads(batch) -> None:
 
 def test_chosen_masks_are_objects_of_their_image(batch) -> None:
     torch.manual_seed(0)
-    masks = objectives.chosen_masks(batch)
+    counts = (batch.drawings >= 0).sum(1)
+    masks = mask_losses.chosen_masks(batch.instances, counts)
     for picture, pair, drawings in zip(batch.instances, masks, batch.drawings, strict=True):
         objects = [picture == number + 1 for number in range(int((drawings >= 0).sum()))]
         assert all(any(torch.equal(mask, known) for known in objects) for mask in pair)
         assert len(objects) == 1 or not torch.equal(pair[0], pair[1])
-
-
-def test_boxes_are_the_outermost_pixels(batch) -> None:
-    masks = batch.instances == 1
-    for mask, box in zip(masks, objectives.boxes_of(masks), strict=True):
-        ys, xs = np.nonzero(mask.numpy())
-        assert box.tolist() == [xs.min(), ys.min(), xs.max(), ys.max()]
 
 
 def test_clicks_lie_in_their_region_and_know_their_label() -> None:
@@ -75,7 +70,7 @@ def test_clicks_lie_in_their_region_and_know_their_label() -> None:
     regions = torch.zeros(2, 8, 8, dtype=torch.bool)
     regions[0, 0, :] = True  # background; the second region is empty: falls back to the object
     for _ in range(20):
-        points, found = objectives.sampled_clicks(regions, labels, image_side=16)
+        points, found = mask_losses.sampled_clicks(regions, labels, image_side=16)
         (_, y0), (x1, y1) = points[:, 0].tolist()
         assert 0 <= y0 < 2 and found[0, 0] == 0
         assert 4 <= x1 < 12 and 4 <= y1 < 12 and found[1, 0] == 1
@@ -85,7 +80,7 @@ def test_mask_loss_equals_a_plain_loop() -> None:
     torch.manual_seed(0)
     logits, predicted = torch.randn(2, 3, 4, 4), torch.rand(2, 3)
     targets = (torch.rand(2, 8, 8) > 0.6).float()
-    loss, best = objectives.best_of_masks_loss(logits, predicted, targets)
+    loss, best = mask_losses.best_of_masks_loss(logits, predicted, targets)
     total, errors, ious = 0.0, [], []
     for i in range(2):
         costs, found = [], []
@@ -117,11 +112,11 @@ def test_a_caption_names_every_object_by_its_words() -> None:
 
 def test_the_clip_that_is_shipped_holds_the_statistics_of_its_training(batch) -> None:
     torch.manual_seed(0)
-    objective = objectives.ClipObjective(pocket.DEFAULT)
+    objective = objectives.ClipObjective()
     for _ in range(3):
         objective(batch, 0.0)
     objective.eval()
-    pixels, tokens = objectives.normalised(batch.images), objective.tokenizer(["dog and tool", "tool", "bird"])
+    pixels, tokens = views.normalised(batch.images), objective.tokenizer(["dog and tool", "tool", "bird"])
     model, shipped = objective.model, objective.shipped()
     with torch.no_grad():
         pairs = (
@@ -145,32 +140,23 @@ def test_clip_reads_captions_as_sets_of_words() -> None:
 
 def test_block_masks_cover_a_share_of_half_of_the_images() -> None:
     torch.manual_seed(0)
-    masks = objectives.block_masks(400, 12, torch.device("cpu"))
+    masks = views.block_masks(400, 12, torch.device("cpu"))
     share = masks.float().mean((1, 2))
     assert 0.4 < (share > 0).float().mean() < 0.6
     assert share[share > 0].min() >= 0.04 and share.max() <= 0.65
 
 
-def test_a_whole_crop_without_recolouring_is_the_image(monkeypatch) -> None:
-    monkeypatch.setattr(objectives, "recoloured", lambda views: views)
-    torch.manual_seed(0)
-    images = torch.randint(0, 255, (6, 3, 16, 16), dtype=torch.uint8)
-    views = objectives.augmented(images, 16, (1.0, 1.0))
-    whole = objectives.normalised(images)
-    for view, image in zip(views, whole, strict=True):
-        # the aspect is drawn at random, so only the crops that stay near square are nearly the image
-        assert view.shape == image.shape and torch.isfinite(view).all()
-        assert abs(float(view.mean() - image.mean())) < 0.3
-
-
-def test_recolouring_by_nothing_changes_nothing(monkeypatch) -> None:
+def test_a_view_of_the_whole_picture_recoloured_by_nothing_is_the_picture(monkeypatch) -> None:
     def middle(self, low: float, high: float) -> torch.Tensor:
         return self.fill_((low + high) / 2)
 
     monkeypatch.setattr(torch.Tensor, "uniform_", middle)
     monkeypatch.setattr(torch, "rand", lambda *shape, **kwargs: torch.ones(*shape))
-    views = torch.linspace(0, 1, 2 * 3 * 4 * 4).view(2, 3, 4, 4)
-    torch.testing.assert_close(objectives.recoloured(views), views, atol=1e-6, rtol=0)
+    images = torch.arange(6 * 3 * 16 * 16).remainder(256).to(torch.uint8).view(6, 3, 16, 16)
+    whole = views.augmented(images, 16, (1.0, 1.0))
+    torch.testing.assert_close(whole, views.normalised(images), atol=1e-4, rtol=0)
+    left = views.augmented(images, 8, (0.25, 0.25))  # a quarter of the area, at the far corner
+    torch.testing.assert_close(left, views.normalised(images)[..., 8:, 8:], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["sam", "sam2", "clip", "simclr", "supervised"])
@@ -203,10 +189,10 @@ def test_balanced_targets_use_every_prototype_and_keep_each_pictures_preferences
     torch.manual_seed(0)
     logits = 0.1 * torch.randn(64, 16)
     logits[:, 3] += 1  # a prototype that everyone prefers: a plain softmax has no other answer
-    temperature = objectives.TEACHER_TEMPERATURE
+    temperature = views.TEACHER_TEMPERATURE
     plain = (logits / temperature).softmax(1)
     assert plain[:, 3].min() > 0.99
-    shares = (objectives.balanced(logits) / temperature).softmax(1)
+    shares = (views.balanced(logits) / temperature).softmax(1)
     torch.testing.assert_close(shares.sum(0), torch.full((16,), 4.0), atol=1, rtol=0)
     # Sinkhorn-Knopp only scales rows and columns: ratios between two pictures' ratios stay
     cross = (shares[0, 1] * shares[5, 2] / (shares[0, 2] * shares[5, 1])).log()

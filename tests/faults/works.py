@@ -158,10 +158,9 @@ def train_zoo(_inputs: Path, results: Path, log: Path) -> None:
     """The pocket CLIP by :data:`RECIPE`."""
     make = functools.partial(mojiworld.pretraining_picture, mojiworld.World(), stream="training test")
     seen = mojiworld.render(make, range(12))
-    data = training.DeviceData(seen, torch.device("cpu"))
-    probing = training.ProbeData(seen.images, seen.drawings[:, 0].astype(np.int64), np.arange(12) >= 10)
+    data = training.TrainingData(seen, seen, seen, np.arange(12) >= 10)
     with steps_told(log):
-        training.train("clip", RECIPE, results, data, data, probing)
+        training.train("clip", RECIPE, results, data)
 
 
 def zoo_model(folder: Path) -> Results:

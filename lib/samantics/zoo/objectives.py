@@ -1,7 +1,7 @@
-"""What each model of the pocket zoo is trained for: one small module per objective, the same pictures for all.
+"""What the models of the pocket zoo are trained for: one class each, the same pictures for all.
 
-Every objective holds the model of the official package and maps a :class:`Batch` to a loss and to figures that say
-how well the objective is met. They use the packages' own losses where these have one.
+A new objective is a subclass of `Objective` and a line of `OBJECTIVES`: the training loop, the controls and the command
+line know it by that line alone. Losses are the packages' own where these have one.
 """
 
 from __future__ import annotations
@@ -10,25 +10,39 @@ import copy
 import dataclasses
 import functools
 import math
+import operator
 import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import open_clip
 import torch
 from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss, NTXentLoss
-from lightly.loss.swav_loss import sinkhorn
 from lightly.models.modules import DINOProjectionHead, SimCLRProjectionHead
 from lightly.models.utils import update_momentum
 from lightly.utils.scheduler import cosine_schedule
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.ops import sigmoid_focal_loss
+from torchvision.ops import masks_to_boxes
 from typing_extensions import override
 
 from samantics.data import first_world as mojiworld
 from samantics.errors import StudyError
 from samantics.models import pocket
+from samantics.zoo.masks import (
+    best_of_masks_loss,
+    chosen_masks,
+    jittered,
+    sampled_clicks,
+    shrunk_masks,
+    trunk_of_dinov2,
+    upsampled,
+)
+from samantics.zoo.views import TEACHER_TEMPERATURE, augmented, balanced, block_masks, normalised
+
+PROTOTYPES = 2048
+LOCAL_VIEWS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +50,9 @@ class Batch:
     """Pictures on the training device.
 
     Attributes:
-        images: ``(B, 3, S, S)`` uint8, RGB.
-        instances: ``(B, S, S)`` uint8, as in :class:`mojiworld.Picture`.
-        drawings: ``(B, MAX_OBJECTS)`` int64 catalogue rows, -1 where there is no object.
+        images: `(B, 3, S, S)` uint8, RGB.
+        instances: `(B, S, S)` uint8; 0 is background, `i + 1` marks the visible pixels of object `i`.
+        drawings: `(B, MAX_OBJECTS)` int64 rows of the catalogue, -1 where there is no object.
     """
 
     images: Tensor
@@ -46,26 +60,24 @@ class Batch:
     drawings: Tensor
 
 
-def normalised(images: Tensor) -> Tensor:
-    """``(B, 3, S, S)`` uint8 RGB, or float RGB in 0-1, to what the zoo's encoders take."""
-    pixels = images.float() / 255 if images.dtype == torch.uint8 else images
-    mean = torch.tensor(pocket.MEAN, device=pixels.device).view(3, 1, 1)
-    std = torch.tensor(pocket.STD, device=pixels.device).view(3, 1, 1)
-    return (pixels - mean) / std
-
-
 class Objective(nn.Module):
-    """A model and what it is trained for. ``progress`` is the share (0-1) of the training done."""
+    """A model and what it is trained for. `progress` is the share (0-1) of the training done.
 
-    model: Any  # what is shipped: the official package's own class
+    Attributes:
+        model: what is shipped: the official package's own class.
+        changes_at: share of the training at which the loss becomes another one (the two do not compare); 1: never.
+    """
+
+    model: Any
+    changes_at: float = 1.0
 
     @override
     def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss to minimise, and figures for the log."""
+        """The loss to minimise, and figures for the log."""
         raise NotImplementedError
 
-    def vectors(self, pixels: Tensor) -> Tensor:
-        """``(B, C)`` image features as the paper pools them, from normalised pixels."""
+    def start_from(self, parent: Mapping[str, Tensor]) -> None:
+        """Take over the trunk of a trained parent, given its weights by name."""
         raise NotImplementedError
 
     def after_step(self, progress: float) -> None:
@@ -77,165 +89,100 @@ class Objective(nn.Module):
         return model
 
 
-# ------------------------------------------------------------------------------------------------- SAM and SAM 2
+# ------------------------------------------------------------------------------------------------------ SAM and SAM 2
 
 
 class SamObjective(Objective):
     """Masks from clicks and boxes as in SAM (Kirillov et al. 2023, arXiv 2304.02643, sections 3 and A).
 
     Focal and dice loss 20:1, the best of three masks for a single click, a predicted IoU, and one corrective click
-    in the region of error with the last mask as a prompt. SAM 2 on images is trained in the same way.
+    in the region of error with the last mask as a prompt.
     """
 
-    def __init__(self, name: str, config: pocket.ZooConfig) -> None:
+    build: Callable[[pocket.ZooConfig], Any] = staticmethod(pocket.build_sam)
+    prompts = operator.attrgetter("prompt_encoder")
+
+    def __init__(self, config: pocket.ZooConfig = pocket.DEFAULT, model: Any = None) -> None:
         super().__init__()
-        self.name = name
-        self.model = pocket.BUILDERS[name](config)
-        self.mask_side = 8 * config.grid  # masks are compared at twice the resolution of the logits
+        self.model = self.build(config) if model is None else model
 
     @override
     def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        clicked, boxed = chosen_masks(batch).unbind(1)
-        target, box_target = shrunk_masks(clicked, self.mask_side), shrunk_masks(boxed, self.mask_side)
-        image = self.embed(normalised(batch.images))
-        points, labels = sampled_clicks(target.bool(), target, clicked.shape[-1])
+        clicked, boxed = chosen_masks(batch.instances, (batch.drawings >= 0).sum(1)).unbind(1)
+        image, side = self.embed(normalised(batch.images)), clicked.shape[-1]
+        fine = 8 * image[0].shape[-1]  # masks are compared at twice the resolution of the logits
+        target, box_target = shrunk_masks(clicked, fine), shrunk_masks(boxed, fine)
+        points, labels = sampled_clicks(target.bool(), target, side)
         click, click_iou = self.decode(image, points, labels)
         first_loss, first_best = best_of_masks_loss(click[:, 1:], click_iou[:, 1:], target)
         best = click_iou[:, 1:].argmax(1) + 1
         prompt = click[torch.arange(len(click), device=click.device), best, None].detach()
         wrong = (upsampled(prompt) > 0).squeeze(1) != target.bool()
-        more_points, more_labels = sampled_clicks(wrong, target, clicked.shape[-1])
+        more_points, more_labels = sampled_clicks(wrong, target, side)
         points, labels = torch.cat([points, more_points], 1), torch.cat([labels, more_labels], 1)
         second, second_iou = self.decode(image, points, labels, prompt=prompt)
-        box, box_iou = self.decode(image, boxes=jittered(boxes_of(boxed)))
+        box, box_iou = self.decode(image, boxes=jittered(masks_to_boxes(boxed)))
         second_loss, second_best = best_of_masks_loss(second[:, :1], second_iou[:, :1], target)
         box_loss, box_best = best_of_masks_loss(box[:, :1], box_iou[:, :1], box_target)
         figures = {"iou_click": first_best, "iou_two_clicks": second_best, "iou_box": box_best}
         return first_loss + second_loss + box_loss, figures
 
-    @override
-    def vectors(self, pixels: Tensor) -> Tensor:
-        if self.name == "sam":
-            return self.model.image_encoder(pixels).mean((2, 3))
-        return self.model.image_encoder(pixels)["vision_features"].mean((2, 3))
-
     def embed(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """The neck's output ``(B, C, g, g)``; SAM 2 adds its two finer levels."""
-        if self.name == "sam":
-            return (self.model.image_encoder(pixels),)
+        """The neck's output `(B, C, g, g)`, from normalised pixels; SAM 2 adds its two finer levels."""
+        return (self.model.image_encoder(pixels),)
+
+    def decode(
+        self, image: tuple[Tensor, ...], points: Any = None, labels: Any = None, boxes: Any = None, prompt: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """All four masks of one prompt for each of B images.
+
+        Args:
+            image: of `embed`.
+            points, labels: `(B, N, 2)` x, y in pixels and `(B, N)` 1 = object, 0 = background.
+            boxes: `(B, 4)` xyxy in pixels.
+            prompt: `(B, 1, 4g, 4g)` logits of an earlier mask.
+
+        Returns:
+            Logits `(B, 4, 4g, 4g)` (the first is the single-mask token's) and predicted IoU `(B, 4)`.
+        """
+        encoder = self.prompts(self.model)
+        sparse, dense = encoder(points=None if points is None else (points, labels), boxes=boxes, masks=prompt)
+        logits, iou, *_ = self.predict(image, encoder.get_dense_pe(), sparse, dense)
+        return logits.float(), iou.float()
+
+    def predict(self, image: tuple[Tensor, ...], position: Tensor, sparse: Tensor, dense: Tensor) -> Any:
+        """The package's mask decoder on as many prompts as images."""
+        # it repeats one image for all prompts and adds the dense prompt: so each image goes in there
+        nothing = torch.zeros_like(image[0][:1])
+        return self.model.mask_decoder.predict_masks(nothing, position, sparse, dense + image[0])
+
+    @override
+    def start_from(self, parent: Mapping[str, Tensor]) -> None:
+        encoder = self.model.image_encoder
+        trunk = trunk_of_dinov2(parent, len(encoder.blocks))
+        wanted = [key for key in encoder.state_dict() if not key.startswith("neck")]
+        encoder.load_state_dict({key: trunk[key] for key in wanted}, strict=False)
+
+
+class Sam2Objective(SamObjective):
+    """SAM 2 on images, trained as SAM is."""
+
+    build = staticmethod(pocket.build_sam2)
+    prompts = operator.attrgetter("sam_prompt_encoder")
+
+    @override
+    def embed(self, pixels: Tensor) -> tuple[Tensor, ...]:
         fine, middle, coarse = self.model.forward_image(pixels)["backbone_fpn"]
         return coarse + self.model.no_mem_embed.view(1, -1, 1, 1), fine, middle
 
-    def decode(
-        self,
-        image: tuple[Tensor, ...],
-        points: Tensor | None = None,
-        labels: Tensor | None = None,
-        boxes: Tensor | None = None,
-        prompt: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """All four masks of one prompt per image.
-
-        Args:
-            image: of :meth:`embed`, for B images.
-            points, labels: ``(B, N, 2)`` x, y in pixels and ``(B, N)`` 1 = object, 0 = background.
-            boxes: ``(B, 4)`` xyxy in pixels.
-            prompt: ``(B, 1, 4g, 4g)`` logits of an earlier mask.
-
-        Returns:
-            Logits ``(B, 4, 4g, 4g)`` (the first is the single-mask token's) and predicted IoU ``(B, 4)``.
-        """
-        sam = self.name == "sam"
-        encoder = self.model.prompt_encoder if sam else self.model.sam_prompt_encoder
-        clicks = None if points is None or labels is None else (points, labels)
-        sparse, dense = encoder(points=clicks, boxes=boxes, masks=prompt)
-        position = encoder.get_dense_pe()
-        if sam:  # its decoder repeats one image for all prompts and adds the dense prompt: so each image goes in there
-            nothing = torch.zeros_like(image[0][:1])
-            logits, iou = self.model.mask_decoder.predict_masks(nothing, position, sparse, dense + image[0])
-        else:
-            logits, iou, *_ = self.model.sam_mask_decoder.predict_masks(
-                image[0], position, sparse, dense, repeat_image=False, high_res_features=list(image[1:])
-            )
-        return logits.float(), iou.float()
+    @override
+    def predict(self, image: tuple[Tensor, ...], position: Tensor, sparse: Tensor, dense: Tensor) -> Any:
+        return self.model.sam_mask_decoder.predict_masks(
+            image[0], position, sparse, dense, repeat_image=False, high_res_features=list(image[1:])
+        )
 
 
-def chosen_masks(batch: Batch) -> Tensor:
-    """``(B, 2, S, S)`` bool masks of two objects of every image, drawn at random; twice the same if there is one."""
-    counts = (batch.drawings >= 0).sum(1)
-    first = (torch.rand(len(counts), device=counts.device) * counts).long()
-    chosen = torch.stack([first, (first + 1) % counts], 1) + 1
-    return batch.instances[:, None] == chosen[..., None, None].to(batch.instances.dtype)
-
-
-def shrunk_masks(masks: Tensor, side: int) -> Tensor:
-    """``(B, side, side)`` float 0/1: at least half covered, or any covered where that leaves nothing."""
-    share = functional.adaptive_avg_pool2d(masks.float(), side)
-    half, some = (share >= 0.5).float(), (share > 0).float()
-    return torch.where(half.flatten(1).any(1)[:, None, None], half, some)
-
-
-def sampled_clicks(regions: Tensor, labels: Tensor, image_side: int) -> tuple[Tensor, Tensor]:
-    """One uniform click in every region, and the label under it; where a region is empty, a click on the object.
-
-    Args:
-        regions: ``(B, M, M)`` bool.
-        labels: ``(B, M, M)`` 1 on the object, 0 elsewhere.
-
-    Returns:
-        ``(B, 1, 2)`` x, y in image pixels and ``(B, 1)`` labels.
-    """
-    side = regions.shape[-1]
-    regions = torch.where(regions.flatten(1).any(1)[:, None, None], regions, labels.bool())
-    place = (torch.rand(regions.shape, device=regions.device) * regions).flatten(1).argmax(1, keepdim=True)
-    points = torch.stack([place % side, place // side], -1)
-    return (points + 0.5) * (image_side / side) - 0.5, torch.gather(labels.flatten(1), 1, place)
-
-
-def boxes_of(masks: Tensor) -> Tensor:
-    """``(B, 4)`` xyxy in pixels: the outermost pixels of each mask ``(B, S, S)``."""
-    edges = []
-    for dim in (1, 2):  # any over rows leaves columns: x first
-        line = masks.any(dim)
-        places = torch.arange(line.shape[-1], device=line.device)
-        edges.append((torch.where(line, places, line.shape[-1]).amin(-1), torch.where(line, places, -1).amax(-1)))
-    (left, right), (top, bottom) = edges
-    return torch.stack([left, top, right, bottom], -1).float()
-
-
-def jittered(boxes: Tensor) -> Tensor:
-    """Boxes with each edge moved by normal noise of 10 % of the side, 20 pixels at most, as SAM's training does."""
-    sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
-    return boxes + (torch.randn_like(boxes) * 0.1 * sides).clamp(-20, 20)
-
-
-def upsampled(logits: Tensor) -> Tensor:
-    """``(B, M, s, s)`` logits at twice their resolution."""
-    return functional.interpolate(logits, scale_factor=2, mode="bilinear", align_corners=False)
-
-
-def best_of_masks_loss(logits: Tensor, predicted_iou: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """SAM's loss: 20 focal + dice of the best mask of each prompt, plus the squared error of every predicted IoU.
-
-    Args:
-        logits: ``(B, M, s, s)``; predicted_iou: ``(B, M)``; targets: ``(B, 2s, 2s)``.
-
-    Returns:
-        The mean loss and the mean IoU of the best mask.
-    """
-    large = upsampled(logits)
-    target = targets[:, None].expand_as(large)
-    focal = sigmoid_focal_loss(large, target, alpha=0.25, gamma=2.0, reduction="none").mean((-2, -1))
-    chance = large.sigmoid()
-    dice = 1 - (2 * (chance * target).sum((-2, -1)) + 1) / (chance.sum((-2, -1)) + target.sum((-2, -1)) + 1)
-    hard = large > 0
-    overlap = (hard & target.bool()).sum((-2, -1))
-    iou = overlap / (hard | target.bool()).sum((-2, -1)).clamp(min=1)
-    loss = (20 * focal + dice).amin(-1).mean() + functional.mse_loss(predicted_iou, iou)
-    return loss, iou.amax(-1).mean()
-
-
-# ----------------------------------------------------------------------------------------------------------- CLIP
+# ------------------------------------------------------------------------------------------------- captions and names
 
 
 class ClipObjective(Objective):
@@ -246,7 +193,7 @@ class ClipObjective(Objective):
     has the statistics in its last weights.
     """
 
-    def __init__(self, config: pocket.ZooConfig) -> None:
+    def __init__(self, config: pocket.ZooConfig = pocket.DEFAULT) -> None:
         super().__init__()
         self.model = pocket.build_clip(config)
         self.loss = open_clip.ClipLoss()
@@ -272,11 +219,6 @@ class ClipObjective(Objective):
         return functional.normalize(standard, dim=1)
 
     @override
-    def vectors(self, pixels: Tensor) -> Tensor:
-        standard: Tensor = self.image_statistics(self.model.encode_image(pixels).float())
-        return standard
-
-    @override
     def shipped(self) -> nn.Module:
         model = copy.deepcopy(self.model)
         fold(self.image_statistics, model.visual.ln_post, model.visual.proj)
@@ -290,11 +232,10 @@ class ClipObjective(Objective):
 
 @torch.no_grad()
 def fold(statistics: nn.BatchNorm1d, norm: nn.LayerNorm, projection: nn.Parameter) -> None:
-    """Make ``norm`` and then ``@ projection`` give what ``statistics`` made of it: (x - mean) / standard deviation."""
+    """Make `norm` and then `@ projection` give what `statistics` made of it: (x - mean) / standard deviation."""
     mean, variance = statistics.running_mean, statistics.running_var
     assert mean is not None and variance is not None
-    offset = torch.linalg.pinv(projection.double().T) @ mean.double()  # what the projection takes to the mean
-    norm.bias.sub_(offset)
+    norm.bias.sub_(torch.linalg.pinv(projection.double().T) @ mean.double())  # what the projection takes to the mean
     projection.div_((variance + statistics.eps).sqrt())
 
 
@@ -313,26 +254,47 @@ def _words() -> list[tuple[str, str]]:
     return list(mojiworld.catalogue()[["drawing", "category"]].itertuples(index=False, name=None))
 
 
-# ------------------------------------------------------------------------------------------- DINOv2 and SimCLR
+class SupervisedObjective(Objective):
+    """SAM's image encoder taught which drawings an image shows (softmax, its target shared by them).
+
+    Logits are scaled cosines with a learned vector for each name, as CLIP's are with its captions, of features that are
+    standardised over the batch: without that they collapse to a constant before any name is learned. Also when it is
+    measured: the features move faster, in the training, than their running averages, and these would be off.
+    """
+
+    def __init__(self, config: pocket.ZooConfig = pocket.DEFAULT) -> None:
+        super().__init__()
+        self.model = pocket.build_sam(config)
+        self.classes = len(mojiworld.catalogue())
+        self.standardise = nn.BatchNorm1d(config.dim, affine=False, track_running_stats=False)
+        self.names = nn.Parameter(0.02 * torch.randn(self.classes, config.dim))
+        self.scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    @override
+    def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        shown = torch.zeros(len(batch.images), self.classes + 1, device=batch.images.device)
+        shown = shown.scatter(1, batch.drawings.where(batch.drawings >= 0, self.classes), 1.0)[:, :-1]
+        vectors = self.standardise(self.model.image_encoder(normalised(batch.images)).mean((2, 3)).float())
+        cosines = functional.normalize(vectors, dim=1) @ functional.normalize(self.names, dim=1).T
+        logits = self.scale.exp().clamp(max=100) * cosines.float()
+        loss = functional.cross_entropy(logits, shown / shown.sum(1, keepdim=True))
+        return loss, {"top1": torch.gather(shown, 1, logits.argmax(1, keepdim=True)).mean()}
 
 
-TEACHER_TEMPERATURE = 0.05
+# --------------------------------------------------------------------------------------------------- self-supervision
 
 
 class SelfDistillation(Objective):
     """DINOv2's objective (Oquab et al. 2023): DINO on the class token, iBOT on masked patches, KoLeo; no labels.
 
-    Self-distillation alone starts slowly on small budgets, so the first ``warmup`` of the training is contrastive
-    (SimCLR, Chen et al. 2020); then the student goes on as DINOv2's, and its moving average is its teacher. With
-    ``warmup=1`` the whole training is SimCLR's: the row ``simclr``. What is shipped is the teacher, as in DINOv2.
+    Self-distillation alone starts slowly on small budgets, so until `changes_at` the training is contrastive (SimCLR,
+    Chen et al. 2020); then the student goes on as DINOv2's, and its moving average is its teacher. With 1 the whole
+    training is SimCLR's: the row `simclr`. What is shipped is the teacher, as in DINOv2.
     """
 
-    prototypes = 2048
-    local_views = 4
-
-    def __init__(self, config: pocket.ZooConfig, warmup: float) -> None:
+    def __init__(self, config: pocket.ZooConfig = pocket.DEFAULT, changes_at: float = 0.75) -> None:
         super().__init__()
-        self.config, self.warmup = config, warmup
+        self.config, self.changes_at = config, changes_at
         self.student = pocket.build_dinov2(config)
         self.contrast = SimCLRProjectionHead(config.width, 512, 128)
         self.heads = self._heads()
@@ -341,8 +303,8 @@ class SelfDistillation(Objective):
         self.teacher_heads.load_state_dict(self.heads.state_dict())
         self.contrastive_loss = NTXentLoss(temperature=0.15)
         still = 1.0  # momentum of a centre that stays 0: the targets come balanced
-        self.dino_loss = DINOLoss(self.prototypes, teacher_temp=TEACHER_TEMPERATURE, center_momentum=still)
-        self.ibot_loss = IBOTPatchLoss(self.prototypes, teacher_temp=TEACHER_TEMPERATURE, center_momentum=still)
+        self.dino_loss = DINOLoss(PROTOTYPES, teacher_temp=TEACHER_TEMPERATURE, center_momentum=still)
+        self.ibot_loss = IBOTPatchLoss(PROTOTYPES, teacher_temp=TEACHER_TEMPERATURE, center_momentum=still)
         self.koleo_loss = KoLeoLoss()
 
     def _heads(self) -> nn.ModuleDict:
@@ -351,24 +313,22 @@ class SelfDistillation(Objective):
         With batch norm, as DINO's code offers: without it, and untrained, they answer nearly the same for all pictures,
         and so small a difference, balanced, is a teacher without preferences.
         """
-        width = self.config.width
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # lightly's head uses torch's older weight_norm
-            head = functools.partial(DINOProjectionHead, width, 512, 128, self.prototypes, batch_norm=True)
+            head = functools.partial(DINOProjectionHead, self.config.width, 512, 128, PROTOTYPES, batch_norm=True)
             return nn.ModuleDict({"class": head(), "patch": head()})
 
     @override
     def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         # DINOv2's large crops begin at 0.32: of these pictures, often of one object, that is too little to share
         large = [augmented(batch.images, self.config.image_size, (0.5, 1.0)) for _ in range(2)]
-        if progress < self.warmup or self.warmup == 1:  # a progress of 1 is measured, too
+        if progress < self.changes_at or self.changes_at == 1:  # a progress of 1 is measured, too
             return self.contrastive(large)
-        small_side = self.config.image_size // 2
-        small = [augmented(batch.images, small_side, (0.08, 0.32)) for _ in range(self.local_views)]
+        small = [augmented(batch.images, self.config.image_size // 2, (0.08, 0.32)) for _ in range(LOCAL_VIEWS)]
         return self.distilled(large, small)
 
     def contrastive(self, views: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """NT-Xent between the class tokens of two views."""
+        """NT-Xent between the class tokens of two views `(B, 3, S, S)`."""
         tokens = self.student(torch.cat(views)).last_hidden_state[:, 0]
         first, second = functional.normalize(self.contrast(tokens).float(), dim=1).chunk(2)
         found = (first @ second.T).argmax(1) == torch.arange(len(first), device=first.device)
@@ -388,137 +348,66 @@ class SelfDistillation(Objective):
         patches = self.heads["patch"](seen[:, 1:][masks.flatten(1)]).float()
         dino = self.dino_loss(list(target_class.chunk(2)), list(classes.split(count)))
         ibot = self.ibot_loss(target_patches, patches, mask=masks)
-        koleo = sum(
-            (self.koleo_loss(view) for view in seen[:, 0].float().chunk(2)), torch.zeros((), device=views.device)
-        )
+        koleo = torch.stack([self.koleo_loss(view) for view in seen[:, 0].float().chunk(2)]).sum()
         chance = (target_class / TEACHER_TEMPERATURE).softmax(1)
         unsure = -(chance * chance.clamp(min=1e-12).log()).sum(1).mean()
         figures = {"dino": dino, "ibot": ibot, "koleo": koleo / 2, "teacher_entropy": unsure}
         return dino + ibot + 0.1 * koleo, figures
 
     @override
-    def vectors(self, pixels: Tensor) -> Tensor:
-        return self.model(pixels).last_hidden_state[:, 0]
-
-    @override
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        stage = max(0.0, progress - self.warmup) / max(1 - self.warmup, 1e-6)
-        momentum = 0.9 if progress < self.warmup else cosine_schedule(int(stage * 1000), 1001, 0.98, 1.0)
+        stage = max(0.0, progress - self.changes_at) / max(1 - self.changes_at, 1e-6)
+        late = progress >= self.changes_at
+        momentum = cosine_schedule(int(stage * 1000), 1001, 0.98, 1.0) if late else 0.9
         update_momentum(self.student, self.model, momentum)
         update_momentum(self.heads, self.teacher_heads, momentum)
 
 
-def balanced(logits: Tensor) -> Tensor:
-    """The teacher's logits ``(N, K)``, moved so that over the batch every prototype is the answer equally often.
-
-    Sinkhorn-Knopp in three rounds, as in DINOv2. DINO's moving centre taught nothing in 500 steps (a class loss of
-    99.6 % of ln K).
-    """
-    shares = sinkhorn(logits, iterations=3, epsilon=TEACHER_TEMPERATURE)
-    return TEACHER_TEMPERATURE * shares.clamp(min=1e-12).log()
+# -------------------------------------------------------------------------------------------------------- all of them
 
 
-def block_masks(count: int, grid: int, device: torch.device) -> Tensor:
-    """``(count, grid, grid)`` bool: in half of the images one rectangle of 10-50 % of the patches is masked (iBOT)."""
-    share = torch.empty(count, 1, device=device).uniform_(0.1, 0.5)
-    aspect = torch.empty(count, 1, device=device).uniform_(math.log(0.5), math.log(2)).exp()
-    sides = (torch.cat([share * aspect, share / aspect], 1).sqrt() * grid).round().clamp(1, grid)
-    start = (torch.rand(count, 2, device=device) * (grid - sides + 1)).floor()
-    place = torch.arange(grid, device=device)
-    inside = (place >= start[..., None]) & (place < (start + sides)[..., None])  # (count, 2, grid)
-    masked = torch.rand(count, 1, 1, device=device) < 0.5
-    return inside[:, 0, :, None] & inside[:, 1, None, :] & masked
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One way to train a model.
 
-
-def augmented(images: Tensor, side: int, share: tuple[float, float]) -> Tensor:
-    """A random view of every image: a crop of ``share`` of its area, mirrored or not, recoloured; normalised.
-
-    Args:
-        images: ``(B, 3, S, S)`` uint8.
-
-    Returns:
-        ``(B, 3, side, side)`` float32.
-    """
-    count, device = len(images), images.device
-    area = torch.empty(count, device=device).uniform_(*share)
-    aspect = torch.empty(count, device=device).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
-    size = (area[:, None].sqrt() * torch.stack([aspect.sqrt(), 1 / aspect.sqrt()], 1)).clamp(max=1)
-    start = torch.rand(count, 2, device=device) * (1 - size)
-    crop = torch.diag_embed(size)  # from the view's coordinates to the image's, both -1 to 1
-    centre = (2 * start + size - 1)[..., None]
-    places = functional.affine_grid(torch.cat([crop, centre], 2), [count, 3, side, side], align_corners=False)
-    pixels = (images.float() / 255).contiguous()  # grid_sample of a channels-last tensor is many times slower
-    views = functional.grid_sample(pixels, places, padding_mode="border", align_corners=False)
-    mirrored = torch.rand(count, 1, 1, 1, device=device) < 0.5
-    return normalised(recoloured(torch.where(mirrored, views.flip(3), views)))
-
-
-def recoloured(views: Tensor) -> Tensor:
-    """Random brightness, contrast, saturation and hue for every image (RGB in 0-1); one in five turns grey."""
-    count, device = len(views), views.device
-    brightness, contrast, saturation = torch.empty(3, count, 1, 1, device=device).uniform_(0.3, 1.7)
-    saturation = saturation * (torch.rand(count, 1, 1, device=device) > 0.2)
-    turn = torch.empty(count, 1, 1, device=device).uniform_(-math.pi, math.pi)  # radians about the grey axis
-    eye = torch.eye(3, device=device)
-    grey = torch.full((3, 3), 1 / 3, device=device)
-    skew = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=device) / math.sqrt(3)
-    hue = turn.cos() * eye + (1 - turn.cos()) * grey + turn.sin() * skew  # Rodrigues' rotation
-    matrix = brightness * contrast * (saturation * eye + (1 - saturation) * grey) @ hue
-    mean = views.mean((1, 2, 3), keepdim=True)
-    shifted = torch.einsum("bij,bjhw->bihw", matrix, views) + (1 - contrast[..., None]) * mean * brightness[..., None]
-    return shifted.clamp(0, 1)
-
-
-# ------------------------------------------------------------------------------------------------------- controls
-
-
-class SupervisedObjective(Objective):
-    """The ceiling: SAM's image encoder taught which drawings an image shows (softmax, its target shared by them).
-
-    Logits are scaled cosines with a learned vector for each name, as CLIP's are with its captions, of features that are
-    standardised over the batch: without that they collapse to a constant before any name is learned. Also when it is
-    measured: the features move faster, in the training, than their running averages, and these would be off.
+    Attributes:
+        make: the objective, its model untrained and of these sizes.
+        architecture: the pocket model that it ships.
+        asks: the question that its loss puts to a picture.
+        parent: the trained model whose trunk it starts from; empty: none.
     """
 
-    def __init__(self, config: pocket.ZooConfig) -> None:
-        super().__init__()
-        self.model = pocket.build_sam(config)
-        self.classes = len(mojiworld.catalogue())
-        self.standardise = nn.BatchNorm1d(config.dim, affine=False, track_running_stats=False)
-        self.names = nn.Parameter(0.02 * torch.randn(self.classes, config.dim))
-        self.scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-
-    @override
-    def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        shown = torch.zeros(len(batch.images), self.classes + 1, device=batch.images.device)
-        shown.scatter_(1, batch.drawings.where(batch.drawings >= 0, self.classes), 1.0)
-        vectors = self.standardise(self.vectors(normalised(batch.images)).float())
-        cosines = functional.normalize(vectors, dim=1) @ functional.normalize(self.names, dim=1).T
-        logits = self.scale.exp().clamp(max=100) * cosines.float()
-        shown = shown[:, :-1]
-        loss = functional.cross_entropy(logits, shown / shown.sum(1, keepdim=True))
-        return loss, {"top1": torch.gather(shown, 1, logits.argmax(1, keepdim=True)).mean()}
-
-    @override
-    def vectors(self, pixels: Tensor) -> Tensor:
-        return self.model.image_encoder(pixels).mean((2, 3))
+    make: Callable[[pocket.ZooConfig], Objective]
+    architecture: str
+    asks: str
+    parent: str = ""
 
 
-def build_objective(name: str, config: pocket.ZooConfig = pocket.DEFAULT) -> Objective:
-    """The objective of that name: a model of the zoo, or a control (``simclr``, ``supervised``).
+MASKS = "which pixels belong to the thing under this click, or in this box?"
+VIEWS = "which views are of one picture?"
+OBJECTIVES = {
+    "sam": Entry(SamObjective, "sam", MASKS),
+    "sam2": Entry(Sam2Objective, "sam2", MASKS),
+    "clip": Entry(ClipObjective, "clip", "which of these captions belongs to this picture?"),
+    "dinov2": Entry(SelfDistillation, "dinov2", f"{VIEWS} Then: what does your moving average see in the whole view?"),
+    "simclr": Entry(functools.partial(SelfDistillation, changes_at=1.0), "dinov2", VIEWS),
+    "supervised": Entry(SupervisedObjective, "sam", "which drawings does this picture show?"),
+    "sam_from_dinov2": Entry(SamObjective, "sam", MASKS, parent="dinov2"),
+}
+
+
+def entry(name: str) -> Entry:
+    """How the model or control of that name is trained.
 
     Raises:
         StudyError: no such objective.
     """
-    makers = {
-        "sam": lambda: SamObjective("sam", config),
-        "sam2": lambda: SamObjective("sam2", config),
-        "clip": lambda: ClipObjective(config),
-        "dinov2": lambda: SelfDistillation(config, warmup=0.75),
-        "simclr": lambda: SelfDistillation(config, warmup=1.0),
-        "supervised": lambda: SupervisedObjective(config),
-    }
-    if name not in makers:
-        raise StudyError(f"no objective is called {name!r}: choose from {', '.join(makers)}")
-    return makers[name]()
+    if name not in OBJECTIVES:
+        raise StudyError(f"no objective is called {name!r}: choose from {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[name]
+
+
+def build_objective(name: str, config: pocket.ZooConfig = pocket.DEFAULT) -> Objective:
+    """The untrained objective of that name; `StudyError` where there is none."""
+    return entry(name).make(config)

@@ -1,13 +1,13 @@
-"""Trains the models of the pocket zoo: ``python -m samantics train sam`` (sam2, clip, dinov2; or a control).
+"""Trains the models of the pocket zoo: the same loop, pictures, batches and schedule for all; the objective differs.
 
-The same loop for all: equal pictures, equal batches, equal schedule; only the objective differs. Uses a GPU if there
-is one. Safe to kill at any moment: rerun the same command and it goes on from its last checkpoint, to the same
-result (every step draws its random numbers from ``(seed, step)``, not from what came before).
+Safe to kill at any moment: the same command goes on from the last checkpoint, to the same result, because every step
+draws its random numbers from `(seed, step)` and not from what came before.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import math
@@ -21,19 +21,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from samantics.cache import atomic_path, hash_file, hash_value, remove_leftovers, write_json
+from samantics.cache import Checkpoint, atomic_path, hash_file, remove_leftovers, write_json
 from samantics.data import first_world as mojiworld
 from samantics.errors import StudyError
 from samantics.models import pocket
-from samantics.zoo.objectives import Batch, Objective, build_objective, normalised
+from samantics.models.encoder import zoo_encoder
+from samantics.zoo.objectives import Batch, Objective, build_objective, entry
+from samantics.zoo.views import normalised
 
-CONTROLS = ("simclr", "supervised", "sam_from_dinov2")
+LICENCE = "CC BY-SA 4.0 (learned from OpenMoji drawings, CC BY-SA 4.0)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Recipe:
 
     Attributes:
         images: pictures seen, counted with repetition.
-        pool: different pictures rendered; each is revisited ``images / pool`` times.
+        pool: different pictures rendered; each is revisited `images / pool` times.
         batch: pictures per step.
         learning_rate: AdamW's highest; a linear warm-up, then a cosine to zero.
         probe_points: how often the held-out objective and the probes are measured on the way.
@@ -80,178 +83,216 @@ class Recipe:
         return {round(share * self.steps) for share in shares}
 
 
-# ------------------------------------------------------------------------------------------------------ the pool
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """What a training reads.
+
+    Attributes:
+        pool: to learn from.
+        held_out: never learned from; the objective is measured on them.
+        labelled: of one drawing each, for the probes of the curves.
+        is_test: `(N,)` bool, which of `labelled` the probes are tested on.
+    """
+
+    pool: mojiworld.Pictures
+    held_out: mojiworld.Pictures
+    labelled: mojiworld.Pictures
+    is_test: NDArray[np.bool_]
+
+
+def training_data(recipe: Recipe, image_size: int = pocket.DEFAULT.image_size, workers: int = 0) -> TrainingData:
+    """The pool of a recipe's world, and unseen and labelled pictures of the default world; rendered once, then kept.
+
+    Raises:
+        StudyError: tokens do not divide pictures of that size.
+    """
+    patch, views, test_views = pocket.DEFAULT.patch_size, 6, 2
+    if image_size % patch:
+        raise StudyError(f"the image size is {image_size}: choose a multiple of {patch}, a token's side")
+    world = mojiworld.World(image_size)
+    pool = pretraining_pool(mojiworld.World(image_size, recipe.theme_strength), recipe.pool, workers=workers)
+    labelled = mojiworld.classification_pictures(world, views, workers)
+    is_test = np.arange(len(labelled)) % views >= views - test_views
+    return TrainingData(pool, pretraining_pool(world, 256, "held_out", workers), labelled, is_test)
 
 
 def pretraining_pool(
     world: mojiworld.World, count: int, stream: str = "pretraining", workers: int = 0
 ) -> mojiworld.Pictures:
-    """``count`` pictures to pretrain on (or, of another stream, to measure on), memory-mapped from the cache folder."""
+    """`count` pictures to pretrain on (or, of another stream, to measure on), memory-mapped from the cache folder."""
     make = functools.partial(mojiworld.pretraining_picture, world, stream=stream)
     return mojiworld.stored_pictures(make, count, f"{stream}_{world.hash}", workers)
 
 
-class DeviceData:
-    """Pictures, memory-mapped, of which batches go to the device where the model is."""
-
-    def __init__(self, pictures: mojiworld.Pictures, device: torch.device) -> None:
-        self.pictures, self.device = pictures, device
-
-    def batch(self, rows: np.ndarray) -> Batch:
-        """The pictures at ``rows``, each mirrored or not."""
-        order = np.sort(rows)  # memory-mapped files like to be read forwards
-        images, instances, drawings = (
-            torch.from_numpy(np.ascontiguousarray(array[order])).to(self.device)
-            for array in (self.pictures.images, self.pictures.instances, self.pictures.drawings)
-        )
-        images = images.permute(0, 3, 1, 2)
-        mirrored = torch.rand(len(images), 1, 1, device=self.device) < 0.5
-        images = torch.where(mirrored[..., None], images.flip(3), images)
-        return Batch(images, torch.where(mirrored, instances.flip(2), instances), drawings.long())
+def batch_of(pictures: mojiworld.Pictures, rows: NDArray[np.int64], device: torch.device | str = "cpu") -> Batch:
+    """The pictures at `rows`, each mirrored or not, on the device."""
+    order = np.sort(rows)  # memory-mapped files like to be read forwards
+    images, instances, drawings = (
+        torch.from_numpy(np.ascontiguousarray(array[order])).to(device)
+        for array in (pictures.images, pictures.instances, pictures.drawings)
+    )
+    images = images.permute(0, 3, 1, 2)
+    mirrored = torch.rand(len(images), 1, 1, device=device) < 0.5
+    images = torch.where(mirrored[..., None], images.flip(3), images)
+    return Batch(images, torch.where(mirrored, instances.flip(2), instances), drawings.long())
 
 
-# --------------------------------------------------------------------------------------------------- measurements
+def rows_of_step(recipe: Recipe, pool: int, step: int) -> NDArray[np.int64]:
+    """Rows of the pool for one step: each epoch visits every picture once, in an order of its own."""
+    epochs, places = np.divmod(np.arange(step * recipe.batch, (step + 1) * recipe.batch), pool)
+    orders = {epoch: np.random.default_rng([recipe.seed, epoch]).permutation(pool) for epoch in np.unique(epochs)}
+    return np.array([orders[epoch][place] for epoch, place in zip(epochs, places, strict=True)])
 
 
-@dataclasses.dataclass(frozen=True)
-class ProbeData:
-    """Labelled pictures for the curves: normalised pixels are made batch by batch."""
-
-    images: np.ndarray  # (N, S, S, 3) uint8
-    drawings: np.ndarray  # (N,) int64
-    test: np.ndarray  # (N,) bool
+# ------------------------------------------------------------------------------------------------------ measurements
 
 
-def probe_data(
-    per_drawing: int = 6, test_views: int = 2, workers: int = 0, image_size: int = pocket.DEFAULT.image_size
-) -> ProbeData:
-    """The classification set of notebook 01 at drawing level (default world), rendered with all cores."""
-    pictures = mojiworld.classification_pictures(mojiworld.World(image_size), per_drawing, workers)
-    view = np.arange(len(pictures)) % per_drawing
-    return ProbeData(pictures.images, pictures.drawings[:, 0].astype(np.int64), view >= per_drawing - test_views)
+def measured(name: str, objective: Objective, data: TrainingData, progress: float) -> dict[str, float]:
+    """A point of the curves: probes of what would be shipped now, and the objective on held-out pictures."""
+    vectors = probe_vectors(name, objective, data.labelled.images)
+    drawings = data.labelled.drawings[:, 0].astype(np.int64)
+    return probe_scores(vectors, drawings, data.is_test) | held_out_figures(objective, data.held_out, progress)
 
 
-@torch.no_grad()
-def probe_vectors(objective: Objective, images: np.ndarray, device: torch.device) -> Tensor:
-    """``(N, C)`` float32 features of the objective's model, pooled as the paper does."""
-    objective.eval()
+def probe_vectors(name: str, objective: Objective, images: NDArray[np.uint8]) -> Tensor:
+    """`(N, C)` float32 features of `(N, S, S, 3)` images, pooled as the paper does, by what would be shipped now."""
+    model, device = copy.deepcopy(objective.shipped()), next(objective.parameters()).device
+    encoder = zoo_encoder(entry(name).architecture, model, "", images.shape[1])
+    encoder = dataclasses.replace(encoder, model=model.to(device), device=device)
     parts = []
     for start in range(0, len(images), 256):
         pixels = normalised(torch.from_numpy(np.array(images[start : start + 256])).to(device).permute(0, 3, 1, 2))
-        with mixed_precision(device):
-            parts.append(objective.vectors(pixels).float())
-    objective.train()
+        parts.append(encoder.pooled(pixels, [encoder.headline])[encoder.headline])
     return torch.cat(parts)
 
 
-def probe_scores(vectors: Tensor, data: ProbeData) -> dict[str, float]:
+def probe_scores(vectors: Tensor, labels: NDArray[np.int64], is_test: NDArray[np.bool_]) -> dict[str, float]:
     """Percent of test views whose drawing a linear probe and a 10-nearest-neighbour vote name (for the curves).
 
-    The probe is logistic regression on standardised features, 300 full-batch steps of Adam: enough for a curve; the
-    figures that are reported come from ``probe`` in notebook 01.
+    The probe is logistic regression on standardised features, 300 full-batch steps of Adam: enough for a curve, and
+    quick on a GPU; the figures that are reported come from `linear_probe` in notebook 01.
     """
-    test = torch.from_numpy(data.test).to(vectors.device)
-    labels = torch.from_numpy(data.drawings).to(vectors.device)
-    unit = functional.normalize(vectors, dim=1)
-    near = labels[~test][(unit[test] @ unit[~test].T).topk(10).indices]
-    votes = functional.one_hot(near, len(mojiworld.catalogue())).sum(1)
+    test, truth = torch.from_numpy(is_test).to(vectors.device), torch.from_numpy(labels).to(vectors.device)
+    classes, unit = int(labels.max()) + 1, functional.normalize(vectors, dim=1)
+    near = truth[~test][(unit[test] @ unit[~test].T).topk(10).indices]
+    votes = functional.one_hot(near, classes).sum(1)
     standard = (vectors - vectors[~test].mean(0)) / (vectors[~test].std(0) + 1e-6)
     torch.manual_seed(0)
-    with torch.enable_grad():
-        layer = nn.Linear(vectors.shape[1], len(mojiworld.catalogue())).to(vectors.device)
-        optimiser = torch.optim.Adam(layer.parameters(), lr=0.01, weight_decay=1e-4)
-        for _ in range(300):
-            optimiser.zero_grad()
-            functional.cross_entropy(layer(standard[~test]), labels[~test]).backward()
-            optimiser.step()
-    return {
-        "probe_top1": 100 * float((layer(standard[test]).argmax(1) == labels[test]).float().mean()),
-        "knn_top1": 100 * float((votes.argmax(1) == labels[test]).float().mean()),
-    }
+    layer = nn.Linear(vectors.shape[1], classes).to(vectors.device)
+    optimiser = torch.optim.Adam(layer.parameters(), lr=0.01, weight_decay=1e-4)
+    for _ in range(300):
+        optimiser.zero_grad()
+        functional.cross_entropy(layer(standard[~test]), truth[~test]).backward()
+        optimiser.step()
+    answers = {"probe_top1": layer(standard[test]).argmax(1), "knn_top1": votes.argmax(1)}
+    return {key: 100 * float((found == truth[test]).float().mean()) for key, found in answers.items()}
 
 
 @torch.no_grad()
-def held_out_figures(objective: Objective, data: DeviceData, progress: float, batch: int) -> dict[str, float]:
+def held_out_figures(objective: Objective, pictures: mojiworld.Pictures, progress: float) -> dict[str, float]:
     """Mean loss and figures of the objective on pictures never trained on, with fixed random choices."""
+    device, batch = next(objective.parameters()).device, min(256, len(pictures))
     objective.eval()
     rows: list[dict[str, float]] = []
-    for start in range(0, len(data.pictures) - batch + 1, batch):
+    for start in range(0, len(pictures) - batch + 1, batch):
         torch.manual_seed(start)
-        with mixed_precision(data.device):
-            loss, figures = objective(data.batch(np.arange(start, start + batch)), progress)
-        rows.append({"held_out_loss": float(loss), **{f"held_out_{k}": float(v) for k, v in figures.items()}})
+        with mixed_precision(device):
+            loss, figures = objective(batch_of(pictures, np.arange(start, start + batch), device), progress)
+        rows.append({"loss": float(loss)} | {key: float(value) for key, value in figures.items()})
     objective.train()
-    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+    return {f"held_out_{key}": float(np.mean([row[key] for row in rows])) for key in rows[0]}
 
 
-# ------------------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------------------------------- training
 
 
 def train(
     name: str,
     recipe: Recipe,
     folder: Path,
-    data: DeviceData,
-    held_out: DeviceData,
-    probing: ProbeData,
+    data: TrainingData,
+    device: torch.device | str = "cpu",
     start_from: Path | None = None,
 ) -> Objective:
-    """Train one model and leave ``<name>.safetensors``, its card ``<name>.json`` and ``<name>.csv`` in ``folder``.
-
-    Its tokens are :data:`pocket.DEFAULT`'s, 16 pixels wide; how many there are follows from the size of the pictures.
+    """Train one model and leave `<name>.safetensors`, its card `<name>.json` and its curve `<name>.csv` in `folder`.
 
     Args:
-        start_from: a trained DINOv2 (safetensors) whose trunk ``sam_from_dinov2`` begins with.
+        name: of `OBJECTIVES`.
+        folder: of the results, and of the checkpoint meanwhile.
+        start_from: weights (safetensors) of a trained parent, for an objective that has one.
 
     Raises:
-        StudyError: unknown name; a checkpoint of another recipe lies in ``folder``; the loss is not finite.
+        StudyError: unknown name; no parent given; a checkpoint of another recipe in `folder`; the loss is not finite.
     """
-    device = data.device
-    config = dataclasses.replace(pocket.DEFAULT, image_size=data.pictures.images.shape[1])
     torch.manual_seed(recipe.seed)
-    objective = build_objective("sam" if name == "sam_from_dinov2" else name, config)
-    objective = objective.to(device).to(memory_format=torch.channels_last).train()
-    if name == "sam_from_dinov2":
-        if start_from is None:
-            raise StudyError("sam_from_dinov2 starts from a trained DINOv2: name its file with --start-from")
-        copy_trunk(start_from, objective.model)
-    optimiser = _optimiser(objective, recipe)
+    config = dataclasses.replace(pocket.DEFAULT, image_size=data.pool.images.shape[1])
+    objective = untrained(name, config, start_from).to(device).to(memory_format=torch.channels_last).train()
+    optimiser = adamw(objective, recipe)
     remove_leftovers(folder)
-    state = _State(folder / f"{name}.ckpt", hash_value([name, dataclasses.asdict(recipe), dataclasses.asdict(config)]))
-    state.restore(objective, optimiser)
-    measure_at = recipe.probe_steps()
-    bar = tqdm(total=recipe.steps, initial=state.step, desc=f"{name} (seed {recipe.seed})", unit="step", mininterval=2)
-    while True:
-        if state.step in measure_at and (not state.rows or state.rows[-1]["step"] < state.step):
-            scores = probe_scores(probe_vectors(objective, probing.images, device), probing)
-            figures = held_out_figures(objective, held_out, state.step / recipe.steps, min(256, len(held_out.pictures)))
-            state.rows.append(
-                {"step": state.step, "images": state.step * recipe.batch, "seconds": state.seconds, **scores, **figures}
-            )
-            bar.set_postfix(
-                {key: f"{value:.2f}" for key, value in (scores | figures).items() if "loss" in key or "top1" in key}
-            )
-        if state.step == recipe.steps:
-            break
-        began = time.perf_counter()
-        _step(objective, optimiser, data, recipe, state.step)
-        state.step += 1
-        state.seconds += time.perf_counter() - began
-        bar.update()
-        if state.step % recipe.checkpoint_every == 0:
-            state.save(objective, optimiser)
-    bar.close()
-    _export(name, recipe, config, folder, objective, state)
-    state.path.unlink(missing_ok=True)
+    identity = {"model": name} | dataclasses.asdict(recipe) | dataclasses.asdict(config)
+    checkpoint = Checkpoint(folder / f"{name}.ckpt", identity)
+    begin, seconds, rows = resumed(checkpoint, objective, optimiser)
+    for step in tqdm(range(begin, recipe.steps + 1), f"{name} (seed {recipe.seed})", initial=begin):
+        if step in recipe.probe_steps() and (not rows or rows[-1]["step"] < step):
+            place = {"step": step, "images": step * recipe.batch, "seconds": seconds}
+            rows.append(place | measured(name, objective, data, step / recipe.steps))
+        if step > begin and step % recipe.checkpoint_every == 0:
+            states = {"objective": objective.state_dict(), "optimiser": optimiser.state_dict()}
+            checkpoint.save({"step": step, "seconds": seconds, "rows": rows} | states)
+        if step < recipe.steps:
+            began = time.perf_counter()
+            take_step(objective, optimiser, data.pool, recipe, step)
+            seconds += time.perf_counter() - began
+    export(name, recipe, config, folder, objective, rows)
+    checkpoint.path.unlink(missing_ok=True)
     return objective
 
 
-def _step(objective: Objective, optimiser: torch.optim.Optimizer, data: DeviceData, recipe: Recipe, step: int) -> None:
+def resumed(
+    checkpoint: Checkpoint, objective: Objective, optimiser: torch.optim.Optimizer
+) -> tuple[int, float, list[dict[str, Any]]]:
+    """Steps taken, seconds and points of the curve so far; objective and optimiser get their saved states."""
+    state = checkpoint.load()
+    if state is None:
+        return 0, 0.0, []
+    objective.load_state_dict(state["objective"])
+    optimiser.load_state_dict(state["optimiser"])
+    return state["step"], state["seconds"], state["rows"]
+
+
+def untrained(name: str, config: pocket.ZooConfig, start_from: Path | None) -> Objective:
+    """The objective before its first step, with its parent's trunk where it has one."""
+    objective, parent = build_objective(name, config), entry(name).parent
+    if parent and start_from is None:
+        raise StudyError(f"{name} starts from a trained {parent}: name its file with --start-from")
+    if parent and start_from is not None:
+        objective.start_from({key: value.float() for key, value in load_file(start_from).items()})
+    return objective
+
+
+def adamw(objective: Objective, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW; biases, norms and embeddings (one-dimensional parameters) without weight decay."""
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=trained[0].is_cuda)
+
+
+def take_step(
+    objective: Objective, optimiser: torch.optim.Optimizer, pool: mojiworld.Pictures, recipe: Recipe, step: int
+) -> None:
+    """One optimiser step; all of its random numbers follow from the seed and the step."""
+    device = next(objective.parameters()).device
     torch.manual_seed(recipe.seed * 1_000_003 + step)
     for group in optimiser.param_groups:
         group["lr"] = recipe.rate(step)
-    batch = data.batch(_rows(recipe, len(data.pictures), step))
-    with mixed_precision(data.device), attention_kernel(data.device):
+    batch = batch_of(pool, rows_of_step(recipe, len(pool), step), device)
+    with mixed_precision(device), attention_kernel(device):
         loss, _ = objective(batch, step / recipe.steps)
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
@@ -273,151 +314,35 @@ def attention_kernel(device: torch.device) -> contextlib.AbstractContextManager[
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
 
 
-def _rows(recipe: Recipe, pool: int, step: int) -> np.ndarray:
-    """Rows of the pool for one step: each epoch visits every picture once, in an order of its own."""
-    places = np.arange(step * recipe.batch, (step + 1) * recipe.batch)
-    rows = np.empty(recipe.batch, np.int64)
-    for epoch in np.unique(places // pool):
-        mine = places // pool == epoch
-        rows[mine] = _order(recipe.seed, int(epoch), pool)[places[mine] % pool]
-    return rows
-
-
-@functools.lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, pool: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(pool)
-
-
-def _optimiser(objective: Objective, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW; biases, norms and embeddings (one-dimensional parameters) without weight decay."""
-    trained = [p for p in objective.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=trained[0].is_cuda)
-
-
-class _State:
-    """Where a training stands, and its checkpoint file."""
-
-    def __init__(self, path: Path, recipe_hash: str) -> None:
-        self.path, self.recipe_hash = path, recipe_hash
-        self.step, self.seconds = 0, 0.0
-        self.rows: list[dict[str, Any]] = []
-
-    def save(self, objective: nn.Module, optimiser: torch.optim.Optimizer) -> None:
-        with atomic_path(self.path) as temporary:
-            torch.save(
-                {
-                    "recipe": self.recipe_hash,
-                    "step": self.step,
-                    "seconds": self.seconds,
-                    "rows": self.rows,
-                    "objective": objective.state_dict(),
-                    "optimiser": optimiser.state_dict(),
-                },
-                temporary,
-            )
-
-    def restore(self, objective: nn.Module, optimiser: torch.optim.Optimizer) -> None:
-        if not self.path.exists():
-            return
-        try:
-            saved = torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise StudyError(f"the checkpoint {self.path} is damaged: delete it to begin again") from error
-        if saved["recipe"] != self.recipe_hash:
-            raise StudyError(f"the checkpoint {self.path} is of another recipe: delete it, or give its settings")
-        self.step, self.seconds, self.rows = saved["step"], saved["seconds"], saved["rows"]
-        objective.load_state_dict(saved["objective"])
-        optimiser.load_state_dict(saved["optimiser"])
-
-
-def copy_trunk(dinov2: Path, sam: Any) -> None:
-    """Begin a pocket SAM with the trunk of a trained pocket DINOv2 (as the paper's SAM began with MAE's)."""
-    source = {key: value.float() for key, value in load_file(dinov2).items()}
-    encoder = sam.image_encoder
-    trunk = {key: value for key, value in encoder.state_dict().items() if not key.startswith("neck")}
-    renamed: dict[str, Tensor] = {}
-    grid = pocket.DEFAULT.grid
-    renamed["pos_embed"] = source["embeddings.position_embeddings"][:, 1:].reshape(1, grid, grid, -1)
-    for key, value in source.items():
-        if key.startswith("embeddings.patch_embeddings.projection."):
-            renamed[key.replace("embeddings.patch_embeddings.projection", "patch_embed.proj")] = value
-    for block in range(pocket.DEFAULT.depth):
-        old, new = f"encoder.layer.{block}.", f"blocks.{block}."
-        for kind in ("weight", "bias"):
-            qkv = [source[f"{old}attention.{part}.{kind}"] for part in ("q_proj", "k_proj", "v_proj")]
-            renamed[f"{new}attn.qkv.{kind}"] = torch.cat(qkv)
-            scale = source[f"{old}layer_scale1.lambda1"], source[f"{old}layer_scale2.lambda1"]
-            shape = (-1, 1) if kind == "weight" else (-1,)
-            renamed[f"{new}attn.proj.{kind}"] = source[f"{old}attention.o_proj.{kind}"] * scale[0].view(shape)
-            renamed[f"{new}mlp.lin1.{kind}"] = source[f"{old}mlp.fc1.{kind}"]
-            renamed[f"{new}mlp.lin2.{kind}"] = source[f"{old}mlp.fc2.{kind}"] * scale[1].view(shape)
-            renamed[f"{new}norm1.{kind}"] = source[f"{old}norm1.{kind}"]
-            renamed[f"{new}norm2.{kind}"] = source[f"{old}norm2.{kind}"]
-    assert renamed.keys() == trunk.keys(), renamed.keys() ^ trunk.keys()
-    encoder.load_state_dict(renamed, strict=False)
-
-
-def _export(
-    name: str, recipe: Recipe, config: pocket.ZooConfig, folder: Path, objective: Objective, state: _State
+def export(
+    name: str, recipe: Recipe, config: pocket.ZooConfig, folder: Path, objective: Objective, rows: list[dict[str, Any]]
 ) -> None:
-    """The model in 16 bit, its curve, and its card."""
+    """Write the model in 16 bit, its curve, and its card."""
     weights = {
         key: (value.half() if value.is_floating_point() else value).contiguous().cpu()
         for key, value in objective.shipped().state_dict().items()
     }
-    path = folder / f"{name}.safetensors"
+    path, device = folder / f"{name}.safetensors", next(objective.parameters()).device
     with atomic_path(path) as temporary:
         temporary.write_bytes(save(weights))  # save_file would hide that a disk is full
     with atomic_path(folder / f"{name}.csv") as temporary:
-        pd.DataFrame(state.rows).to_csv(temporary, index=False, float_format="%.5g")
-    device = next(objective.parameters()).device
-    machine = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{platform.machine()} CPU, {os.cpu_count()} cores"
-    )
+        pd.DataFrame(rows).to_csv(temporary, index=False, float_format="%.5g")
+    cpu = f"{platform.machine()} CPU, {os.cpu_count()} cores"
     world = mojiworld.World(config.image_size, recipe.theme_strength)
-    write_json(
-        folder / f"{name}.json",
-        {
-            "model": name,
-            "sha256": hash_file(path),
-            "recipe": dataclasses.asdict(recipe),
-            "architecture": dataclasses.asdict(config),
-            "world": {**dataclasses.asdict(world), "hash": world.hash},
-            "parameters": sum(p.numel() for p in objective.model.parameters()),
-            "seconds": round(state.seconds, 1),
-            "machine": machine,
-            "torch": torch.__version__,
-            "last": {key: round(value, 5) for key, value in state.rows[-1].items()},
-            "licence": "CC BY-SA 4.0 (learned from OpenMoji drawings, CC BY-SA 4.0)",
-        },
-    )
-
-
-# ---------------------------------------------------------------------------------------------------- all of it
-
-
-def prepared_data(
-    recipe: Recipe, device: torch.device, workers: int = 0, image_size: int = pocket.DEFAULT.image_size
-) -> tuple[DeviceData, DeviceData, ProbeData]:
-    """The pool, unseen pictures of the default world, and the probing set.
-
-    Raises:
-        StudyError: tokens do not divide pictures of that size.
-    """
-    if image_size % pocket.DEFAULT.patch_size:
-        raise StudyError(
-            f"the image size is {image_size}: choose a multiple of {pocket.DEFAULT.patch_size}, a token's side"
-        )
-    world = mojiworld.World(image_size, recipe.theme_strength)
-    data = DeviceData(pretraining_pool(world, recipe.pool, workers=workers), device)
-    unseen = pretraining_pool(mojiworld.World(image_size), 256, "held_out", workers)
-    return data, DeviceData(unseen, device), probe_data(workers=workers, image_size=image_size)
+    card = {
+        "model": name,
+        "sha256": hash_file(path),
+        "recipe": dataclasses.asdict(recipe),
+        "architecture": dataclasses.asdict(config),
+        "world": {**dataclasses.asdict(world), "hash": world.hash},
+        "parameters": sum(p.numel() for p in objective.model.parameters()),
+        "seconds": round(rows[-1]["seconds"], 1),
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "torch": torch.__version__,
+        "last": {key: round(value, 5) for key, value in rows[-1].items()},
+        "licence": LICENCE,
+    }
+    write_json(folder / f"{name}.json", card)
 
 
 def train_models(
@@ -428,26 +353,18 @@ def train_models(
     workers: int = 0,
     image_size: int = pocket.DEFAULT.image_size,
 ) -> None:
-    """Train models one after the other on the same pictures.
-
-    Args:
-        names: of ``pocket.NAMES`` or ``CONTROLS``.
-        folder: of the results; by default where the zoo is loaded from.
-        start_from: trained DINOv2 weights, for ``sam_from_dinov2``.
-        workers: processes that render; 0 for all cores.
-        image_size: pixels of a side; others than the zoo's do not fit it.
+    """Train models one after the other, on a GPU where there is one: `python -m samantics train`.
 
     Raises:
-        StudyError: no such model; pictures of another size than the zoo's in the zoo's own folder.
+        StudyError: as `train` and `training_data`; pictures of another size for the folder that the zoo is loaded from.
     """
-    known = (*pocket.NAMES, *CONTROLS)
-    if wrong := [name for name in names if name not in known]:
-        raise StudyError(f"no model is called {wrong[0]!r}: choose from {', '.join(known)}")
-    if image_size != pocket.DEFAULT.image_size and folder == pocket.ASSETS:
-        raise StudyError(f"the zoo's pictures have {pocket.DEFAULT.image_size} pixels: name another folder with --out")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for name in names:
+        entry(name)  # refused before pictures are rendered
+    own = pocket.DEFAULT.image_size
+    if image_size != own and folder == pocket.ASSETS:
+        raise StudyError(f"the zoo's pictures have {own} pixels: name another folder with --out")
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    data, held_out, probing = prepared_data(recipe, device, workers, image_size)
+    data = training_data(recipe, image_size, workers)
     for name in names:
-        train(name, recipe, folder, data, held_out, probing, start_from)
+        train(name, recipe, folder, data, "cuda" if torch.cuda.is_available() else "cpu", start_from)
