@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -67,3 +68,13 @@ def test_git_revision_tells_changed_sources(tmp_path: Path) -> None:
     assert len(clean) == 40
     (tmp_path / "lib" / "module.py").write_text("one = 2\n")
     assert git_revision(tmp_path) == f"{clean}+changes"
+
+
+def test_every_name_that_a_reader_imports_is_there_and_importing_loads_no_model_package() -> None:
+    import samantics
+
+    assert all(getattr(samantics, name) is not None for name in samantics.__all__)
+    with pytest.raises(AttributeError, match="samantics has no 'sam'"):
+        _ = samantics.sam
+    loaded = "import samantics, sys; print([name for name in ('torch', 'transformers', 'sam2') if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", loaded], text=True).strip() == "[]"
