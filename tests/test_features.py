@@ -115,6 +115,12 @@ def test_damage_is_found_and_mended_by_deleting_the_shard(stub: LookUp, tmp_path
         with pytest.raises(StudyError, match=rf"{shard.name} is damaged: delete it"):
             encode(stub, tmp_path).read(MEAN)
     shard.unlink()
+    note = sorted(made.folder.glob("shard_*.json"))[0]
+    whole = note.read_bytes()
+    note.write_text("{")
+    with pytest.raises(StudyError, match=f"{note.name} is missing or damaged"):
+        encode(stub, tmp_path)
+    note.write_bytes(whole)
     stub.calls = 0
     assert np.allclose(encode(stub, tmp_path).read(MEAN), halves(stub), rtol=1e-3)
     assert stub.calls == 16
@@ -158,19 +164,15 @@ def test_unreadable_images_are_skipped_up_to_the_limit_and_listed(stub: LookUp, 
     images = Unreadable(stub.images)
     with pytest.raises(StudyError, match=r"of 50 images are unreadable, over the limit of 2\.0%: \d+\.png"):
         encode(stub, tmp_path, images=images, max_unreadable=0.02)
+    images.bad = tuple(range(50))  # whole batches of them
+    with pytest.raises(StudyError, match="50 of 50"):
+        encode(stub, tmp_path / "all", images=images, max_unreadable=0.99, shard_rows=50)
+    images.bad = Unreadable.bad
     made = encode(stub, tmp_path, images=images, max_unreadable=0.06)
     assert sorted(made.skipped) == [3, 20, 21]
     assert "20.png" in made.skipped[20]
     assert np.allclose(made.read(MEAN), halves(stub)[made.kept], rtol=1e-3)
     assert len(made.kept) == made.column(MEAN).shape[0] == 47
-
-
-def test_all_of_a_batch_unreadable(stub: LookUp, tmp_path: Path) -> None:
-    class AllBad(Unreadable):
-        bad = tuple(range(50))
-
-    with pytest.raises(StudyError, match="50 of 50"):
-        encode(stub, tmp_path, images=AllBad(stub.images), max_unreadable=0.99, shard_rows=50)
 
 
 def test_refused_before_any_work(stub: LookUp, tmp_path: Path) -> None:
@@ -219,14 +221,6 @@ def test_masks_that_are_missing_or_of_another_size_are_refused(stub: LookUp, tmp
         encode(stub, tmp_path, readouts=[("final", "object")])
     with pytest.raises(StudyError, match="cannot belong"):
         encode(stub, tmp_path, readouts=[("final", "object")], masks=[np.ones((5, 4))] * 50)
-
-
-def test_damaged_notes_are_named(stub: LookUp, tmp_path: Path) -> None:
-    made = encode(stub, tmp_path)
-    note = sorted(made.folder.glob("shard_*.json"))[0]
-    note.write_text("{")
-    with pytest.raises(StudyError, match=f"{note.name} is missing or damaged"):
-        encode(stub, tmp_path)
 
 
 def main_on_one_thread(options: list[str]) -> int:

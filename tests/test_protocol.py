@@ -15,7 +15,6 @@ from samantics.probing import linear
 from samantics.probing.linear import linear_probe
 from samantics.probing.protocol import (
     Data,
-    best_epoch,
     input_variants,
     paper_probe,
     projected_probe,
@@ -58,7 +57,7 @@ def test_the_changes_of_training(tamed: Data) -> None:
     assert accuracy["under-training"] > accuracy["selection on the reported split"] + 0.1
     course = paper_probe(*tamed, seed=1)
     best = max(result.top1.mean() for result in course)
-    assert len(course) == 10 and best_epoch(course).top1.mean() == best
+    assert len(course) == 10
     paper, last, _, raw, sound = found.values()
     assert paper.top1[1].mean() == pytest.approx(best, abs=0.005)
     assert last.top1[1].mean() == pytest.approx(course[-1].top1.mean(), abs=0.005)

@@ -227,7 +227,9 @@ def encode_images(
     place = (folder or cache_dir() / "features") / f"{encoder.name}_{hash_value(key)}" / hash_value(sorted(readouts))
     batch_size = batch_size or max(1, min(32, PIXELS_AT_ONCE // encoder.image_size**2))
     job = _Job(encoder, images, masks, readouts, place, shard_rows, batch_size, workers, max_unreadable)
-    pending = [shard for shard in _own_first(job.shards) if not job.is_done(shard)]
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
+    own_first = sorted(range(job.shards), key=lambda shard: ((shard - rank) % world, shard))
+    pending = [shard for shard in own_first if not job.is_done(shard)]
     if pending:
         remove_leftovers(place)
         write_json(place / "key.json", {"format": FORMAT, **key, "wanted": [":".join(pair) for pair in readouts]})
@@ -237,12 +239,6 @@ def encode_images(
     job.check_readable(list(skipped.values()))
     dims = {(name.split(":")[0], name.split(":")[1]): int(dim) for name, dim, _ in notes[0]["columns"]}
     return FeatureStore(place, len(images), shard_rows, dims, skipped)
-
-
-def _own_first(shards: int) -> list[int]:
-    """All shards, those of this process first: under `torchrun` each process begins with its own share."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    return sorted(range(shards), key=lambda shard: ((shard - rank) % world, shard))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,7 +41,7 @@ def paper_probe(
     a CPU), features as they are. Arguments and errors: as `linear_probe`.
 
     Returns:
-        The answers after each epoch. The paper reports the best of ten on the very split that it reports: `best_epoch`.
+        The answers after each epoch. The paper reports the best of ten, chosen on the very split that it reports.
     """
     train_x, test_x = checked(train_x, train_y, classes, "train"), checked(test_x, test_y, classes, "test")
     layer, gpu = _fresh_layer(train_x.shape[1], classes, seed).to(device), device.startswith("cuda")
@@ -78,11 +78,6 @@ def _fresh_layer(width: int, classes: int, seed: int) -> nn.Linear:
     return layer
 
 
-def best_epoch(course: Sequence[ProbeResult]) -> ProbeResult:
-    """The epoch with the highest top-1 on the reported split, which no sound protocol looks at before."""
-    return max(course, key=lambda result: float(result.top1.mean()))
-
-
 def training_changes(data: Data, seeds: Sequence[int]) -> dict[tuple[str, str], ProbeResult]:
     """The paper's probe, and what changes with each choice of its training: results by question and setting.
 
@@ -90,7 +85,7 @@ def training_changes(data: Data, seeds: Sequence[int]) -> dict[tuple[str, str], 
     they are. The last entry is the sound probe, which makes none of them.
     """
     courses = [paper_probe(*data, seed=seed, epochs=LONG) for seed in seeds]
-    best = [best_epoch(course[:EPOCHS]) for course in courses]
+    best = [max(course[:EPOCHS], key=lambda result: float(result.top1.mean())) for course in courses]
     raw, sound = (linear_probe(*data, seeds=seeds, standardise=standardise) for standardise in (False, True))
     return {
         ("the paper's protocol", f"{EPOCHS} epochs, best on the reported split"): joined(best),
