@@ -33,7 +33,8 @@ from samantics.data import first_world as mojiworld
 from samantics.models.encoder import Encoder, load_encoder
 from samantics.probing import features as store
 from samantics.probing.features import FeatureStore, encode_images
-from samantics.probing.linear import linear_probe, paper_probe
+from samantics.probing.linear import linear_probe
+from samantics.probing.protocol import paper_probe
 
 POCKET = ("sam", "sam2", "clip", "dinov2")
 IMAGENET = 1_281_167  # train images
