@@ -35,20 +35,20 @@ from samantics.incontext.model import (
 )
 from samantics.incontext.tokens import (
     Objects,
-    Part,
+    SamData,
     SamMaps,
     box_masks,
     live_maps,
     mask_tokens,
+    object_arrays,
     object_tokens,
-    objects_of,
     planted_part,
     read_maps,
     sam_maps,
     stored_maps,
     trunk_blocks,
 )
-from samantics.incontext.training import BatchSampler, draw_references, jittered, split_categories, train
+from samantics.incontext.training import BatchSampler, draw_references, jittered_boxes, split_categories, train
 from samantics.models import pocket
 from samantics.scales import POCKET_INCONTEXT, POCKET_NOVEL, VOC
 
@@ -85,7 +85,7 @@ def wide(scenes: CocoDataset, tmp_path_factory: pytest.TempPathFactory) -> CocoD
 @pytest.fixture(scope="module")
 def sampler(sam: Sam, scenes: CocoDataset, tmp_path_factory: pytest.TempPathFactory) -> BatchSampler:
     folder = tmp_path_factory.mktemp("maps")
-    objects, maps = objects_of(scenes, SIZE), stored_maps(sam, scenes, TINY.trunk_maps, "random", folder)
+    objects, maps = object_arrays(scenes, SIZE), stored_maps(sam, scenes, TINY.trunk_maps, "random", folder)
     tokens = object_tokens(sam, maps, objects, folder / "tokens")
     # with so few scenes only the common categories have references in several of them
     common = [c for c in scenes.categories if len(np.unique(objects.image[objects.categories == c])) > 2]
@@ -143,7 +143,9 @@ def test_object_tokens_are_of_each_objects_own_image_and_box(
     sam: Sam, scenes: CocoDataset, sampler: BatchSampler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert list(scenes.images)[sampler.objects.image[5]] == scenes.instances[5].image_id
-    np.testing.assert_allclose(objects_of(scenes, 2 * SIZE).boxes[5], np.array(scenes.instances[5].box) * 2, rtol=1e-6)
+    np.testing.assert_allclose(
+        object_arrays(scenes, 2 * SIZE).boxes[5], np.array(scenes.instances[5].box) * 2, rtol=1e-6
+    )
     for row in (0, 17):
         neck = sampler.maps(sampler.objects.image[[row]]).neck
         alone = mask_tokens(sam, neck, torch.from_numpy(sampler.objects.boxes[[row]]))
@@ -165,7 +167,7 @@ def test_planted_classes_stand_on_their_objects_alone(sampler: BatchSampler, sce
     tokens = np.ones((2, 4, WIDTH), np.float16)
     tokens[:, ::2] = -1  # a standard deviation of 1
     codes = [torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in (5, 6)]
-    planted = planted_part(Part(scenes, sampler.maps, objects, tokens), [3, 7], SIZE, seed=5)
+    planted = planted_part(SamData(scenes, sampler.maps, objects, tokens), [3, 7], SIZE, seed=5)
     rows = np.array([0, 1])
     plain, changed = sampler.maps(rows), planted.maps(rows)
     added = (changed.trunk - plain.trunk) / plain.trunk.std()
@@ -278,7 +280,7 @@ def test_training_never_labels_a_novel_object(sampler: BatchSampler) -> None:
 
 def test_jittered_boxes_stay_near() -> None:
     boxes = torch.tensor([[0.5, 0.5, 0.3, 0.2]]).repeat(200, 1)
-    moved = jittered(boxes, np.random.default_rng(0))
+    moved = jittered_boxes(boxes, np.random.default_rng(0))
     assert ((moved[:, :2] - 0.5).abs() <= 0.2 * boxes[:, 2:] + 1e-6).all()
     assert ((moved[:, 2:] / boxes[:, 2:] - 1).abs() <= 0.4 + 1e-5).all()
     assert moved.std(0).min() > 0.01
@@ -417,7 +419,7 @@ COCO100 = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco100"
 @pytest.mark.skipif(not COCO100.is_dir(), reason="coco100 is not part of the project")
 def test_training_on_photographs(sam: Sam, tmp_path: Path) -> None:
     photographs = load_coco(COCO100 / "instances_train2017.json", COCO100 / "train2017")
-    split, objects = split_categories(photographs, VOC), objects_of(photographs, SIZE)
+    split, objects = split_categories(photographs, VOC), object_arrays(photographs, SIZE)
     maps = functools.partial(live_maps, sam, photographs, 2)
     tokens = object_tokens(sam, maps, objects, tmp_path / "tokens")
     common = tuple(c for c in split.base if len(np.unique(objects.image[objects.categories == c])) > 3)

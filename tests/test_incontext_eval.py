@@ -16,9 +16,9 @@ from samantics.data.coco import CocoDataset, mask_of
 from samantics.data.first_world import write_mojiworld
 from samantics.errors import StudyError
 from samantics.incontext import evaluation
-from samantics.incontext.evaluation import CORNERS, VARIANTS, Evaluation
+from samantics.incontext.evaluation import CORNERS, VARIANTS, DrawDetections
 from samantics.incontext.model import build_model
-from samantics.incontext.tokens import box_masks, live_maps, objects_of
+from samantics.incontext.tokens import box_masks, live_maps, object_arrays
 from samantics.incontext.training import Split, split_categories
 from samantics.models import pocket
 from samantics.scales import POCKET_INCONTEXT, POCKET_NOVEL
@@ -41,14 +41,14 @@ def split(scenes: CocoDataset) -> Split:
     return split_categories(scenes, POCKET_NOVEL)
 
 
-def perfect(scenes: CocoDataset, split: Split) -> Evaluation:
+def perfect(scenes: CocoDataset, split: Split) -> DrawDetections:
     """Every object found by its own class, with its own mask, in two draws, also with random embeddings."""
-    objects, draws = objects_of(scenes, 2 * SIZE), ((1, 0), (1, 1))
+    objects, draws = object_arrays(scenes, 2 * SIZE), ((1, 0), (1, 1))
     table = pd.DataFrame(objects.boxes, columns=CORNERS).assign(score=np.float32(1), image=objects.image)
     table["mask"] = [i.rle["counts"] for i in scenes.instances]
     classes = np.searchsorted(split.all, objects.categories)
     blocks = [table.assign(embedding=classes + number * len(split.all)) for number in range(2 * len(draws))]
-    return Evaluation(scenes, split, 2 * SIZE, draws, pd.concat(blocks, ignore_index=True))
+    return DrawDetections(scenes, split, 2 * SIZE, draws, pd.concat(blocks, ignore_index=True))
 
 
 # -------------------------------------------------------------------------------------------------------- variants

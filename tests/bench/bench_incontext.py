@@ -23,7 +23,7 @@ from samantics.data import first_world as mojiworld
 from samantics.data.coco import CocoDataset, load_coco
 from samantics.data.first_world import write_mojiworld
 from samantics.incontext.model import build_model
-from samantics.incontext.tokens import live_maps, object_tokens, objects_of, stored_maps
+from samantics.incontext.tokens import live_maps, object_arrays, object_tokens, stored_maps
 from samantics.incontext.training import BatchSampler, split_categories, train
 from samantics.models.encoder import load_encoder
 from samantics.run import available_cores
@@ -67,7 +67,7 @@ def measure(dataset: CocoDataset, scale: str, steps: int, folder: Path) -> None:
     """Train a few steps of a scale's setting on the data set, and say what a step costs."""
     settings = get_scale(scale).incontext
     encoder = load_encoder("sam", "zoo_random" if scale == "pocket" else "random")
-    sam, objects = encoder.model, objects_of(dataset, encoder.image_size)
+    sam, objects = encoder.model, object_arrays(dataset, encoder.image_size)
     if settings.store_features:
         maps = stored_maps(sam, dataset, settings.trunk_maps, encoder.weights_hash, folder)
     else:

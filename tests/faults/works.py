@@ -30,7 +30,7 @@ from samantics.data.coco import CocoDataset, load_coco
 from samantics.data.first_world import write_mojiworld
 from samantics.incontext import training as incontext
 from samantics.incontext.model import build_model
-from samantics.incontext.tokens import object_tokens, objects_of, stored_maps
+from samantics.incontext.tokens import object_arrays, object_tokens, stored_maps
 from samantics.models import pocket, weights
 from samantics.models.encoder import load_encoder
 from samantics.probing.features import FeatureStore, encode_images
@@ -175,7 +175,7 @@ def zoo_model(folder: Path) -> Results:
 def batch_sampler(inputs: Path) -> incontext.BatchSampler:
     """What in-context training needs, computed by the first call and read by the others."""
     dataset, sam = scenes(inputs, 16), pocket.build("sam").requires_grad_(False)
-    objects = objects_of(dataset, pocket.DEFAULT.image_size)
+    objects = object_arrays(dataset, pocket.DEFAULT.image_size)
     maps = stored_maps(sam, dataset, TINY.trunk_maps, "random", inputs.with_name("maps"))
     tokens = object_tokens(sam, maps, objects, inputs.with_name("tokens"))
     common = [c for c in dataset.categories if len(np.unique(objects.image[objects.categories == c])) > 2]

@@ -1,14 +1,4 @@
-"""AP of the in-context model for base and novel categories, with controls, and failures by rule.
-
-One table of detections per draw of references serves every variant:
-
-- `class_oracle`: an image is asked only for classes that it shows, as in the paper;
-- `all_classes`: every image is asked for every class;
-- `wrong_reference`: as the oracle, but each class is asked for with references of another class of its split, one
-  that the image does not show. A model that ignored its reference would score the same;
-- `random_reference`: as the oracle, but the class embedding is Gaussian noise with the mean and spread, per
-  dimension, of real embeddings of base classes.
-"""
+"""AP of the in-context model for base and novel categories, with controls, and failures by rule."""
 
 from __future__ import annotations
 
@@ -28,6 +18,7 @@ from torchvision.ops import box_convert
 from tqdm.auto import tqdm
 
 from samantics.data.coco import CocoDataset, ImageRecord, Instance, box_iou, rles_of
+from samantics.data.instances import xywh
 from samantics.errors import StudyError
 from samantics.incontext.model import InContextModel
 from samantics.incontext.tokens import MapSource, box_masks, input_scales
@@ -35,7 +26,12 @@ from samantics.incontext.training import Split
 from samantics.metrics.coco_ap import IOU_TYPES, Result, ap_interval, evaluate
 from samantics.scales import InContextSettings
 
-VARIANTS = ("class_oracle", "all_classes", "wrong_reference", "random_reference")
+VARIANTS = (
+    "class_oracle",  # an image is asked only for classes that it shows, as in the paper
+    "all_classes",  # every image is asked for every class
+    "wrong_reference",  # as the oracle, with references of another class of the split that the image does not show
+    "random_reference",  # as the oracle, with Gaussian noise of the mean and spread of real base embeddings
+)
 FATES = ("found", "bad mask", "confused with base", "confused with novel", "missed")
 CORNERS = ["x0", "y0", "x1", "y1"]
 Draw = tuple[int, int]  # shots and seed of the references
@@ -137,7 +133,7 @@ def asked_pairs(variant: str, shown: NDArray[np.bool_], split: Split, seed: int)
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
+class DrawDetections:
     """Detections in a test set, for several draws of references."""
 
     dataset: CocoDataset
@@ -160,10 +156,10 @@ class Evaluation:
                 "image_id": records[image].id,
                 "category_id": category,
                 "score": score,
-                "bbox": [x0, y0, x1 - x0, y1 - y0],
+                "bbox": xywh(box),
                 "segmentation": {"size": [records[image].height, records[image].width], "counts": mask},
             }
-            for image, category, score, mask, (x0, y0, x1, y1) in zip(*columns, boxes.tolist(), strict=True)
+            for image, category, score, mask, box in zip(*columns, boxes.tolist(), strict=True)
         ]
 
     def ap(self, samples: int = 1000) -> pd.DataFrame:

@@ -26,9 +26,17 @@ from samantics.data import first_world as mojiworld
 from samantics.data.coco import CocoDataset
 from samantics.data.first_world import write_mojiworld
 from samantics.errors import StudyError
-from samantics.incontext.evaluation import Draw, Evaluation, class_embeddings, detect_draws
+from samantics.incontext.evaluation import Draw, DrawDetections, class_embeddings, detect_draws
 from samantics.incontext.model import InContextModel, build_model
-from samantics.incontext.tokens import MapSource, Part, live_maps, object_tokens, objects_of, planted_part, stored_maps
+from samantics.incontext.tokens import (
+    MapSource,
+    SamData,
+    live_maps,
+    object_arrays,
+    object_tokens,
+    planted_part,
+    stored_maps,
+)
 from samantics.incontext.training import BatchSampler, Split, draw_references, split_categories, train
 from samantics.models.encoder import Encoder, load_encoder
 from samantics.run import Run, own_data, start_run
@@ -52,9 +60,9 @@ class InContextStudy:
     run: Run
     encoder: Encoder  # SAM
     split: Split
-    tuning: Part  # what the model is trained on; only objects of base categories are labelled there
-    references: Part  # what references are drawn from in the test
-    targets: Part  # the test images
+    tuning: SamData  # what the model is trained on; only objects of base categories are labelled there
+    references: SamData  # what references are drawn from in the test
+    targets: SamData  # the test images
     identity: Mapping[str, Any]  # what the trained model depends on, by name
 
     @property
@@ -90,7 +98,7 @@ class InContextStudy:
         data = [part.dataset.hash for part in (self.references, self.targets)]
         return [self.identity, *data, dataclasses.asdict(self.settings)]
 
-    def evaluate(self, model: InContextModel, draws: Sequence[Draw] = ()) -> Evaluation:
+    def evaluate(self, model: InContextModel, draws: Sequence[Draw] = ()) -> DrawDetections:
         """Ask every target for every class with the trained model: computed once, then read.
 
         Args:
@@ -108,7 +116,7 @@ class InContextStudy:
 
         arrays = kept(self.folder / f"detections_{hash_value([*self._key, draws])}.npz", compute)
         table = pd.DataFrame({**arrays, "mask": [mask.decode() for mask in arrays["mask"].tolist()]})
-        return Evaluation(self.targets.dataset, self.split, self.encoder.image_size, draws, table)
+        return DrawDetections(self.targets.dataset, self.split, self.encoder.image_size, draws, table)
 
     def reference_points(self) -> pd.DataFrame:
         """The reference objects whose class structure is measured: `row, category_id, group, split`.
@@ -182,17 +190,17 @@ def load_study(
     return InContextStudy(run, encoder, split, parts[0], parts[1], test, identity)
 
 
-def _part(run: Run, encoder: Encoder, dataset: CocoDataset, with_tokens: bool = True) -> Part:
+def _part(run: Run, encoder: Encoder, dataset: CocoDataset, with_tokens: bool = True) -> SamData:
     settings, folder, sam = run.scale.incontext, run.cache / "incontext", encoder.model
     maps: MapSource = functools.partial(live_maps, sam, dataset, settings.trunk_maps)
     if settings.store_features:
         maps = stored_maps(sam, dataset, settings.trunk_maps, encoder.weights_hash, folder)
-    objects = objects_of(dataset, encoder.image_size)
+    objects = object_arrays(dataset, encoder.image_size)
     tokens = np.empty((0, sam.mask_decoder.num_mask_tokens, sam.mask_decoder.transformer_dim), np.float16)
     if with_tokens:
         key = hash_value([FORMAT, dataset.hash, encoder.weights_hash])
         tokens = object_tokens(sam, maps, objects, folder / f"tokens_{key}")
-    return Part(dataset, maps, objects, tokens)
+    return SamData(dataset, maps, objects, tokens)
 
 
 def tune(

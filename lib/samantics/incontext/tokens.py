@@ -120,7 +120,7 @@ class Objects(NamedTuple):
         return ~self.crowd & (self.area >= min_area)
 
 
-class Part(NamedTuple):
+class SamData(NamedTuple):
     """One data set as SAM sees it."""
 
     dataset: CocoDataset
@@ -136,7 +136,7 @@ def input_scales(dataset: CocoDataset, input_size: int) -> NDArray[np.float64]:
     return np.array([[frame.scale_x, frame.scale_y] * 2 for frame in frames])
 
 
-def objects_of(dataset: CocoDataset, input_size: int) -> Objects:
+def object_arrays(dataset: CocoDataset, input_size: int) -> Objects:
     """The objects of a data set for a SAM whose input is `input_size` pixels."""
     row = {image_id: number for number, image_id in enumerate(dataset.images)}
     image = np.array([row[i.image_id] for i in dataset.instances], np.int64)
@@ -209,7 +209,7 @@ def planted_maps(
     return maps._replace(trunk=trunk)
 
 
-def planted_part(part: Part, categories: Sequence[int], input_size: int, seed: int) -> Part:
+def planted_part(part: SamData, categories: Sequence[int], input_size: int, seed: int) -> SamData:
     """The positive control: a random code for each category id, added on its objects and to their mask tokens."""
     widths = part.maps(np.array([0])).trunk.shape[2], part.tokens.shape[-1]
     map_codes, token_codes = (

@@ -83,7 +83,7 @@ def draw_references(
     return np.stack(chosen)
 
 
-class Batch(NamedTuple):
+class PairBatch(NamedTuple):
     """B images and P pairs of one of them and a class to be found in it. Boxes are as in `DetrOutput`."""
 
     rows: NDArray[np.int64]  # (B,) positions of the images in the data set
@@ -132,13 +132,13 @@ class BatchSampler:
         order = np.random.default_rng([self.seed, step // per_epoch]).permutation(images)
         return order[step % per_epoch * size :][:size]
 
-    def batch(self, rows: NDArray[np.int64], step: int) -> Batch:
+    def batch(self, rows: NDArray[np.int64], step: int) -> PairBatch:
         """For each image some of its base categories and `absent_classes` others, each with references elsewhere.
 
         Raises:
             StudyError: a category has no reference in another image.
         """
-        batch = Batch(rows, np.zeros(len(rows), bool), torch.empty(0), [], [], [], [], [])
+        batch = PairBatch(rows, np.zeros(len(rows), bool), torch.empty(0), [], [], [], [], [])
         image = []
         for position, row in enumerate(rows):
             rng = np.random.default_rng([self.seed, step, int(row)])  # of the image: no process depends on another
@@ -157,7 +157,7 @@ class BatchSampler:
                 batch.references.append(self._references(int(category), int(row), rng))
                 same = torch.from_numpy(categories == category)
                 batch.boxes.append(boxes[same])
-                batch.hints.append(jittered(boxes[hinted], rng))
+                batch.hints.append(jittered_boxes(boxes[hinted], rng))
                 batch.hint_boxes.append(boxes[hinted])
                 batch.hint_labels.append(same[hinted].float())
         return batch._replace(image=torch.tensor(image))
@@ -176,7 +176,7 @@ class BatchSampler:
         return torch.stack([torch.from_numpy(self.tokens[rows].astype(np.float32).mean(0)) for rows in references])
 
 
-def jittered(boxes: Tensor, rng: np.random.Generator) -> Tensor:
+def jittered_boxes(boxes: Tensor, rng: np.random.Generator) -> Tensor:
     """`(m, 4)` boxes, centres moved by up to a fifth of the side, sides scaled by 0.6 to 1.4 (as in DN-DETR).
 
     Queries that start near an object learn what it is long before the others find it.
