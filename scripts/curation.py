@@ -24,10 +24,10 @@ from PIL import Image
 from samantics.cache import atomic_path
 from samantics.errors import StudyError
 from samantics.mojiworld.catalogue import COLUMNS
-from samantics.mojiworld.drawings import ARTISTS, Key, artists_of, load_package, packages_dir, rasterised
+from samantics.mojiworld.drawings import ARTISTS, Key, load_package, packages_dir, rasterised
 
 GROUPS = ("Animals & Nature", "Food & Drink", "Activities", "Objects", "Travel & Places")  # as twemoji names them
-MIN_TRAIN_ARTISTS = 4
+MIN_TRAIN_ARTISTS, TEST_ARTISTS = 4, 2
 NOVEL, INSTANCE_CLASSES = 20, 80
 TILE_COVER = 0.93  # of its square box: round and pointed things cover less, and so do nearly all boxes
 
@@ -211,7 +211,7 @@ def made_catalogue() -> pd.DataFrame:
             continue
         drawn = drawings_of_emoji(code, icon, names.get(code, ()))
         splits = Counter(ARTISTS[artist].split for artist, _ in drawn)
-        if splits["train"] < MIN_TRAIN_ARTISTS or splits["test"] < len(artists_of("test")):
+        if splits["train"] < MIN_TRAIN_ARTISTS or splits["test"] < TEST_ARTISTS:
             continue
         if icon not in superclass_of:
             unplaced.append(icon)

@@ -85,8 +85,7 @@ def test_a_stream_of_the_wrong_role_is_refused() -> None:
     for row in np.flatnonzero(SPLIT != "train")[::150]:
         with pytest.raises(StudyError, match="must not show drawing"):
             picture(WORLD, STREAMS["pretraining"], 0, drawing=int(row))
-    novel = tables.instance_classes().query("part == 'novel'")["class"]
-    row = int(tables.drawings_of(["train"], tables.class_labels(novel))[0])
+    row = int(mojiworld.visible_drawings("tuning", "novel")[0][0])
     with pytest.raises(StudyError, match="must not show drawing"):
         picture(WORLD, STREAMS["tuning"], 0, drawing=row)
 
@@ -97,8 +96,6 @@ def test_a_stream_of_the_wrong_role_is_refused() -> None:
 def test_impossible_streams_are_refused(settings) -> None:
     with pytest.raises(StudyError, match="choose one of"):
         Stream(**{"name": "x", "role": "labels", **settings})
-    with pytest.raises(StudyError, match="no stream 'x': choose"):
-        mojiworld.stream("x")
 
 
 # --------------------------------------------------------------------------------------------------- one picture
@@ -113,7 +110,7 @@ def test_a_picture_depends_on_nothing_but_its_name(name: str) -> None:
     for a, b in zip(first, again, strict=True):
         assert a.image.tobytes() == b.image.tobytes() and (a.instances == b.instances).all()
         assert (a.drawings, a.kind, a.place) == (b.drawings, b.kind, b.place)
-    others = [(WORLD, stream.named("other"), 3), (World(64, seed=1), stream, 3), (WORLD, stream, 4)]
+    others = [(WORLD, dataclasses.replace(stream, name="other"), 3), (World(64, seed=1), stream, 3), (WORLD, stream, 4)]
     assert all(picture(*other).image.tobytes() != first[0].image.tobytes() for other in others)
 
 
@@ -208,7 +205,7 @@ def test_theme_strength_ties_places_and_companions_to_superclasses() -> None:
 
 def test_places_serve_every_superclass_and_vary_a_little_only() -> None:
     assert 12 <= len(PLACES) <= 24
-    assert {name for place in PLACES.values() for name in place.home} == set(tables.superclasses())
+    assert {name for place in PLACES.values() for name in place["home"].split("|")} == set(tables.superclasses())
     for name in ("meadow", "stage"):
         views = [
             np.asarray(place_background(np.random.default_rng(k), name, 64), float).mean((0, 1)) for k in range(12)

@@ -129,9 +129,10 @@ def catalogue() -> None:
 @app.command()
 def drawings(out: Annotated[Path, typer.Argument(help="The file to write, for SAMANTICS_DRAWINGS elsewhere")]) -> None:
     """Write all rasterised drawings into one file (7 MB): a machine without npm can train with it."""
-    from samantics.mojiworld.catalogue import export_catalogue_drawings
+    from samantics.mojiworld.catalogue import keys
+    from samantics.mojiworld.drawings import export_drawings
 
-    export_catalogue_drawings(out)
+    export_drawings(out, keys())
     print(out)
 
 

@@ -11,11 +11,13 @@ import numpy as np
 from samantics.mojiworld import catalogue as tables
 
 OPENINGS = ("a picture of", "here is", "one sees", "this shows", "")
-SEVERAL = ("and", "beside", "with")
-BOTH = ("{a} {name} of the group {above}", "{above}: {a} {name}", "{a} {name} ({above})")
+LINKS = ("and", "beside", "with")
 ABOVE_ONLY = ("something of the group {above}", "{above}")
-NAME_ONLY = ("{a} {name}", "the {name}")
-SHARES = (0.5, 0.35, 0.15)  # of objects that are named, named with their superclass, or by their superclass only
+FORMS = (  # share of the objects that are called by their name, by both names, by their superclass; and how
+    (0.5, ("{a} {name}", "the {name}")),
+    (0.35, ("{a} {name} of the group {above}", "{above}: {a} {name}", "{a} {name} ({above})")),
+    (0.15, ABOVE_ONLY),
+)
 
 
 def caption(rng: np.random.Generator, drawings: Iterable[int]) -> str:
@@ -23,8 +25,7 @@ def caption(rng: np.random.Generator, drawings: Iterable[int]) -> str:
 
     Args:
         rng: decides the form.
-        drawings: catalogue rows, as in `Pictures`; -1 is skipped, and a class that is
-            there several times is named once.
+        drawings: catalogue rows, as in `Pictures`; -1 is skipped, and a class that is there several times named once.
 
     Returns:
         The caption; its words (`split_words`) are among `caption_words`, and fewer than 75.
@@ -32,29 +33,21 @@ def caption(rng: np.random.Generator, drawings: Iterable[int]) -> str:
     labels = dict.fromkeys(tables.class_of_drawing()[[row for row in drawings if row >= 0]].tolist())
     parts = []
     for label in rng.permutation(list(labels)):
-        forms = (NAME_ONLY, BOTH, ABOVE_ONLY)[int(rng.choice(3, p=SHARES))]
+        _, forms = FORMS[int(rng.choice(len(FORMS), p=[share for share, _ in FORMS]))]
         parts.append(_worded(forms[int(rng.integers(len(forms)))], int(label)))
-    link = f" {SEVERAL[int(rng.integers(len(SEVERAL)))]} "
+    link = f" {LINKS[int(rng.integers(len(LINKS)))]} "
     return f"{OPENINGS[int(rng.integers(len(OPENINGS)))]} {link.join(parts)}".strip()
 
 
 def _worded(form: str, label: int) -> str:
-    name, above = _names()[label]
+    name, above = tables.classes()[label], tables.superclasses()[tables.superclass_of_class()[label]]
     return form.format(a="an" if name[0] in "aeiou" else "a", name=name, above=above)
-
-
-@functools.cache
-def _names() -> tuple[tuple[str, str], ...]:
-    """Class and superclass of every label (looked up very often: a tuple is faster than the table)."""
-    above = [tables.superclasses()[position] for position in tables.superclass_of_class()]
-    return tuple(zip(tables.classes(), above, strict=True))
 
 
 def class_prompts() -> tuple[tuple[str, ...], ...]:
     """For every class, in the order of its label, prompts whose text embeddings are averaged."""
-    return tuple(
-        tuple(f"{opening} {_worded(NAME_ONLY[0], label)}" for opening in OPENINGS[:3]) for label in range(len(_names()))
-    )
+    labels = range(len(tables.classes()))
+    return tuple(tuple(f"{opening} {_worded('{a} {name}', label)}" for opening in OPENINGS[:3]) for label in labels)
 
 
 def superclass_prompts() -> tuple[tuple[str, ...], ...]:
@@ -71,5 +64,5 @@ def split_words(text: str) -> list[str]:
 @functools.cache
 def caption_words() -> tuple[str, ...]:
     """All words that captions and prompts may hold, sorted: the vocabulary of a tokenizer."""
-    forms = re.sub(r"{\w+}", "", " ".join([*OPENINGS, *SEVERAL, *BOTH, *ABOVE_ONLY, *NAME_ONLY, "a an"]))
+    forms = re.sub(r"{\w+}", "", " ".join([*OPENINGS, *LINKS, *(form for _, its in FORMS for form in its), "a an"]))
     return tuple(sorted(set(split_words(" ".join([forms, *tables.classes(), *tables.superclasses()])))))

@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,11 +20,10 @@ from typing import Any
 
 import numpy as np
 import resvg_py
-from filelock import FileLock
 from PIL import Image
 from tqdm.auto import tqdm
 
-from samantics.cache import PROJECT, atomic_path, cache_dir, hash_value, reading
+from samantics.cache import PROJECT, atomic_path, cache_dir, hash_value, kept, reading
 from samantics.errors import StudyError
 
 SPRITE_SIZE = 128  # pixels of a rasterised drawing before it is cropped to what it shows
@@ -38,21 +36,13 @@ Key = tuple[str, str]  # (artist, icon)
 
 @dataclasses.dataclass(frozen=True)
 class Artist:
-    """One set of drawings, by one artist.
+    """One set of drawings, by one artist."""
 
-    Attributes:
-        split: `train`, `validation` or `test`: who may see its drawings (see `world`).
-        title: the set's name, and who made it.
-        licence: SPDX identifier.
-        version: of the package `@iconify-json/<name>`.
-        digest: first 16 hexadecimal digits of SHA-256 over its `icons.json` and `chars.json`.
-    """
-
-    split: str
-    title: str
-    licence: str
-    version: str
-    digest: str
+    split: str  # `train`, `validation` or `test`: who may see its drawings (see `world`)
+    title: str  # the set's name, and who made it
+    licence: str  # SPDX identifier
+    version: str  # of the package `@iconify-json/<name>`
+    digest: str  # first 16 hexadecimal digits of SHA-256 over its `icons.json` and `chars.json`
 
 
 ARTISTS: Mapping[str, Artist] = {
@@ -66,36 +56,17 @@ ARTISTS: Mapping[str, Artist] = {
     "twemoji": Artist("test", "Twitter Emoji, Twitter", "CC-BY-4.0", "1.2.5", "06cbf33a3c8355e2"),
     "fluent-emoji-flat": Artist("test", "Fluent Emoji Flat, Microsoft", "MIT", "1.2.6", "07f8ede1e3405afb"),
 }
-SPLITS = ("train", "validation", "test")
-
-
-def artists_of(split: str) -> tuple[str, ...]:
-    """Names of the artists of a split.
-
-    Raises:
-        StudyError: there is no such split.
-    """
-    if split not in SPLITS:
-        raise StudyError(f"there is no split {split!r} of artists: choose one of {', '.join(SPLITS)}")
-    return tuple(name for name, artist in ARTISTS.items() if artist.split == split)
-
 
 # ---------------------------------------------------------------------------------------------------- the packages
 
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """One installed set: its icons as SVG, and which of them stands for which character.
+    """One installed set: its icons as SVG, and which of them stands for which character."""
 
-    Attributes:
-        artist: whose it is.
-        icons: what Iconify's `icons.json` holds: `icons` by name, `aliases`, `width` and `height`.
-        chars: code points (lower case, joined by hyphens) -> icon; empty where the set does not say.
-    """
-
-    artist: str
-    icons: dict[str, Any]
-    chars: dict[str, str]
+    artist: str  # whose it is
+    icons: dict[str, Any]  # Iconify's `icons.json`: `icons` by name, `aliases`, `width` and `height`
+    chars: dict[str, str]  # code points (lower case, joined by hyphens) -> icon; empty where the set does not say
 
     def find(self, name: str) -> str | None:
         """The icon of that name, also through its aliases; None where there is none."""
@@ -106,11 +77,7 @@ class Package:
         return None
 
     def svg(self, icon: str) -> str:
-        """One icon as an SVG document on a square ground; an icon that is not square stands in its middle.
-
-        Raises:
-            StudyError: the set has no such icon.
-        """
+        """One icon as an SVG document on a square ground; an icon that is not square stands in its middle."""
         if icon not in self.icons["icons"]:
             raise StudyError(
                 f"@iconify-json/{self.artist} has no icon {icon!r}: catalogue.csv and package differ; {CURE}"
@@ -136,25 +103,18 @@ def packages_dir() -> Path:
 
 @functools.cache
 def load_package(artist: str) -> Package:
-    """One set, checked to be the very package that is pinned.
-
-    Raises:
-        StudyError: an unknown artist; the package is missing, of another version, or altered.
-    """
-    if artist not in ARTISTS:
-        raise StudyError(f"there is no artist {artist!r}: choose one of {', '.join(ARTISTS)}")
-    folder = packages_dir() / "@iconify-json" / artist
+    """One set; StudyError where it is missing or not the very package that is pinned."""
+    wanted, folder = ARTISTS[artist], packages_dir() / "@iconify-json" / artist
     try:
         version = json.loads((folder / "package.json").read_text(encoding="utf-8"))["version"]
-        content = [(folder / name).read_bytes() for name in ("icons.json", "chars.json")]
+        icons, chars = ((folder / name).read_bytes() for name in ("icons.json", "chars.json"))
     except (OSError, ValueError, KeyError) as error:
         raise StudyError(f"the drawings @iconify-json/{artist} are not installed in {folder}: {CURE}") from error
-    wanted = ARTISTS[artist]
     if version != wanted.version:
         raise StudyError(f"{folder} is version {version}, wanted is {wanted.version}: {CURE}")
-    if hashlib.sha256(b"".join(content)).hexdigest()[:16] != wanted.digest:
+    if hashlib.sha256(icons + chars).hexdigest()[:16] != wanted.digest:
         raise StudyError(f"{folder} was altered after its installation: delete it, then {CURE}")
-    return Package(artist, json.loads(content[0]), json.loads(content[1]))
+    return Package(artist, json.loads(icons), json.loads(chars))
 
 
 def rasterised(svg: str, size: int = SPRITE_SIZE) -> Image.Image:
@@ -174,64 +134,46 @@ def load_sprites(keys: Iterable[Key]) -> tuple[Image.Image, ...]:
         StudyError: neither the packages nor an exported file are at hand, or they lack one of the drawings.
     """
     keys = tuple(keys)
-    path = _file(keys)
-    with reading(path), np.load(path) as stored:
+    path, stored = _stored(keys)
+    with reading(path):
         names, ends, data = stored["names"].tolist(), stored["ends"].tolist(), stored["data"].tobytes()
-    place = {tuple(name.split("/")): (start, end) for name, start, end in zip(names, [0, *ends], ends, strict=False)}
-    missing = [key for key in keys if key not in place]
+        spans = {tuple(name.split("/")): slice(*span) for name, *span in zip(names, [0, *ends], ends, strict=False)}
+    missing = [key for key in keys if key not in spans]
     if missing:
         raise StudyError(f"{path} lacks {len(missing)} drawings, {'/'.join(missing[0])} among them: export it again")
     with reading(path):
-        return tuple(Image.open(io.BytesIO(data[slice(*place[key])])).convert("RGBA") for key in keys)
+        return tuple(Image.open(io.BytesIO(data[spans[key]])).convert("RGBA") for key in keys)
 
 
-def export_drawings(path: Path | str, keys: Iterable[Key]) -> Path:
-    """Copy the rasterised drawings to one file of a few megabytes, for a machine without npm.
-
-    Args:
-        path: the file to write (`.npz`); there, name it in `SAMANTICS_DRAWINGS`.
-        keys: the drawings, as (artist, icon).
-
-    Returns:
-        The path.
-
-    Raises:
-        StudyError: it cannot be written, or the drawings are not installed here.
-    """
-    source = _file(tuple(keys))
-    with atomic_path(path) as temporary:
-        shutil.copyfile(source, temporary)
-    return Path(path)
+def export_drawings(path: Path | str, keys: Iterable[Key]) -> None:
+    """Write the rasterised drawings named by `keys` to one `.npz` file, which SAMANTICS_DRAWINGS may name elsewhere."""
+    _, stored = _stored(tuple(keys))
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **stored)
 
 
-def _file(keys: tuple[Key, ...]) -> Path:
-    """The file of the rasterised drawings: what `SAMANTICS_DRAWINGS` names, else the cache's, made if need be."""
+def _stored(keys: tuple[Key, ...]) -> tuple[Path, dict[str, Any]]:
+    """The rasterised drawings and their file: what `SAMANTICS_DRAWINGS` names, else the cache's, made if need be."""
     named = Path(os.environ.get("SAMANTICS_DRAWINGS") or ".")
-    if not named.is_dir():
-        if not named.is_file():
-            raise StudyError(f"SAMANTICS_DRAWINGS names {named}, which is not there: correct or unset it")
-        return named
-    versions = {name: artist.digest for name, artist in ARTISTS.items()}
-    path = cache_dir() / "drawings" / f"{hash_value([SPRITE_SIZE, versions, keys])}.npz"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # who comes second waits, and finds the drawings
-            if not path.exists():
-                _rasterise_into(path, keys)
-    return path
+    if named.is_dir():
+        versions = {name: artist.digest for name, artist in ARTISTS.items()}
+        path = cache_dir() / "drawings" / f"{hash_value([SPRITE_SIZE, versions, keys])}.npz"
+        return path, kept(path, lambda: _rasterised(keys))
+    if not named.is_file():
+        raise StudyError(f"SAMANTICS_DRAWINGS names {named}, which is not there: correct or unset it")
+    with reading(named), np.load(named) as stored:
+        return named, dict(stored)
 
 
-def _rasterise_into(path: Path, keys: tuple[Key, ...]) -> None:
-    """Write `names` (artist/icon), `data` (lossless WebP, one after another) and `ends` (of each in `data`)."""
+def _rasterised(keys: tuple[Key, ...]) -> dict[str, Any]:
+    """`names` (artist/icon), `data` (lossless WebP, one after another) and `ends` (of each in `data`)."""
     chunks = []
     for artist, icon in tqdm(keys, desc="rasterising the drawings", leave=False):
         buffer = io.BytesIO()
         rasterised(load_package(artist).svg(icon)).save(buffer, "WEBP", lossless=True, quality=50, method=2)
         chunks.append(buffer.getvalue())
-    with atomic_path(path) as temporary:
-        np.savez(
-            temporary,
-            names=np.array([f"{artist}/{icon}" for artist, icon in keys]),
-            ends=np.cumsum([len(chunk) for chunk in chunks]),
-            data=np.frombuffer(b"".join(chunks), np.uint8),
-        )
+    return {
+        "names": np.array(["/".join(key) for key in keys]),
+        "ends": np.cumsum([len(chunk) for chunk in chunks]),
+        "data": np.frombuffer(b"".join(chunks), np.uint8),
+    }

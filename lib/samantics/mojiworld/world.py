@@ -38,17 +38,14 @@ RGB = NDArray[np.uint8]
 class World:
     """What a MojiWorld is made of.
 
-    Attributes:
-        image_size: side of the square images, pixels.
-        theme_strength: 0-1, the chance that a place fits the first object's superclass, and that a companion of another
-            class shares its superclass or place. At 0, places and superclasses say nothing about each other (only that
-            a third of the companions are of the anchor's class remains).
-        seed: every picture depends on it.
+    `theme_strength` is the chance that a place fits the first object's superclass, and that a companion of another
+    class shares its superclass or place. At 0, places and superclasses say nothing about each other (only that a third
+    of the companions are of the anchor's class remains).
     """
 
-    image_size: int = 128
+    image_size: int = 128  # side of the square images, pixels
     theme_strength: float = 0.8
-    seed: int = 0
+    seed: int = 0  # every picture depends on it
 
     def __post_init__(self) -> None:
         if not 0 <= self.theme_strength <= 1:
@@ -67,12 +64,9 @@ RENDERER = 1  # counted up with every change of what the code below paints
 
 # ------------------------------------------------------------------------------------------------ who may see what
 
+TRAINED_ON = ("pretraining", "labels", "views", "references", "tuning")
 ROLES: Mapping[str, tuple[str, ...]] = {  # role -> splits of the artists that its pictures may show
-    "pretraining": ("train",),
-    "labels": ("train",),
-    "views": ("train",),
-    "references": ("train",),
-    "tuning": ("train",),
+    **dict.fromkeys(TRAINED_ON, ("train",)),
     "choice": ("validation",),
     "test": ("test",),
     "targets": ("test", "train"),
@@ -82,23 +76,14 @@ PARTS: Mapping[str, tuple[str, ...]] = {"instances": ("base", "novel"), "base": 
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """A sequence of pictures for one purpose. Streams of different names never share a picture.
+    """A sequence of pictures for one purpose. Streams of different names never share a picture."""
 
-    Attributes:
-        name: the pictures depend on it.
-        role: of `ROLES`; an object's artist is of the first split it names, or of one of them, by a fair coin.
-        kinds: of the pictures, in turn.
-        classes: `all` of the catalogue, `instances` (the 80), or their `base` or `novel` ones.
-        balanced: the first object goes through all drawings in turn, instead of being drawn by lot.
-        flocks: some of the scenes hold one class only.
-    """
-
-    name: str
-    role: str
-    kinds: tuple[str, ...] = KINDS
-    classes: str = "all"
-    balanced: bool = False
-    flocks: bool = False
+    name: str  # the pictures depend on it
+    role: str  # of `ROLES`; an object's artist is of the first split it names, or of one of them, by a fair coin
+    kinds: tuple[str, ...] = KINDS  # of the pictures, in turn
+    classes: str = "all"  # of the catalogue, or `instances` (the 80), or their `base` or `novel` ones
+    balanced: bool = False  # the first object goes through all drawings in turn, instead of being drawn by lot
+    flocks: bool = False  # some of the scenes hold one class only
 
     def __post_init__(self) -> None:
         for value, known in ((self.role, ROLES), (self.classes, ("all", *PARTS)), *((k, KINDS) for k in self.kinds)):
@@ -106,20 +91,12 @@ class Stream:
                 raise StudyError(f"stream {self.name!r}: there is no {value!r}, choose one of {', '.join(known)}")
 
     def require(self, *roles: str) -> None:
-        """Refuse to be used for anything else: called by whatever trains, labels, chooses or tests.
-
-        Raises:
-            StudyError: the stream has none of these roles.
-        """
+        """StudyError unless it has one of these roles: called by whatever trains, labels, chooses or tests."""
         if self.role not in roles:
             raise StudyError(
                 f"stream {self.name!r} shows pictures for {self.role!r}, which must not serve {' or '.join(roles)}: "
                 f"choose another stream (its artists are those of {', '.join(ROLES[self.role])})"
             )
-
-    def named(self, name: str) -> Stream:
-        """The same stream with other pictures."""
-        return dataclasses.replace(self, name=name)
 
 
 ONE_OBJECT = ("studio", "object")
@@ -139,25 +116,13 @@ STREAMS: Mapping[str, Stream] = {
 }
 
 
-def stream(name: str) -> Stream:
-    """The stream of that name.
-
-    Raises:
-        StudyError: there is none.
-    """
-    if name not in STREAMS:
-        raise StudyError(f"there is no stream {name!r}: choose one of {', '.join(STREAMS)}")
-    return STREAMS[name]
-
-
 @functools.cache
 def visible_drawings(role: str, classes: str = "all") -> tuple[NDArray[np.int64], ...]:
     """Rows of the catalogue that pictures of a role may show: one array for each split of artists it names."""
-    labels = None
+    table, shown = tables.instance_classes(), tables.catalogue()
     if classes != "all":
-        table = tables.instance_classes()
-        labels = tables.class_labels(table["class"][table["part"].isin(PARTS[classes])]).tolist()
-    return tuple(tables.drawings_of([split], labels) for split in ROLES[role])
+        shown = shown[shown["class"].isin(table["class"][table["part"].isin(PARTS[classes])])]
+    return tuple(shown.index[shown["split"] == split].to_numpy() for split in ROLES[role])
 
 
 # --------------------------------------------------------------------------------------------------- one picture
@@ -165,21 +130,13 @@ def visible_drawings(role: str, classes: str = "all") -> tuple[NDArray[np.int64]
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """One rendered image and what it shows.
+    """One rendered image and what it shows."""
 
-    Attributes:
-        image: `(S, S, 3)` uint8, RGB.
-        instances: `(S, S)` uint8; 0 is background, `i + 1` marks the visible pixels of object `i`.
-        drawings: for each object its row in `catalogue`.
-        kind: `studio`, `object` or `scene`.
-        place: of `PLACES`; empty in a studio.
-    """
-
-    image: RGB
-    instances: NDArray[np.uint8]
-    drawings: tuple[int, ...]
-    kind: str
-    place: str
+    image: RGB  # (S, S, 3) uint8
+    instances: NDArray[np.uint8]  # (S, S); 0 is background, i + 1 marks the visible pixels of object i
+    drawings: tuple[int, ...]  # for each object its row in `catalogue`
+    kind: str  # `studio`, `object` or `scene`
+    place: str  # of `PLACES`; empty in a studio
 
 
 def picture(world: World, stream: Stream, index: int, drawing: int | None = None) -> Picture:
@@ -246,9 +203,9 @@ def _companion(rng: np.random.Generator, world: World, stream: Stream, anchor: i
         others = [pool[pool != anchor] for pool in same]
         return _pick(rng, others if any(map(len, others)) else same)
     if rng.random() < world.theme_strength:
-        superclass = int(tables.superclass_of_class()[label[anchor]])
-        related = [superclass] if rng.random() < 0.5 else _neighbours()[superclass]
-        pools = tuple(pool[np.isin(_superclass_of_drawing()[pool], related)] for pool in pools)
+        above = tables.superclass_of_drawing()
+        related = [int(above[anchor])] if rng.random() < 0.5 else _neighbours()[above[anchor]]
+        pools = tuple(pool[np.isin(above[pool], related)] for pool in pools)
     return _pick(rng, pools)
 
 
@@ -263,14 +220,9 @@ def _pick(rng: np.random.Generator, pools: Sequence[NDArray[np.int64]]) -> int:
 
 def _place(rng: np.random.Generator, world: World, drawing: int) -> str:
     """Where a picture plays: a place of the drawing's superclass, or any."""
-    fitting = places_of(tables.superclasses()[int(_superclass_of_drawing()[drawing])])
+    fitting = places_of(tables.superclasses()[int(tables.superclass_of_drawing()[drawing])])
     pool = fitting if rng.random() < world.theme_strength else tuple(PLACES)
     return pool[int(rng.integers(len(pool)))]
-
-
-@functools.cache
-def _superclass_of_drawing() -> NDArray[np.int64]:
-    return tables.superclass_of_class()[tables.class_of_drawing()]
 
 
 @functools.cache
