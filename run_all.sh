@@ -3,7 +3,8 @@
 #
 # Usage: ./run_all.sh [options]
 #
-#   --scale NAME        pocket (default; two cores, no network), lite or paper
+#   --scale NAME        pocket (default; two cores, no network), lite (fetches weights and data, then runs 01-04) or
+#                       paper (01-04 on your ImageNet and COCO: --data, --references, --targets, --images)
 #   --only NAME ...     these notebooks only, by number or name: --only 01 03
 #   --fresh             first empty this scale's caches: everything is computed again
 #   --student           only write the notebooks without the exercises' solutions, into student/
@@ -16,7 +17,7 @@
 #   --help              this text
 #
 # Results: figures/<scale>/index.html, .png and .csv beside it, executed notebooks in figures/<scale>/notebooks/; of
-# your own data at pocket scale in figures/pocket/own_data/, so that the pocket results stay.
+# your own data in figures/<scale>/own_data/, so that the scale's results stay (at paper, yours are the scale's).
 # Computed features and models: .cache/<scale>/. Exit code: 0, or 1 when anything failed, or 2 for a wrong option.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

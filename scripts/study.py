@@ -25,6 +25,7 @@ import psutil
 from nbclient.exceptions import DeadKernelError
 from PIL import Image
 
+from plan import prepare
 from report import notebook_page, write_report
 from samantics.cache import PROJECT, atomic_path, cache_dir, remove_leftovers
 from samantics.errors import StudyError
@@ -66,17 +67,19 @@ def run_study(
 
     Args:
         scale: name of a scale.
-        only: numbers or names of the notebooks to run; when empty all, or ``05`` where the user's own data is given.
+        only: numbers or names of the notebooks to run; when empty the scale's, or ``05`` where the user's own data is
+            given (which at ``paper`` is the scale's data).
         fresh: empty the scale's cache first.
         parameters: values for those parameters that a notebook has; each must be known to one notebook at least.
 
     Raises:
         StudyError: unknown scale, notebook or parameter; no such path; another run of this scale is under way.
     """
-    get_scale(scale)
+    usual = get_scale(scale).notebooks
     given = checked(parameters or {})
     own = bool(given.keys() & set(OWN_DATA))
-    values = {path: parameter_names(path) for path in select_notebooks(only or (["05"] if own else []))}
+    chosen = only or (["05"] if own and scale != "paper" else usual)
+    values = {path: parameter_names(path) for path in select_notebooks(chosen)}
     unknown = given.keys() - set().union(*values.values())
     if unknown:
         raise StudyError(f"no notebook of this run takes --{min(unknown)}: leave it out, or choose others by --only")
@@ -89,6 +92,7 @@ def run_study(
             shutil.rmtree(cache_dir() / scale, ignore_errors=True)
         for folder in (figures, cache_dir() / scale):
             remove_leftovers(folder, "**/.*")
+        prepare(scale, [path.stem.split("_")[0] for path in values], given)
         for path, names in values.items():
             place = own_figures(scale).resolve() if own and names & given.keys() & set(OWN_DATA) else figures
             known = {name: value for name, value in {"scale": scale, **given}.items() if name in names}

@@ -199,22 +199,6 @@ def test_bad_folders(folder: Path) -> None:
         folders.image_folders(folder / "half")
 
 
-def test_imagenette_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchvision import datasets
-
-    monkeypatch.setattr(datasets.Imagenette, "_ARCHIVES", {"320px": ("http://127.0.0.1:9/imagenette.tgz", "0")})
-    with pytest.raises(StudyError, match=r"unpack http://127\.0\.0\.1:9/imagenette\.tgz into"):
-        folders.imagenette(tmp_path)
-
-
-def test_imagenette_that_is_there(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    for split in ("train", "val"):
-        (tmp_path / split).rename(tmp_path / "data" / split)
-    (tmp_path / "data").rename(tmp_path / "imagenette2-320")
-    assert [len(part) for part in folders.imagenette(tmp_path)] == [18, 6]
-
-
 def test_class_names() -> None:
     assert folders.class_names(["b", "a"]) == ("b", "a")
     assert folders.class_names(["n01440764", "n03888257"]) == ("tench", "parachute")

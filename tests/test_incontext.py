@@ -324,8 +324,12 @@ def test_references_are_large_enough_of_distinct_images_and_nested(sampler: Batc
     assert (sampler.objects.categories[rows] == category).all()
     assert (sampler.objects.area[rows] >= 256).all()
     np.testing.assert_array_equal(rows[:2], draw([category], 2)[0])
-    with pytest.raises(StudyError, match=f"category {category} has references in"):
-        draw([category], 1000)
+    many = draw([category], 1000)[0]  # more than there are images: shown in turn
+    count = len(set(many.tolist()))
+    assert count < 1000 and len(set(sampler.objects.image[many[:count]].tolist())) == count
+    np.testing.assert_array_equal(many[count:], many[:-count])
+    with pytest.raises(StudyError, match=f"category {category} has no reference of 1000000 pixels"):
+        draw([category], 1, min_area=1e6)
 
 
 # -------------------------------------------------------------------------------------------------------- training

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from faults.servers import Answer, Handler, Server, serve
+from samantics.data import downloads
 from samantics.errors import StudyError
 from samantics.models import pocket, weights
 from samantics.models.encoder import load_encoder, within_reach
@@ -27,7 +28,7 @@ HASH = hashlib.sha256(CONTENT).hexdigest()
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(weights, "WAIT", 0.01)
+    monkeypatch.setattr(downloads, "WAIT", 0.01)
     monkeypatch.setenv("SAMANTICS_CACHE", str(tmp_path / "cache"))
 
 
@@ -64,7 +65,7 @@ def test_a_broken_download_is_resumed(tmp_path: Path) -> None:
 
 
 def test_a_download_is_resumed_by_the_next_run(tmp_path: Path) -> None:
-    with serve(CONTENT, cut(1_000_000), *[status(500)] * (weights.TRIES - 1)) as server:
+    with serve(CONTENT, cut(1_000_000), *[status(500)] * (downloads.TRIES - 1)) as server:
         with pytest.raises(StudyError, match=r"cannot download file.bin .*put it at"):
             download(known(server), tmp_path / "file.bin")
         assert (tmp_path / "file.bin.part").stat().st_size == 1_000_000

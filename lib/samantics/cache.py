@@ -183,7 +183,7 @@ def kept(path: Path, make: Callable[[], T]) -> T:
         StudyError: the file is damaged, its folder cannot be written, or the disk is full.
     """
     if not path.is_file():
-        with _alone(path):
+        with alone(path):
             if not path.is_file():
                 value = make()
                 with atomic_path(path) as temporary:
@@ -194,7 +194,7 @@ def kept(path: Path, make: Callable[[], T]) -> T:
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def alone(path: Path) -> Iterator[None]:
     """Wait until no other process makes this file; where a disk knows no locks, both make it and the last one stays."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

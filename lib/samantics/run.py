@@ -149,8 +149,8 @@ def own_data(run: Run) -> Run:
 
 
 def own_figures(scale: str) -> Path:
-    """Folder of what a run on the user's own data leaves: only ``pocket`` has results of its own that must stay."""
-    return figures_dir() / scale / ("own_data" if scale == "pocket" else "")
+    """Folder of what a run on the user's own data leaves: the scale's at `paper`, which has no other data."""
+    return figures_dir() / scale / ("own_data" if scale != "paper" else "")
 
 
 def available_cores() -> int:

@@ -181,6 +181,22 @@ POCKET_PIPELINE = PipelineSettings(
 
 
 @dataclasses.dataclass(frozen=True)
+class CocoSubset:
+    """The images of COCO val2017 that are fetched where no COCO files are given.
+
+    Attributes:
+        targets: images drawn as targets, with any number of objects.
+        references: other images with an object that can be a reference, for each category, as far as there are as many;
+            twice the shots, so that draws of another seed differ.
+        seed: of that choice, the same in every run.
+    """
+
+    targets: int = 500
+    references: int = 20
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Scale:
     """What a run is made of.
 
@@ -190,6 +206,8 @@ class Scale:
         encoders: names of those compared, in the order of tables and figures; those whose gated weights are out of
             reach are left out.
         probing, incontext, pipeline: settings of notebooks 01, 02 and 03.
+        coco: what is fetched of COCO for 02 and 03, if anything is.
+        notebooks: numbers of those that run when none are named; none: all.
     """
 
     name: str
@@ -198,15 +216,18 @@ class Scale:
     probing: ProbingSettings = ProbingSettings()
     incontext: InContextSettings = InContextSettings()
     pipeline: PipelineSettings = PipelineSettings()
+    coco: CocoSubset | None = None
+    notebooks: tuple[str, ...] = ()
 
 
 OFFICIAL_ENCODERS = ("sam", "sam2", "clip", "dinov2", *MORE_ENCODERS, "random")
+STUDY = ("01", "02", "03", "04")  # what needs data and weights that do not come with the project
 SCALES = {
     scale.name: scale
     for scale in (
         Scale(name="pocket", weights="zoo", incontext=POCKET_INCONTEXT, pipeline=POCKET_PIPELINE),
-        Scale(name="lite", weights="official", encoders=OFFICIAL_ENCODERS),
-        Scale(name="paper", weights="official", encoders=OFFICIAL_ENCODERS),
+        Scale("lite", "official", OFFICIAL_ENCODERS, coco=CocoSubset(), notebooks=STUDY),
+        Scale("paper", "official", OFFICIAL_ENCODERS, notebooks=STUDY),
     )
 }
 

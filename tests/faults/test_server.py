@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from servers import Answer, Handler, Server, serve
 
+from samantics.data import downloads
 from samantics.errors import StudyError
-from samantics.models import weights
 from samantics.models.weights import WeightFile, download
 
 CONTENT = hashlib.shake_256(b"weights").digest(300_000)
@@ -25,8 +25,8 @@ STALL = 20.0  # seconds
 @pytest.fixture(autouse=True)
 def impatience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nobody waits until a server that stalls has done so."""
-    monkeypatch.setattr(weights, "WAIT", 0.01)
-    monkeypatch.setattr(weights, "TIMEOUT", 0.3)
+    monkeypatch.setattr(downloads, "WAIT", 0.01)
+    monkeypatch.setattr(downloads, "TIMEOUT", 0.3)
     began = time.monotonic()
     yield
     assert time.monotonic() - began < STALL
@@ -120,7 +120,7 @@ def test_a_server_that_stays_ill_is_given_up_in_one_line(answer: Answer, tmp_pat
         message = r"^cannot download file\.bin \(.+\): go online, or fetch .* and put it at"
         with pytest.raises(StudyError, match=message):
             download(known(server), tmp_path / "file.bin")
-        assert len(server.starts) == weights.TRIES
+        assert len(server.starts) == downloads.TRIES
     assert not (tmp_path / "file.bin").exists()
 
 

@@ -25,6 +25,7 @@ import study
 from notebooks import write_notebook
 from samantics import cli
 from samantics.cache import Checkpoint
+from samantics.data import downloads
 from samantics.data import first_world as mojiworld
 from samantics.data.coco import CocoDataset, load_coco
 from samantics.data.first_world import write_mojiworld
@@ -276,6 +277,6 @@ PIECE = 1 << 14
 
 def fetch(known: weights.WeightFile, place: Path) -> None:
     """Download a file, unless it is there."""
-    weights.WAIT = 0.01
+    downloads.WAIT = 0.01
     if not place.exists():
         weights.download(known, place)

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from samantics.cache import cache_dir
 from samantics.data import first_world as mojiworld
-from samantics.data.folders import ImageFolder, Images, class_names, image_folders, imagenette, writable
+from samantics.data.fetch import imagenette
+from samantics.data.folders import ImageFolder, Images, class_names, image_folders, writable
 from samantics.errors import StudyError
 from samantics.run import Run
 

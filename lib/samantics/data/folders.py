@@ -7,8 +7,6 @@ import functools
 import os
 import re
 import stat
-import tarfile
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +14,6 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
-import pooch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, features
 
@@ -341,32 +338,7 @@ def _split(folder: ImageFolder, seed: int, val_share: float) -> tuple[ImageFolde
     return folder.subset(train), folder.subset(val)
 
 
-# ------------------------------------------------------------------------------------------------ Imagenette, names
-
-
-def imagenette(root: Path | str) -> tuple[ImageFolder, ImageFolder]:
-    """Train and validation images of Imagenette (320 px): ten classes of ImageNet, fetched and verified.
-
-    Raises:
-        StudyError: it is not in `root` and cannot be downloaded, or what came is not it.
-    """
-    from torchvision.datasets import Imagenette
-
-    folder = Path(root) / "imagenette2-320"
-    if not folder.is_dir():
-        source, md5 = Imagenette._ARCHIVES["320px"]
-        try:
-            archive = pooch.retrieve(source, f"md5:{md5}", Path(source).name, root, progressbar=True)
-            # pooch's own unpacking would leave half of it when killed
-            with (
-                tarfile.open(archive) as packed,
-                tempfile.TemporaryDirectory(prefix=".imagenette.", dir=root) as unpacked,
-            ):
-                packed.extractall(unpacked, filter="data")
-                os.replace(Path(unpacked) / folder.name, folder)
-        except (OSError, ValueError, EOFError, tarfile.TarError) as error:
-            raise StudyError(f"cannot fetch Imagenette ({error}): unpack {source} into {root} yourself") from error
-    return image_folders(folder)
+# ------------------------------------------------------------------------------------------------------------ names
 
 
 def class_names(classes: Sequence[str]) -> tuple[str, ...]:

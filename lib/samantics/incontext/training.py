@@ -64,22 +64,21 @@ def draw_references(
 ) -> NDArray[np.int64]:
     """`(C, shots)` rows of randomly drawn reference objects, those of a category from as many images.
 
-    The first references of a seed are the same for every number of shots.
+    The first references of a seed are the same for every number of shots. A category with fewer images (COCO's toaster)
+    shows them in turn until the shots are complete.
 
     Raises:
-        StudyError: a category has too few objects that are large enough, in distinct images.
+        StudyError: a category has no object that is large enough.
     """
     chosen, large = [], objects.reference_candidates(min_area)
     for category in category_ids:
         rng = np.random.default_rng([seed, category])
         rows = rng.permutation(np.flatnonzero((objects.categories == category) & large))
         _, first = np.unique(objects.image[rows], return_index=True)
-        if len(first) < shots:
-            raise StudyError(
-                f"category {category} has references in {len(first)} images and {shots} are needed: "
-                "add images to the reference data or ask for fewer shots"
-            )
-        chosen.append(rows[np.sort(first)[:shots]])
+        if not len(first):
+            lacking = f"category {category} has no reference of {min_area:.0f} pixels or more"
+            raise StudyError(f"{lacking}: add images to the reference data")
+        chosen.append(np.resize(rows[np.sort(first)], shots))
     return np.stack(chosen)
 
 

@@ -187,7 +187,13 @@ def _sam3_forward(model: Any, pixels: Tensor) -> dict[Layer, LayerOutput]:
 
 
 SAM3 = Entry(
-    weights=hub_file("facebook/sam3", 0, "SAM License", gated=True),
+    weights=hub_file(
+        "facebook/sam3",
+        3440,
+        "SAM License",
+        "6d06f0a5f84e435071fe6603e61d0b4cc7b40e0d39d487cfd4d67d8cc11cc14a",
+        gated=True,
+    ),
     build=lambda: _transformers("Sam3Vision"),
     architecture=Architecture(
         blocks=lambda model: model.backbone.layers,
@@ -205,7 +211,13 @@ def _dinov3_tokens(model: Any, output: Any) -> LayerOutput:
 
 
 DINOV3 = Entry(
-    weights=hub_file("facebook/dinov3-vits16-pretrain-lvd1689m", 86, "DINOv3 License", gated=True),
+    weights=hub_file(
+        "facebook/dinov3-vits16-pretrain-lvd1689m",
+        86,
+        "DINOv3 License",
+        "4610ad75edef83e75afdebf162d148dc628045ea6cbb83d67d4708c709c4f91d",
+        gated=True,
+    ),
     build=lambda: _transformers("DINOv3ViT", num_register_tokens=4),
     architecture=Architecture(
         blocks=lambda model: model.model.layer,
@@ -225,7 +237,12 @@ def _siglip_forward(model: Any, pixels: Tensor) -> dict[Layer, LayerOutput]:
 
 
 SIGLIP2 = Entry(
-    weights=hub_file("google/siglip2-base-patch16-224", 1500, "Apache-2.0"),
+    weights=hub_file(
+        "google/siglip2-base-patch16-224",
+        1501,
+        "Apache-2.0",
+        "612923381c76ec5a9bed335d1c48827e3f2e506ac31b044b63b2031fadee6a0b",
+    ),
     build=lambda: _transformers("SiglipVision"),
     architecture=Architecture(
         blocks=lambda model: model.encoder.layers,

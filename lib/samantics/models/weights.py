@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
-import time
 import zipfile
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,14 +16,11 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from samantics.cache import FULL, cache_dir, hash_file
+from samantics.cache import cache_dir, hash_file
+from samantics.data import downloads
 from samantics.errors import StudyError
 
-TRIES = 5
-WAIT = 1.0  # seconds before the second try; doubled each time
-TIMEOUT = 30.0  # seconds without a byte
 OPENAI_CLIP = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"  # SHA-256 of CLIP ViT-B/32
 
 
@@ -92,36 +88,16 @@ def _alone(place: Path) -> AbstractContextManager[Any]:
 
 
 def download(known: WeightFile, place: Path) -> str:
-    """Fetch a file to `place`, going on with the `.part` of an earlier try; returns its verified SHA-256.
-
-    The hub's client opens connections, follows redirects, keeps the token to the hub and states hashes. That what came
-    before a kill or a full disk is not fetched again stays own code: `hf_hub_download` (huggingface_hub 2.4) and
-    `pooch.retrieve` (1.9) begin anew, and leave their temporary file behind when they are killed.
+    """Fetch a file to `place` (see `samantics.data.downloads.download`); returns its verified SHA-256.
 
     Raises:
         StudyError: no network, refused, no space, or the file that came has another hash (it is deleted).
     """
     url, headers = _request(known)
-    part = place.with_name(place.name + ".part")
-    expected = known.sha256
-    for attempt in range(TRIES):
-        try:
-            expected = expected or _hash_on_hub(url, headers)
-            _fetch_rest(url, headers, part)
-            break
-        except Exception as error:  # the client's HTTP package has errors of its own
-            problem = _why_final(error, known, url, place, attempt == TRIES - 1)
-            if problem:
-                raise StudyError(problem) from error
-        time.sleep(WAIT * 2**attempt)
-    found = hash_file(part)
-    if expected not in ("", found):
-        part.unlink()
-        raise StudyError(
-            f"{url} sent another file (SHA-256 {found[:12]}, not {expected[:12]}): run again, or put it at {place}"
-        )
-    os.replace(part, place)
-    return found
+    gated = f"{url} is gated: accept its licence there and set HF_TOKEN, or put the file at {place}"
+    return downloads.download(
+        url, place, known.sha256 or (lambda: _hash_on_hub(url, headers)), headers=headers, forbidden=gated
+    )
 
 
 def _request(known: WeightFile) -> tuple[str, dict[str, str]]:
@@ -131,7 +107,7 @@ def _request(known: WeightFile) -> tuple[str, dict[str, str]]:
         raise StudyError(f"HF_ENDPOINT is {hub!r}, which is no address: begin it with https://, or unset it")
     if not (token.isascii() and token.isprintable()):
         raise StudyError("HF_TOKEN has characters that no token has: set it again")
-    headers = {"User-Agent": "samantics", "Accept-Encoding": "identity"}
+    headers: dict[str, str] = {}
     if known.url.startswith("{hub}") and (token := huggingface_hub.get_token() or ""):
         headers["Authorization"] = f"Bearer {token}"
     return known.url.replace("{hub}", hub.rstrip("/")), headers
@@ -139,39 +115,10 @@ def _request(known: WeightFile) -> tuple[str, dict[str, str]]:
 
 def _hash_on_hub(url: str, headers: dict[str, str]) -> str:
     """The SHA-256 that the hub states of a file, or nothing."""
-    stated = huggingface_hub.get_hf_file_metadata(url, token=False, headers=headers, timeout=TIMEOUT).etag or ""
+    stated = (
+        huggingface_hub.get_hf_file_metadata(url, token=False, headers=headers, timeout=downloads.TIMEOUT).etag or ""
+    )
     return stated if len(stated) == 64 else ""
-
-
-def _fetch_rest(url: str, headers: dict[str, str], part: Path) -> None:
-    """Append what is missing to `part`."""
-    have = part.stat().st_size if part.exists() else 0
-    session, headers = huggingface_hub.get_session(), headers | {"Range": f"bytes={have}-"}
-    with session.stream("GET", url, headers=headers, timeout=TIMEOUT) as response:
-        if response.status_code == 416 and have:
-            return  # nothing is missing, or the part is of another file: the hash will tell
-        huggingface_hub.hf_raise_for_status(response)
-        if response.status_code != 206:
-            have = 0  # the server starts at the beginning
-        total = have + int(response.headers.get("Content-Length") or 0)
-        bar = tqdm(total=total or None, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None)
-        with open(part, "ab" if have else "wb") as file, bar:
-            for chunk in response.iter_raw():
-                file.write(chunk)
-                bar.update(len(chunk))
-
-
-def _why_final(error: Exception, known: WeightFile, url: str, place: Path, last: bool) -> str:
-    """What to tell the user where trying again is of no use, else nothing."""
-    status = getattr(getattr(error, "response", None), "status_code", 0)
-    if status in (401, 403):
-        return f"{url} is gated: accept its licence there and set HF_TOKEN, or put the file at {place}"
-    if 400 <= status < 500 and status not in (408, 429):
-        return f"{url} answers {status}: fetch {known.file} elsewhere and put it at {place}"
-    if getattr(error, "errno", None) in FULL:
-        return f"no space left while writing {place}.part: free some space and run again"
-    why = " ".join(str(error).split()) or type(error).__name__  # may hold what a server sent in place of a status line
-    return f"cannot download {known.file} ({why}): go online, or fetch {url} elsewhere and put it at {place}" * last
 
 
 # -------------------------------------------------------------------------------------------------------- reading

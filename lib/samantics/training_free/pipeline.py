@@ -14,6 +14,7 @@ import pandas as pd
 from samantics.cache import hash_value, kept
 from samantics.data import first_world as mojiworld
 from samantics.data.coco import CocoDataset, ImageRecord, Instance, check_images, load_coco
+from samantics.data.fetch import coco_subset
 from samantics.data.first_world import write_mojiworld
 from samantics.data.folders import image_size, readable_endings, visible_files
 from samantics.data.references import ReferenceRule, choose_references, matched_categories, shared_images
@@ -56,7 +57,9 @@ class Data:
 def load_data(
     run: Run, references: str = "", targets: str = "", images: str = "", skip_bad_images: bool = False
 ) -> Data:
-    """The COCO files where given (the targets may be a folder of images), else MojiWorld scenes at pocket scale.
+    """The COCO files where given (the targets may be a folder of images), else the scale's own data.
+
+    At `pocket` that is MojiWorld scenes, at `lite` images of COCO val2017, which are fetched.
 
     Raises:
         StudyError: only some of the three are given; none are, at a scale that has no data of its own; bad files.
@@ -78,6 +81,8 @@ def load_data(
             write_mojiworld(world, "references", settings.reference_scenes, folder, held_out_share=0.0),
             write_mojiworld(world, "targets", settings.target_scenes, folder, held_out_share=0.5),
         )
+    elif run.scale.coco:
+        datasets = coco_subset(run.scale.coco, rule)
     else:
         raise StudyError(f"scale {run.scale.name} needs COCO files: give --references, --targets and --images")
     matched, names, notes = matched_categories(*datasets)

@@ -1,0 +1,104 @@
+"""One file from a server: fetched once, resumed where it broke off, verified; or one line that says what to do."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import huggingface_hub
+import pooch
+from tqdm.auto import tqdm
+
+from samantics.cache import FULL
+from samantics.errors import StudyError
+
+TRIES = 5
+WAIT = 1.0  # seconds before the second try; doubled each time
+TIMEOUT = 30.0  # seconds without a byte
+LARGE = 10_000_000  # bytes; smaller files get no progress bar of their own
+
+
+def download(
+    url: str,
+    place: Path,
+    expected: str | Callable[[], str] = "",
+    algorithm: str = "sha256",
+    headers: Mapping[str, str] | None = None,
+    forbidden: str = "",
+) -> str:
+    """Fetch a file to `place`, going on with the `.part` of an earlier try; returns its verified hash.
+
+    The hub's client opens connections and follows redirects, pooch hashes. That what came before a kill or a full disk
+    is not fetched again stays own code: `hf_hub_download` (huggingface_hub 2.4) and `pooch.retrieve` (1.9) begin anew,
+    and leave their temporary file behind when they are killed.
+
+    Args:
+        url: of the file.
+        place: where it will be.
+        expected: its hash, or what asks for it; without one an MD5 that the server states as ETag is checked.
+        algorithm: of the hash.
+        headers: to send.
+        forbidden: what to say when the server answers 401 or 403.
+
+    Raises:
+        StudyError: no network, refused, no space, or the file that came has another hash (it is deleted).
+    """
+    part, sent = place.with_name(place.name + ".part"), {"User-Agent": "samantics", "Accept-Encoding": "identity"}
+    wanted = ""
+    for attempt in range(TRIES):
+        try:
+            wanted = expected() if callable(expected) else expected
+            stated = _fetch_rest(url, sent | dict(headers or {}), part)
+            wanted = wanted or (stated if algorithm == "md5" else "")
+            break
+        except Exception as error:  # the client's HTTP package has errors of its own
+            problem = _why_final(error, url, place, forbidden, attempt == TRIES - 1)
+            if problem:
+                raise StudyError(problem) from error
+        time.sleep(WAIT * 2**attempt)
+    found: str = pooch.file_hash(str(part), algorithm)
+    if wanted not in ("", found):
+        part.unlink()
+        name = {"sha256": "SHA-256", "md5": "MD5"}[algorithm]
+        raise StudyError(
+            f"{url} sent another file ({name} {found[:12]}, not {wanted[:12]}): run again, or put it at {place}"
+        )
+    os.replace(part, place)
+    return found
+
+
+def _fetch_rest(url: str, headers: dict[str, str], part: Path) -> str:
+    """Append what is missing to `part`; the MD5 that the server states of the whole, or nothing."""
+    have = part.stat().st_size if part.exists() else 0
+    session = huggingface_hub.get_session()
+    with session.stream("GET", url, headers=headers | {"Range": f"bytes={have}-"}, timeout=TIMEOUT) as response:
+        if response.status_code == 416 and have:
+            return ""  # nothing is missing, or the part is of another file: the hash will tell
+        huggingface_hub.hf_raise_for_status(response)
+        if response.status_code != 206:
+            have = 0  # the server starts at the beginning
+        total = have + int(response.headers.get("Content-Length") or 0)
+        quiet = True if total < LARGE else None
+        bar = tqdm(total=total or None, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=quiet)
+        with open(part, "ab" if have else "wb") as file, bar:
+            for chunk in response.iter_raw():
+                file.write(chunk)
+                bar.update(len(chunk))
+        etag = str(response.headers.get("ETag", "")).strip('"')
+        return etag if re.fullmatch(r"[0-9a-f]{32}", etag) else ""  # S3's of a file that was uploaded in one piece
+
+
+def _why_final(error: Exception, url: str, place: Path, forbidden: str, last: bool) -> str:
+    """What to tell the user where trying again is of no use, else nothing."""
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    if status in (401, 403) and forbidden:
+        return forbidden
+    if 400 <= status < 500 and status not in (408, 429):
+        return f"{url} answers {status}: fetch {place.name} elsewhere and put it at {place}"
+    if getattr(error, "errno", None) in FULL:
+        return f"no space left while writing {place}.part: free some space and run again"
+    why = " ".join(str(error).split()) or type(error).__name__  # may hold what a server sent in place of a status line
+    return f"cannot download {place.name} ({why}): go online, or fetch {url} elsewhere and put it at {place}" * last

@@ -1,0 +1,347 @@
+"""What `lite` fetches: from a local server with tiny files in the official formats, and with a server's faults."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import tarfile
+import threading
+import zipfile
+from collections.abc import Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision import datasets
+
+import plan
+import study
+from notebooks import write_notebook
+from samantics.cache import cache_dir
+from samantics.data import downloads, fetch
+from samantics.data.classification import scale_data
+from samantics.data.downloads import download
+from samantics.data.fetch import chosen_images, coco_subset, imagenette
+from samantics.data.references import ReferenceRule, eligible
+from samantics.errors import StudyError
+from samantics.models.registry import ENCODERS
+from samantics.run import start_run
+from samantics.scales import CocoSubset, get_scale
+from samantics.training_free.pipeline import load_data
+
+SUBSET = CocoSubset(targets=8, references=3)
+RULE = ReferenceRule()
+COCO_ZIP = "/annotations/annotations_trainval2017.zip"
+
+
+def jpeg(number: int, size: tuple[int, int] = (160, 120)) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG")
+    return file.getvalue()
+
+
+def instances() -> dict[str, Any]:
+    """Thirty images; 1 shows in all, 2 in every third, 3 in two, 4 never large enough, 5 as crowds only."""
+    images = [{"id": n, "file_name": f"{n:012}.jpg", "width": 160, "height": 120, "license": 1} for n in range(1, 31)]
+    boxes = {1: [15, 15, 40, 40], 2: [70, 15, 40, 40], 3: [15, 65, 40, 40], 4: [100, 65, 10, 10], 5: [60, 65, 36, 40]}
+    shows = {1: range(1, 31), 2: range(1, 31, 3), 3: (5, 6), 4: range(1, 31), 5: range(1, 31)}
+    annotations: list[dict[str, Any]] = []
+    for category, numbers in shows.items():
+        x, y, w, h = boxes[category]
+        for number in numbers:
+            common = {"id": len(annotations) + 1, "image_id": number, "category_id": category, "bbox": boxes[category]}
+            outline: Any = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            if category == 5:
+                outline = {"size": [120, 160], "counts": [160 * 60, 160, 160 * 120 - 160 * 61]}
+            annotations.append(common | {"area": w * h, "iscrowd": int(category == 5), "segmentation": outline})
+    categories = [{"id": n, "name": f"thing {n}", "supercategory": "thing"} for n in boxes]
+    return {"info": {}, "licenses": [], "images": images, "annotations": annotations, "categories": categories}
+
+
+def zipped() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("annotations/instances_train2017.json", "{}")
+        archive.writestr("annotations/instances_val2017.json", json.dumps(instances()))
+        archive.writestr("annotations/noise", np.random.default_rng(0).bytes(100_000))
+    return file.getvalue()
+
+
+def packed() -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as archive:
+        for split, count in (("train", 3), ("val", 2)):
+            for label in ("n01440764", "n03888257"):
+                for number in range(count):
+                    info = tarfile.TarInfo(f"imagenette2-320/{split}/{label}/{number}.JPEG")
+                    info.size = len(content := jpeg(number))
+                    archive.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+class Source(ThreadingHTTPServer):
+    """The official servers in one; counts what is asked of it, and can be told to misbehave."""
+
+    daemon_threads = True
+
+    def __init__(self, files: Mapping[str, bytes]) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files = dict(files)
+        self.etags = {path: hashlib.md5(content).hexdigest() for path, content in files.items()}
+        self.asked: list[str] = []
+        self.cut: dict[str, int] = {}  # bytes after which the next answer for a path breaks off
+        self.broken: set[str] = set()  # paths that answer 500
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Source
+
+    def do_GET(self) -> None:
+        start = int((self.headers["Range"] or "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        self.server.asked.append(f"{self.path}@{start}")
+        if self.path not in self.server.files or self.path in self.server.broken:
+            self.send_error(500 if self.path in self.server.broken else 404)
+            return
+        content = self.server.files[self.path]
+        self.send_response(206 if start < len(content) else 416)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.send_header("ETag", f'"{self.server.etags[self.path]}"')
+        self.end_headers()
+        end = start + self.server.cut.pop(self.path, len(content))
+        with contextlib.suppress(OSError):
+            self.wfile.write(content[start:end])
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+@pytest.fixture(scope="session")
+def official() -> dict[str, bytes]:
+    images = {f"/val2017/{n:012}.jpg": jpeg(n) for n in range(1, 31)}
+    return {COCO_ZIP: zipped(), "/fast-ai-imageclas/imagenette2-320.tgz": packed(), **images}
+
+
+@pytest.fixture
+def source(places: Path, monkeypatch: pytest.MonkeyPatch, official: dict[str, bytes]) -> Iterator[Source]:
+    """A server with tiny official files, whose hashes are the known ones."""
+    tgz = "/fast-ai-imageclas/imagenette2-320.tgz"
+    md5 = hashlib.md5(official[tgz]).hexdigest()
+    monkeypatch.setattr(datasets.Imagenette, "_ARCHIVES", {"320px": (f"https://s3.amazonaws.com{tgz}", md5)})
+    monkeypatch.setattr(fetch, "ANNOTATIONS_MD5", hashlib.md5(official[COCO_ZIP]).hexdigest())
+    monkeypatch.setattr(downloads, "WAIT", 0.01)
+    with Source(official) as server:
+        monkeypatch.setenv("SAMANTICS_MIRROR", f"http://127.0.0.1:{server.server_port}/")
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def folder() -> Path:
+    return cache_dir() / "datasets" / "coco_val2017"
+
+
+# ---------------------------------------------------------------------------------------------------------- choosing
+
+
+def test_targets_are_any_images_and_references_others_with_enough_of_each_class() -> None:
+    content = instances()
+    chosen = chosen_images(content, SUBSET, RULE)
+    targets, references = (set(chosen[part]) for part in ("targets", "references"))
+    assert len(targets) == 8 and not targets & references
+    shown = {c: {a["image_id"] for a in content["annotations"] if a["category_id"] == c} for c in (1, 2, 3)}
+    for numbers in shown.values():  # three of each where the others have three, else all
+        assert len(references & numbers) >= min(3, len(numbers - targets))
+    assert shown[3] - targets <= references
+    assert len(references) <= 3 + len(shown[3] - targets)  # the rare classes' images serve the others
+    assert chosen_images(content, SUBSET, RULE) == chosen  # the same every time, in any order of the file
+    assert chosen_images(content | {"images": content["images"][::-1]}, SUBSET, RULE) == chosen
+    assert chosen_images(content, CocoSubset(8, 3, seed=1), RULE) != chosen
+
+
+def test_the_subset_is_official_data_and_no_more_than_is_needed(source: Source) -> None:
+    references, targets = coco_subset(SUBSET, RULE)
+    chosen = chosen_images(instances(), SUBSET, RULE)
+    assert sorted(targets.images) == chosen["targets"] and sorted(references.images) == chosen["references"]
+    assert references.categories == targets.categories == {n: f"thing {n}" for n in range(1, 6)}
+    assert len(targets.instances) == sum(a["image_id"] in targets.images for a in instances()["annotations"])
+    assert {i.category_id for i in eligible(references, RULE)} <= {1, 2, 3}
+    numbers = [*chosen["targets"], *chosen["references"]]
+    assert sorted(p.name for p in (folder() / "images").iterdir()) == sorted(f"{n:012}.jpg" for n in numbers)
+    assert not list((folder() / "incoming").iterdir())
+    assert {p.suffix for p in folder().iterdir() if p.is_file()} == {".json"}  # the archive of all has gone
+
+
+# ----------------------------------------------------------------------------------------------- going on and faults
+
+
+def test_nothing_is_fetched_twice(source: Source) -> None:
+    coco_subset(SUBSET, RULE)
+    assert max(collections.Counter(source.asked).values()) == 1
+    states, before = {p: p.stat().st_mtime_ns for p in folder().rglob("*") if p.is_file()}, list(source.asked)
+    source.broken = set(source.files)
+    coco_subset(SUBSET, RULE)
+    assert source.asked == before and states == {p: p.stat().st_mtime_ns for p in states}
+
+
+def test_what_broke_off_is_resumed(source: Source) -> None:
+    source.cut[COCO_ZIP] = 60_000
+    image = f"/val2017/{chosen_images(instances(), SUBSET, RULE)['targets'][0]:012}.jpg"
+    source.cut[image] = 5_000
+    coco_subset(SUBSET, RULE)
+    assert [place for place in source.asked if place.startswith(COCO_ZIP)] == [f"{COCO_ZIP}@0", f"{COCO_ZIP}@60000"]
+    assert [place for place in source.asked if place.startswith(image)] == [f"{image}@0", f"{image}@5000"]
+
+
+def test_the_next_run_goes_on_where_one_was_stopped(source: Source) -> None:
+    chosen = chosen_images(instances(), SUBSET, RULE)
+    last = f"/val2017/{chosen['targets'][-1]:012}.jpg"
+    source.broken = {last}
+    with pytest.raises(StudyError, match=r"cannot download .*jpg .*500.*put it at .*coco_val2017/images/0") as caught:
+        coco_subset(SUBSET, RULE)
+    assert "\n" not in str(caught.value) and "incoming" not in str(caught.value)
+    done = {path.name for path in (folder() / "images").iterdir()}
+    source.broken, before = set(), len(source.asked)
+    coco_subset(SUBSET, RULE)
+    again = {place.split("@")[0].split("/")[-1] for place in source.asked[before:]}
+    assert not again & done and last.split("/")[-1] in again and COCO_ZIP.split("/")[-1] not in again
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("archive", "annotations_trainval2017.zip sent another file .MD5 .*: run again, or put it at"),
+        ("image", "sent another file .MD5 .*: run again, or put it at .*/images/"),
+        ("cut image", "cannot be read as an image .*: replace or remove it"),
+        ("other size", r"is an image of \(80, 60\) pixels and not of \(160, 120\): put the official one into"),
+        ("gone", "answers 404: fetch .* elsewhere and put it at .*/images/"),
+    ],
+)
+def test_another_file_is_refused(source: Source, what: str, says: str) -> None:
+    image = f"/val2017/{chosen_images(instances(), SUBSET, RULE)['targets'][0]:012}.jpg"
+    if what == "archive":
+        source.files[COCO_ZIP] = source.files[COCO_ZIP][:-1] + b"x"
+    elif what == "image":
+        source.etags[image] = "0" * 32
+    elif what == "gone":
+        del source.files[image]
+    else:
+        source.files[image] = jpeg(1)[:3000] if what == "cut image" else jpeg(1, (80, 60))
+        source.etags[image] = "no MD5"
+    with pytest.raises(StudyError, match=says) as caught:
+        coco_subset(SUBSET, RULE)
+    assert "\n" not in str(caught.value)
+    assert not (folder() / "images" / image.split("/")[-1]).exists()
+    assert what != "archive" or not list(folder().rglob("*.zip*"))
+
+
+def test_files_that_are_there_are_used_if_they_are_the_right_ones(source: Source, official: dict[str, bytes]) -> None:
+    archive = folder() / "annotations_trainval2017.zip"
+    archive.parent.mkdir(parents=True)
+    archive.write_bytes(b"another")
+    with pytest.raises(StudyError, match=r"annotations_trainval2017.zip is not .*: delete it to download it again"):
+        coco_subset(SUBSET, RULE)
+    archive.write_bytes(official[COCO_ZIP])
+    coco_subset(SUBSET, RULE)
+    assert not any(place.startswith(COCO_ZIP) for place in source.asked)
+    next(folder().glob("targets_*.json")).write_text("{")
+    with pytest.raises(StudyError, match=r"targets_.*json is damaged: delete it"):
+        coco_subset(SUBSET, RULE)
+
+
+def test_no_network_is_one_line_with_a_cure(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads, "WAIT", 0.01)
+    monkeypatch.setenv("SAMANTICS_MIRROR", "http://127.0.0.1:9")
+    for fetched in (lambda: coco_subset(SUBSET, RULE), lambda: imagenette(cache_dir() / "datasets")):
+        with pytest.raises(StudyError, match=r"cannot download .*: go online, or fetch http://127.* put") as caught:
+            fetched()
+        assert "\n" not in str(caught.value)
+    monkeypatch.setenv("SAMANTICS_MIRROR", "file:///etc")
+    with pytest.raises(StudyError, match="SAMANTICS_MIRROR is 'file:///etc', which is no address"):
+        coco_subset(SUBSET, RULE)
+
+
+def test_an_md5_that_the_server_states_is_not_taken_for_another_hash(source: Source, tmp_path: Path) -> None:
+    path = "/val2017/000000000001.jpg"
+    url = f"{os.environ['SAMANTICS_MIRROR']}{path[1:]}"
+    source.etags[path] = "0" * 32
+    assert download(url, tmp_path / "a.jpg") == hashlib.sha256(source.files[path]).hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------------- Imagenette
+
+
+def test_imagenette_is_fetched_once(source: Source) -> None:
+    tgz = "/fast-ai-imageclas/imagenette2-320.tgz"
+    source.cut[tgz] = 9_000
+    assert [len(part) for part in imagenette(cache_dir() / "datasets")] == [6, 4]
+    assert [len(part) for part in imagenette(cache_dir() / "datasets")] == [6, 4]
+    assert source.asked == [f"{tgz}@0", f"{tgz}@9000"]
+
+
+# ------------------------------------------------------------------------------------------------------ the two scales
+
+
+def test_lite_takes_what_it_fetches(source: Source) -> None:
+    run = start_run("lite", "99_test")
+    assert run.scale.coco == CocoSubset(targets=500, references=20)
+    run = dataclasses.replace(run, scale=dataclasses.replace(run.scale, coco=SUBSET))
+    assert scale_data(run).tasks["class"].classes == ("tench", "parachute")
+    data = load_data(run)
+    assert len(data.targets.images) == 8 and not any("among the references" in note for note in data.notes)
+    assert {"reference_data", "target_data"} <= run.facts.keys()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "given", "lacking"),
+    [
+        (("01", "03"), {}, "--data DIR .* and --references FILE"),
+        (("02",), {"data": "x"}, "needs --references FILE"),
+        (("01", "04"), {}, "needs --data DIR"),
+    ],
+)
+def test_paper_tells_its_plan_and_names_what_it_lacks(
+    numbers: tuple[str, ...], given: dict[str, str], lacking: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(StudyError, match=f"scale paper .*{lacking}.*: name them, or choose --scale lite") as caught:
+        plan.prepare("paper", numbers, given)
+    told = capsys.readouterr().out
+    assert "\n" not in str(caught.value) and "MB to fetch" in told and "hours on one H100 (estimated)" in told
+
+
+def test_the_plan_adds_up_and_knows_what_is_given() -> None:
+    lite = get_scale("lite")
+    names = plan.encoders(lite, ("01", "02", "03"))
+    assert {"sam", "sam2", "clip", "dinov2", "mae", "hiera", "siglip2"} <= set(names) and "random" not in names
+    table = plan.needs(lite, ("01", "02", "03", "04"), {}, names).set_index("what")
+    assert table.loc["weights of sam", "MB to fetch"] == ENCODERS["sam"].weights.size
+    assert (table.iloc[:-1].sum() == table.loc["all"]).all()
+    own = plan.needs(lite, ("01", "03"), {"data": "x", "references": "y"}, names)["what"]
+    assert not any("COCO" in what or "Imagenette" in what for what in own)
+    assert plan.encoders(lite, ("02", "04")) == ("sam",)
+    assert plan.hours("lite", ("01", "04"))["notebook"].tolist() == ["01", "04"]
+
+
+def test_the_study_prepares_before_its_first_notebook(
+    own_notebooks: Path, monkeypatch: pytest.MonkeyPatch, source: Source
+) -> None:
+    for name in ("00_start", "01_probing", "02_context", "03_pipeline", "04_findings", "A1_ablation"):
+        write_notebook(own_notebooks, name, "print(1)")
+    told: list[Any] = []
+    monkeypatch.setattr(study, "prepare", lambda *values: told.append(values))
+    monkeypatch.setattr(study, "execute", lambda path, *_: study.Outcome(path.stem, 0.0, 0.0, 0))
+    assert [outcome.notebook[:2] for outcome in study.run_study("lite")] == ["01", "02", "03", "04"]
+    assert told == [("lite", ["01", "02", "03", "04"], {})]
+    assert len(study.run_study("pocket")) == 6
+
+
+def test_pocket_needs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    plan.prepare("pocket", ("01", "02", "03"), {})
+    assert capsys.readouterr().out == ""
