@@ -197,14 +197,6 @@ def test_preprocessing_equals_the_packages(name: str, files: dict[str, tuple[Pat
         assert close(ENCODERS[name].own(open_image(path)), UPSTREAM[name](expected)), path.name
 
 
-def test_the_papers_preprocessing() -> None:
-    inputs = {name: ENCODERS[name].paper for name in pocket.NAMES}
-    assert {name: (p.size, p.fit) for name, p in inputs.items()} == {
-        "sam": (1024, "squash"), "sam2": (1024, "squash"), "clip": (224, "crop"), "dinov2": (224, "crop"),
-    }  # fmt: skip
-    assert {(p.mean, p.std) for p in inputs.values()} == {(MEAN, STD)}
-
-
 @pytest.mark.parametrize("fit", ["squash", "crop", "pad"])
 @pytest.mark.parametrize("shape", [(60, 40), (40, 60), (61, 37)])
 def test_geometry_follows_a_pixel(fit: Any, shape: tuple[int, int]) -> None:

@@ -46,15 +46,8 @@ def test_no_stream_ever_shows_an_artist_or_class_it_must_not(name: str) -> None:
         wanted = set(table["class"][table["part"].isin(mojiworld.PARTS[stream.classes])])
         expected = [row for row in expected if tables.catalogue()["class"][row] in wanted]
     assert sorted(reachable) == expected
-    seen = {drawing for one in shown_by(stream, 150) for drawing in one.drawings}
-    assert seen <= set(expected) and len(seen) > 50
-
-
-def test_only_targets_choices_and_tests_show_artists_that_nobody_trains_on() -> None:
-    for stream in STREAMS.values():
-        splits = {split for rows in mojiworld.visible_drawings(stream.role, stream.classes) for split in SPLIT[rows]}
-        if stream.role in ("pretraining", "labels", "views", "references", "tuning"):
-            assert splits == {"train"}
+    seen = {drawing for one in shown_by(stream, 60) for drawing in one.drawings}
+    assert seen <= set(expected) and len(seen) > 40
 
 
 def test_balanced_streams_show_every_drawing_in_every_kind() -> None:
@@ -73,7 +66,7 @@ def test_balanced_streams_show_every_drawing_in_every_kind() -> None:
 
 
 def test_half_of_the_targets_objects_are_by_test_artists() -> None:
-    shown = [d for one in shown_by(STREAMS["targets"], 300) for d in one.drawings]
+    shown = [d for one in shown_by(STREAMS["targets"], 150) for d in one.drawings]
     assert 0.44 < np.mean(SPLIT[shown] == "test") < 0.56
 
 
@@ -151,7 +144,7 @@ def test_masks_and_colours_equal_a_painter_that_goes_pixel_by_pixel() -> None:
 def test_kinds_hold_what_they_promise() -> None:
     for kind in KINDS:
         stream = dataclasses.replace(STREAMS["pretraining"], kinds=(kind,))
-        for one in shown_by(stream, 60):
+        for one in shown_by(stream, 30):
             assert one.kind == kind and (one.place == "") == (kind == "studio")
             assert 2 <= len(one.drawings) <= 6 if kind == "scene" else len(one.drawings) == 1
             areas = np.bincount(one.instances.ravel(), minlength=len(one.drawings) + 1)[1:]
@@ -171,7 +164,7 @@ def test_objects_of_scenes_measure_20_to_60_percent(monkeypatch: pytest.MonkeyPa
 def test_a_third_of_the_companions_are_the_anchors_class_by_another_artist() -> None:
     artists = tables.catalogue()["artist"].to_numpy()
     world = World(64, theme_strength=0.0)
-    pairs = [(one.drawings[0], d) for one in shown_by(STREAMS["targets"], 500, world) for d in one.drawings[1:]]
+    pairs = [(one.drawings[0], d) for one in shown_by(STREAMS["targets"], 250, world) for d in one.drawings[1:]]
     same = [(a, d) for a, d in pairs if LABEL[a] == LABEL[d]]
     assert abs(len(same) / len(pairs) - 1 / 3) < 0.04
     assert np.mean([artists[a] != artists[d] for a, d in same]) > 0.97  # or met by chance
@@ -193,7 +186,7 @@ def test_theme_strength_ties_places_and_companions_to_superclasses() -> None:
     stream = Stream("themes", "pretraining", ("scene",))
 
     def themed(strength: float) -> tuple[float, float]:
-        scenes = shown_by(stream, 250, World(64, theme_strength=strength))
+        scenes = shown_by(stream, 120, World(64, theme_strength=strength))
         fits = [one.place in places_of(tables.superclasses()[above[one.drawings[0]]]) for one in scenes]
         pairs = [(a, b) for one in scenes for a, b in combinations(one.drawings, 2) if LABEL[a] != LABEL[b]]
         return float(np.mean(fits)), float(np.mean([above[a] == above[b] for a, b in pairs]))
@@ -214,7 +207,7 @@ def test_places_serve_every_superclass_and_vary_a_little_only() -> None:
         assert np.std(views, axis=0).max() < 15 < min(np.abs(np.mean(views, axis=0) - o).max() for o in others[:3])
 
 
-@pytest.mark.parametrize(("size", "count"), [(32, 300), (97, 6), (200, 3)])
+@pytest.mark.parametrize(("size", "count"), [(32, 100), (97, 4), (200, 2)])
 def test_any_size(size: int, count: int) -> None:
     for index in range(count):  # many of the smallest: thin things vanish, and must not be waited for
         one = picture(World(image_size=size), STREAMS["pretraining"], index)
@@ -347,8 +340,8 @@ def test_instruments_see_what_they_should() -> None:
 def test_difficulty_asks_both_questions(monkeypatch: pytest.MonkeyPatch) -> None:
     few = {name: dataclasses.replace(stream, classes="instances") for name, stream in STREAMS.items()}
     monkeypatch.setattr(floors, "STREAMS", few)
-    monkeypatch.setattr(floors, "SHOTS", 2)
-    table = floors.difficulty(World(40), scenes=240)
+    monkeypatch.setattr(floors, "SHOTS", 1)
+    table = floors.difficulty(World(40), scenes=160)
     assert len(table) == 18 + 14 and table.duplicated(["question", "asked", "shown", "instrument"]).sum() == 0
     assert (table["low"] <= table["accuracy"]).all() and (table["accuracy"] <= table["high"]).all()
     cut = table[(table["shown"] == "cut-out") & (table["instrument"] == "pixels")]

@@ -88,7 +88,8 @@ class Encoder:
         ):
             outputs = self.architecture.forward(self.model, pixels.to(self.device))
         outputs |= {name: self.architecture.read(self.model, raw) for name, raw in captured.items()}
-        return {name: _as_float(outputs[name]) for name in layers}
+        chosen = {name: outputs[name] for name in layers}
+        return {n: LayerOutput(o.dense.float(), None if o.cls is None else o.cls.float()) for n, o in chosen.items()}
 
     def pooled(
         self, pixels: Tensor, readouts: Sequence[Readout], masks: Tensor | None = None, seen: Tensor | None = None
@@ -120,11 +121,7 @@ class Encoder:
         return self.architecture.cls_in in ("all", layer)
 
     def check(self, readouts: Sequence[Readout]) -> None:
-        """Refuse layers and poolings that the encoder does not have, before any time is spent.
-
-        Raises:
-            StudyError: names the first that it lacks.
-        """
+        """StudyError where the encoder lacks a layer or pooling: before any time is spent."""
         for layer, pooling in readouts:
             if layer not in self.layers:
                 raise StudyError(f"encoder {self.name} has no layer {layer!r}: choose from {', '.join(self.layers)}")
@@ -132,10 +129,6 @@ class Encoder:
                 raise StudyError(f"no pooling is called {pooling!r}: choose from {', '.join(POOLINGS)}")
             if pooling == "cls" and not self.has_class_token(layer):
                 raise StudyError(f"layer {layer} of encoder {self.name} has no class token: pool it by mean")
-
-
-def _as_float(output: LayerOutput) -> LayerOutput:
-    return LayerOutput(output.dense.float(), None if output.cls is None else output.cls.float())
 
 
 def _pool(output: LayerOutput, pooling: str, over: Tensor | None) -> Tensor:
@@ -146,11 +139,7 @@ def _pool(output: LayerOutput, pooling: str, over: Tensor | None) -> Tensor:
 
 
 def masked_mean(dense: Tensor, masks: Tensor) -> Tensor:
-    """`(B, C)` mean of `(B, C, h, w)` over `(B, H, W)` masks of the same frame; tokens weigh as they are covered.
-
-    Raises:
-        StudyError: a mask is empty.
-    """
+    """`(B, C)` mean of `(B, C, h, w)` over `(B, H, W)` masks of the same frame; tokens weigh as they are covered."""
     if not masks.flatten(1).any(dim=1).all():
         raise StudyError("a mask to pool over is empty: leave out objects without visible pixels")
     # averages where tokens are coarser than the mask, repeats where they are finer; never loses a small object

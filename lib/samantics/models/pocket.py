@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from samantics.cache import hash_file
 from samantics.data import first_world as mojiworld
 from samantics.errors import StudyError
-from samantics.models.preprocessing import MEAN as MEAN
-from samantics.models.preprocessing import STD as STD
+from samantics.models.preprocessing import MEAN, STD
 
 if TYPE_CHECKING:  # builders import their packages themselves: all together take seconds
     import open_clip
@@ -203,11 +202,7 @@ BUILDERS = {"sam": build_sam, "sam2": build_sam2, "clip": build_clip, "dinov2": 
 
 
 def build(name: str, config: ZooConfig = DEFAULT, seed: int = 0) -> nn.Module:
-    """An untrained model of the zoo, its initialisation seeded, in evaluation mode.
-
-    Raises:
-        StudyError: no such model.
-    """
+    """An untrained model of the zoo, its initialisation seeded, in evaluation mode."""
     if name not in BUILDERS:
         raise StudyError(f"no pocket model is called {name!r}: choose from {', '.join(BUILDERS)}")
     with torch.random.fork_rng():
@@ -219,7 +214,7 @@ def load(name: str, folder: Path = ASSETS) -> nn.Module:
     """The trained model of that name, float32, in evaluation mode, verified against the hash in its card.
 
     Raises:
-        StudyError: no such model; its file or card is missing, damaged or of another architecture.
+        StudyError: its file or card is missing, damaged or of another architecture.
     """
     verify(name, folder)
     return filled(name, folder / f"{name}.safetensors")
@@ -252,11 +247,7 @@ def verify(name: str, folder: Path = ASSETS) -> str:
 
 
 def card(name: str, folder: Path = ASSETS) -> dict[str, Any]:
-    """What is known of a trained model: data, images seen, seconds, machine, losses, measurements, licence.
-
-    Raises:
-        StudyError: the card is missing or no card.
-    """
+    """What is known of a trained model: data, images seen, seconds, machine, losses, measurements, licence."""
     path = folder / f"{name}.json"
     try:
         content = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -271,10 +262,7 @@ def card(name: str, folder: Path = ASSETS) -> dict[str, Any]:
 
 
 class WordTokenizer:
-    """Words of MojiWorld's captions as token ids; the end token is the highest, as `open_clip`'s pooling expects.
-
-    STOP_WORDS are skipped: they are in every caption and thin out the words that tell captions apart.
-    """
+    """Words of MojiWorld's captions as token ids; the end token is the highest, as `open_clip`'s pooling expects."""
 
     context_length = 48  # six objects of the longest names
 
@@ -289,21 +277,17 @@ class WordTokenizer:
         """`(B, context_length)` int64 ids; StudyError where a word is not MojiWorld's or there are too many."""
         tokens = torch.zeros(len(captions), self.context_length, dtype=torch.int64)
         for row, caption in zip(tokens, captions, strict=True):
-            words = split_words(caption)
-            unknown = [word for word in words if word not in self.ids]
+            words, most = split_words(caption), self.context_length - 2
+            unknown = next((word for word in words if word not in self.ids), None)
             if unknown:
-                raise StudyError(
-                    f"the pocket CLIP does not know the word {unknown[0]!r} in {caption!r}: it knows MojiWorld's only"
-                )
-            if len(words) > self.context_length - 2:
-                raise StudyError(
-                    f"the caption {caption[:40]!r}... has {len(words)} words: {self.context_length - 2} is the limit"
-                )
+                raise StudyError(f"the pocket CLIP does not know the word {unknown!r} in {caption!r}: use MojiWorld's")
+            if len(words) > most:
+                raise StudyError(f"the caption {caption[:40]!r}... has {len(words)} words: {most} is the limit")
             row[: len(words) + 2] = torch.tensor([1, *(self.ids[word] for word in words), self.end])
         return tokens
 
 
-STOP_WORDS = {"a", "picture", "of", "and"}
+STOP_WORDS = {"a", "picture", "of", "and"}  # in every caption: they thin out the words that tell captions apart
 
 
 def split_words(text: str) -> list[str]:

@@ -14,21 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samantics.models.architectures import (
-    Architecture,
-    Layer,
-    LayerOutput,
-    capture,
-    channels_last,
-    class_and_tokens,
-    tokens,
-)
+from samantics.models.architectures import Architecture, LayerOutput, capture, channels_last, class_and_tokens, tokens
 from samantics.models.preprocessing import HALVES, OPENAI, Preprocessing
 from samantics.models.weights import OPENAI_CLIP, WeightFile, hub_file
 
 META = "https://dl.fbaipublicfiles.com"
+Outputs = dict[str, LayerOutput]  # by layer
 EVALUATION = Preprocessing(224, "crop", short=256, bicubic=True)  # as DINOv2, MAE and Hiera evaluate on ImageNet
-PAPER_CROP = Preprocessing(224, "crop")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +31,6 @@ class Entry:
     build: Callable[[], nn.Module]  # its package's own model at official size, with random weights
     architecture: Architecture  # how it is read, and the pocket model of the same name
     own: Preprocessing  # as its package has it
-    paper: Preprocessing = PAPER_CROP  # as the paper's code has it: ImageNet statistics for all, SAM's family squashed
     prefix: str = ""  # of the image encoder's names in a checkpoint that holds more
 
 
@@ -67,7 +58,6 @@ SAM = Entry(
         read=channels_last,
     ),
     own=Preprocessing(1024, "pad"),
-    paper=Preprocessing(1024, "squash"),
 )
 
 
@@ -86,11 +76,10 @@ SAM2 = Entry(
         read=channels_last,
     ),
     own=Preprocessing(1024, "squash", on_floats=True),
-    paper=Preprocessing(1024, "squash"),
 )
 
 
-def _clip_forward(model: Any, pixels: Tensor) -> dict[Layer, LayerOutput]:
+def _clip_forward(model: Any, pixels: Tensor) -> Outputs:
     with capture({"norm": model.visual.ln_post}) as captured:
         projected = model.visual(pixels)
     normal = tokens(captured["norm"], prefix=1)
@@ -138,7 +127,7 @@ DINOV2 = Entry(
 # ---------------------------------------------------------------------------------- parents of SAM and SAM 2
 
 
-def _mae_forward(model: Any, pixels: Tensor) -> dict[Layer, LayerOutput]:
+def _mae_forward(model: Any, pixels: Tensor) -> Outputs:
     """Nothing masked, and the tokens in their order (`noise` is what MAE sorts them by)."""
     count = model.embeddings.patch_embeddings.num_patches
     noise = torch.arange(count, device=pixels.device).expand(len(pixels), count)
@@ -150,12 +139,7 @@ MAE = Entry(
         "facebook/vit-mae-base", 448, "Apache-2.0", "479dcef4bd5df06259399027b789f21e9d9a1b79f37155a64176d55bc26fdae8"
     ),
     build=lambda: _transformers("ViTMAE", mask_ratio=0.0),
-    architecture=Architecture(
-        blocks=lambda model: model.layers,
-        forward=_mae_forward,
-        read=class_and_tokens,
-        cls_in="all",
-    ),
+    architecture=Architecture(lambda model: model.layers, _mae_forward, class_and_tokens, cls_in="all"),
     own=EVALUATION,
 )
 
@@ -181,7 +165,7 @@ HIERA = Entry(
 # ------------------------------------------------------------------------------------------------- today's models
 
 
-def _sam3_forward(model: Any, pixels: Tensor) -> dict[Layer, LayerOutput]:
+def _sam3_forward(model: Any, pixels: Tensor) -> Outputs:
     """The neck's map at the trunk's own resolution."""
     return {"final": LayerOutput(model(pixels).fpn_hidden_states[model.config.scale_factors.index(1.0)])}
 
@@ -195,13 +179,8 @@ SAM3 = Entry(
         gated=True,
     ),
     build=lambda: _transformers("Sam3Vision"),
-    architecture=Architecture(
-        blocks=lambda model: model.backbone.layers,
-        forward=_sam3_forward,
-        read=channels_last,
-    ),
+    architecture=Architecture(lambda model: model.backbone.layers, _sam3_forward, channels_last),
     own=Preprocessing(1008, "squash", *HALVES),
-    paper=Preprocessing(1008, "squash"),
     prefix="detector_model.vision_encoder.",
 )
 
@@ -231,7 +210,7 @@ DINOV3 = Entry(
 )
 
 
-def _siglip_forward(model: Any, pixels: Tensor) -> dict[Layer, LayerOutput]:
+def _siglip_forward(model: Any, pixels: Tensor) -> Outputs:
     output = model(pixels)
     return {"final": LayerOutput(tokens(output.last_hidden_state, prefix=0).dense, output.pooler_output)}
 
@@ -255,13 +234,6 @@ SIGLIP2 = Entry(
 )
 
 ENCODERS: Mapping[str, Entry] = {
-    "sam": SAM,
-    "sam2": SAM2,
-    "clip": CLIP,
-    "dinov2": DINOV2,
-    "mae": MAE,
-    "hiera": HIERA,
-    "sam3": SAM3,
-    "dinov3": DINOV3,
-    "siglip2": SIGLIP2,
-}
+    "sam": SAM, "sam2": SAM2, "clip": CLIP, "dinov2": DINOV2,
+    "mae": MAE, "hiera": HIERA, "sam3": SAM3, "dinov3": DINOV3, "siglip2": SIGLIP2,
+}  # fmt: skip

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import pickle
 import zipfile
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +52,20 @@ def hub_file(repo: str, size: int, licence: str, sha256: str = "", gated: bool =
 
 
 def weight_file(known: WeightFile, path: Path | str | None = None) -> tuple[Path, str]:
-    """The path given, else the file in the cache folder, else it is downloaded there; and its SHA-256.
-
-    Raises:
-        StudyError: no such file, damaged, or out of reach; says where it comes from and where to put it.
-    """
+    """The path given, else the file in the cache folder, else it is downloaded there; and its SHA-256."""
     if path is not None:
         if not os.path.isfile(path):
             raise StudyError(f"{path} does not exist: give the path of {known.file}")
         return Path(path), hash_file(path)
     place = known.place
     if not place.exists():
-        with _alone(place):
-            if not place.exists():  # another process may have fetched it meanwhile
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(f"{place}.lock").acquire()
+        except OSError as error:
+            raise StudyError(f"cannot write {place.parent}: make it writable or set SAMANTICS_CACHE") from error
+        with lock:  # of the one process that downloads; the others wait, and find the file
+            if not place.exists():
                 return place, download(known, place)
     found = hash_file(place)
     if known.sha256 not in ("", found):
@@ -75,24 +75,11 @@ def weight_file(known: WeightFile, path: Path | str | None = None) -> tuple[Path
     return place, found
 
 
-def _alone(place: Path) -> AbstractContextManager[Any]:
-    """Held by the one process that downloads; the others wait."""
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(f"{place}.lock").acquire()
-    except OSError as error:
-        raise StudyError(f"cannot write {place.parent}: make it writable or set SAMANTICS_CACHE") from error
-
-
 # ---------------------------------------------------------------------------------------------------- downloading
 
 
 def download(known: WeightFile, place: Path) -> str:
-    """Fetch a file to `place` (see `samantics.data.downloads.download`); returns its verified SHA-256.
-
-    Raises:
-        StudyError: no network, refused, no space, or the file that came has another hash (it is deleted).
-    """
+    """Fetch a file to `place` (see `samantics.data.downloads.download`); returns its verified SHA-256."""
     url, headers = _request(known)
     gated = f"{url} is gated: accept its licence there and set HF_TOKEN, or put the file at {place}"
     return downloads.download(
@@ -128,9 +115,6 @@ def read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
     """All tensors of a checkpoint by name: safetensors, or a pickle of tensors only.
 
     OpenAI's CLIP comes as TorchScript, which carries code: it is opened if its hash is OpenAI's own, and only read.
-
-    Raises:
-        StudyError: damaged, or with anything in it but tensors.
     """
     try:
         if path.suffix == ".safetensors":
@@ -171,11 +155,7 @@ def _openai_weights(path: Path, sha256: str) -> dict[str, Tensor]:
 
 
 def filled(model: Any, weights: dict[str, Tensor], prefix: str, name: str, path: Path) -> nn.Module:
-    """The official model with these weights, all of its own filled.
-
-    Raises:
-        StudyError: some are lacking or have another shape: the file is of another model.
-    """
+    """The official model with these weights; StudyError where some are lacking or have another shape."""
     if prefix and any(key.startswith(prefix) for key in weights):
         weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
     if hasattr(model, "from_pretrained"):  # transformers renames what older checkpoints call differently

@@ -9,7 +9,7 @@ from lightly.loss.swav_loss import sinkhorn
 from torch import Tensor
 from torch.nn import functional
 
-from samantics.models import pocket
+from samantics.models.preprocessing import IMAGENET
 
 TEACHER_TEMPERATURE = 0.05
 
@@ -17,7 +17,7 @@ TEACHER_TEMPERATURE = 0.05
 def normalised(images: Tensor) -> Tensor:
     """`(B, 3, S, S)` uint8 RGB, or float RGB in 0-1, to what the zoo's encoders take."""
     pixels = images.float() / 255 if images.dtype == torch.uint8 else images
-    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (pocket.MEAN, pocket.STD))
+    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in IMAGENET)
     return (pixels - mean) / std
 
 
