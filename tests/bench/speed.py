@@ -1,235 +1,339 @@
 """Every claim of speed, measured again: the study's code side by side with what it replaces.
 
-    .venv/bin/python tests/bench/speed.py                   # about 12 minutes on two quiet cores
+    .venv/bin/python tests/bench/speed.py                   # about 15 minutes on two quiet cores
     .venv/bin/python tests/bench/speed.py --photo FILE      # proposals on your own photograph
     .venv/bin/python tests/bench/speed.py --quick           # a rehearsal of a minute; leaves its files in .cache/bench
 
-The two sides of a comparison take turns (A B A B ...), and each turn gives one ratio. Leaves speed.csv, roofline.csv
-and their figures in figures/bench.
+The two sides of a comparison take turns (A B A B ...), where memory is a claim in processes of their own, and each turn
+gives one ratio.
+Leaves speed.csv and its figure in figures/bench.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
+from unittest import mock
 
-import bench_loops
-import bench_probing
-import bench_proposals
-import bench_roofline
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
-from measuring import bench_run, made_photo, timed
+import typer
+from measuring import bench_run, forget_peak, made_photo, peak_gib, pictures, timed
 from PIL import Image
+from segment_anything import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
+from segment_anything.utils.amg import coco_encode_rle, mask_to_rle_pytorch
+from sklearn.neighbors import KNeighborsClassifier
+from torch.nn import functional as F
 
-from samantics import plots as figures
+from samantics import plots
+from samantics.data.coco import mask_of, rles_of
 from samantics.models.encoder import load_encoder
+from samantics.models.preprocessing import Preprocessing
+from samantics.probing.features import encode_images
+from samantics.probing.knn import knn_probe
+from samantics.probing.linear import RATES, linear_probe
+from samantics.probing.protocol import paper_probe
+from samantics.training_free import matching
+from samantics.training_free.decoder import encode_image
+from samantics.training_free.proposals import ProposalSettings, propose_encoded
 
-Sample = dict[str, float]  # of one turn of one side: seconds (wall, processor) and memory (GiB)
-POINTS = 32  # along a photograph's side: the default of SAM's own generator
-UNITS = {"wall": "s", "processor": "s", "memory": "GiB"}
+HEIGHT, WIDTH = 480, 640  # of a usual photograph
+Agreement = Callable[[Any, Any], float]  # 0-1: the share of the two results that is equal
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
-    """What we do and what it replaces.
+class Pair:
+    """Two ways to one result, on inputs that are there already."""
 
-    Attributes:
-        name: of the work.
-        case: which of several of one name.
-        against: what the other side is.
-        ours, other: one turn.
-        turns: of each side.
-        aims: least ratio, by quantity, where the project promised one.
+    ours: Callable[[], Any]
+    other: Callable[[], Any]
+    agreement: Agreement | None = lambda a, b: float(np.mean(np.asarray(a) == np.asarray(b)))
+
+
+# --------------------------------------------------------------------------------------------------------- probes
+
+
+def probing(images: int, name: str) -> Pair:
+    """Ten epochs of the published probe: encoded once into a store, or anew in every epoch, validation included."""
+    (x, y, cut), encoder, epochs = pictures(images), load_encoder(name, "zoo_random"), 10
+    encoder.encode(torch.zeros(8, 3, encoder.image_size, encoder.image_size))  # what is set up once
+
+    def ours() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            encode = functools.partial(encode_images, folder=Path(folder), batch_size=128)
+            stores = [encode(encoder, part, [encoder.headline], str(len(part))) for part in (x[:cut], x[cut:])]
+            train, val = (store.read(encoder.headline) for store in stores)
+        paper_probe(train, y[:cut], val, y[cut:], int(y.max()) + 1, epochs=epochs)
+
+    def other() -> None:  # two threads prepare images ahead, as its data loader does and as the store does
+        head, optimiser = torch.nn.LazyLinear(int(y.max()) + 1), None
+        with ThreadPoolExecutor(2) as pool:
+            for _ in range(epochs):
+                train, val = np.random.default_rng(0).permutation(cut), np.arange(cut, len(y))
+                ready = pool.map(lambda row: encoder.preprocess(Image.fromarray(x[row])), [*train, *val])
+                parts = [np.split(rows, range(128, len(rows), 128)) for rows in (train, val)]
+                for rows in itertools.chain(*parts):
+                    pixels = torch.stack(list(itertools.islice(ready, len(rows))))
+                    vectors = encoder.pooled(pixels, [encoder.headline])[encoder.headline]
+                    loss = F.cross_entropy(head(vectors), torch.from_numpy(y[rows]))
+                    if rows[0] < cut:
+                        optimiser = optimiser or torch.optim.Adam(head.parameters(), lr=1e-3)
+                        optimiser.zero_grad()
+                        loss.backward()
+                        optimiser.step()
+
+    return Pair(ours, other, None)
+
+
+def linear(size: int) -> Pair:
+    """Six learning rates for 30 epochs: side by side, or one training after another with autograd."""
+    (images, y, cut), encoder, epochs = pictures(size), load_encoder("dinov2"), 30
+    with tempfile.TemporaryDirectory() as folder:
+        x = encode_images(encoder, images, [encoder.headline], "bench", folder=Path(folder)).read(encoder.headline)
+    classes = int(y.max()) + 1
+    data = (x[:cut], y[:cut], x[cut:], y[cut:], classes)
+
+    def trained(rows: np.ndarray, rate: float) -> torch.nn.Linear:
+        layer, rng = torch.nn.Linear(x.shape[1], classes), np.random.default_rng(0)
+        optimiser = torch.optim.SGD(layer.parameters(), rate, momentum=0.9)
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * -(-len(rows) // 128))
+        for _ in range(epochs):
+            for batch in torch.from_numpy(rng.permutation(rows)).split(128):
+                optimiser.zero_grad()
+                F.cross_entropy(layer(inputs[batch]), labels[batch]).backward()
+                optimiser.step()
+                decay.step()
+        return layer
+
+    inputs = torch.from_numpy(((x - x[:cut].mean(0)) / x[:cut].std(0)).astype(np.float32))
+    labels = torch.from_numpy(y.astype(np.int64))
+
+    def other() -> np.ndarray:
+        kept, held = np.arange(cut * 4 // 5), np.arange(cut * 4 // 5, cut)
+        scores = [(trained(kept, rate)(inputs[held]).argmax(1) == labels[held]).sum().item() for rate in RATES]
+        return trained(np.arange(cut), RATES[int(np.argmax(scores))])(inputs[cut:]).argmax(1).numpy()
+
+    ours = functools.partial(linear_probe, *data, seeds=(0,), epochs=epochs, max_epochs=epochs)
+    right = y[cut:]  # they choose a rate each by itself: alike is how often they are right
+    return Pair(lambda: ours().predictions[0], other, lambda a, b: 1 - abs(np.mean(a == right) - np.mean(b == right)))
+
+
+def neighbours(size: int) -> Pair:
+    """20 nearest neighbours by cosine among ``size`` features, as scikit-learn's brute force finds them."""
+    rng = np.random.default_rng(0)
+    y, cut = rng.integers(0, 100, size), size * 4 // 5
+    x = (rng.normal(size=(100, 384))[y] + 3 * rng.normal(size=(size, 384))).astype(np.float32)
+    model = KNeighborsClassifier(20, metric="cosine", algorithm="brute")
+    return Pair(
+        lambda: knn_probe(x[:cut], y[:cut], x[cut:], y[cut:], 100, ks=(20,), temperature=None)[20].predictions[0],
+        lambda: model.fit(x[:cut], y[:cut]).predict(x[cut:]),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- masks
+
+
+def blobs(count: int) -> np.ndarray:
+    """``(count, HEIGHT, WIDTH)`` smooth masks of all sizes, some within others."""
+    noise = torch.rand(count, 1, 6, 8, generator=torch.Generator().manual_seed(0))
+    smooth = F.interpolate(noise, (HEIGHT, WIDTH), mode="bicubic")[:, 0]
+    share = torch.linspace(0.5, 0.95, count)[:, None, None]
+    return (smooth > share * smooth.amax((1, 2), keepdim=True)).numpy()
+
+
+def pooling(size: int) -> Pair:
+    """Means of DINOv2's map of a photograph (384 x 37 x 37) over ``size`` masks, with and without resizing it."""
+    dense = np.random.default_rng(0).normal(size=(384, 37, 37)).astype(np.float32)
+    masks, geometry = blobs(size), Preprocessing(518, "squash").geometry(WIDTH, HEIGHT)
+
+    def other() -> np.ndarray:
+        resized = F.interpolate(torch.from_numpy(dense)[None], (HEIGHT, WIDTH), mode="bilinear")[0]
+        return np.stack([resized[:, torch.from_numpy(mask)].mean(1).numpy() for mask in masks])
+
+    ours = lambda: matching.token_weights(masks, geometry, (37, 37)) @ dense.reshape(384, -1).T  # noqa: E731
+    return Pair(ours, other, lambda a, b: float(np.isclose(a, b, atol=1e-4).mean()))
+
+
+def encoding(size: int) -> Pair:
+    """COCO's run lengths of ``size`` masks, by pycocotools and as ``segment_anything`` makes them in Python."""
+    masks = blobs(size)
+    return Pair(
+        lambda: [rle["counts"] for rle in rles_of(masks)],
+        lambda: [coco_encode_rle(rle)["counts"] for rle in mask_to_rle_pytorch(torch.from_numpy(masks))],
+    )
+
+
+def merging(size: int) -> Pair:
+    """Semantic soft merging of ``size`` masks of four classes, on run lengths and on pixels, pair by pair."""
+    rng = np.random.default_rng(0)
+    rles, features = rles_of(blobs(size)), matching.unit(rng.normal(size=(size, 384)))
+    categories, scores = rng.integers(0, 4, size), np.sort(rng.random(size))[::-1]
+
+    def other() -> np.ndarray:
+        final, masks = scores.copy(), [mask_of(rle) for rle in rles]
+        for i in range(size):
+            alike = [j for j in range(i) if categories[j] == categories[i]]
+            inside = [(masks[i] & masks[j]).sum() / masks[i].sum() * max(0, features[i] @ features[j]) for j in alike]
+            final[i] *= np.sqrt(1 - max(inside, default=0))
+        return final
+
+    ours = functools.partial(matching.merged_scores, rles, features, categories, scores, "semantic_soft")
+    return Pair(ours, other, lambda a, b: float(np.isclose(a, b, atol=1e-5).mean()))
+
+
+def proposals(points: int, whole: bool, photo: str = "") -> Pair:
+    """The official ViT-B at random weights: our proposals and SAM's own generator, with and without encoding.
+
+    Its masks are noise, which is slow to encode: thresholds from a coarse grid let half of the masks pass by predicted
+    IoU and one in fifty of those by stability. That takes from the package's worst part; with real weights more pass.
     """
+    image = Image.open(photo).convert("RGB") if photo else made_photo()
+    torch.manual_seed(0)
+    model, offset = sam_model_registry["vit_b"]().eval(), 0.02  # logits of random weights are of the order of 0.1
+    encoded = encode_image(model, image)
+    found = propose_encoded(encoded, ProposalSettings(6, 0.0, 0.0, offset, box_nms=1.0))
+    iou = float(np.median(found.predicted_iou))
+    stability = float(np.quantile(found.stability[found.predicted_iou > iou], 0.98))
+    generator = SamAutomaticMaskGenerator(
+        model, points, pred_iou_thresh=iou, stability_score_thresh=stability, stability_score_offset=offset,
+        box_nms_thresh=1.0, output_mode="coco_rle",
+    )  # fmt: skip
+    settings, pixels = ProposalSettings(points, iou, stability, offset, box_nms=1.0), np.asarray(image)
+    generator.predictor.set_image(pixels)
 
-    name: str
-    case: str
-    against: str
-    ours: Callable[[], Sample]
-    other: Callable[[], Sample]
-    turns: int = 3
-    aims: dict[str, float] = dataclasses.field(default_factory=dict)
+    def other() -> int:
+        stays = mock.DEFAULT if whole else (lambda *_: None)
+        if whole:
+            return len(generator.generate(pixels))
+        with mock.patch.multiple(SamPredictor, set_image=stays, reset_image=stays):
+            return len(generator.generate(pixels))
 
-
-def clocked(work: Callable[..., Any], *arguments: Any) -> Callable[[], Sample]:
-    """A turn in this process: seconds only, as the peak of memory never goes down again."""
-    return lambda: dict(zip(("wall", "processor"), timed(work, *arguments), strict=True))
+    ours = lambda: len(propose_encoded(encode_image(model, image) if whole else encoded, settings))  # noqa: E731
+    return Pair(ours, other, lambda a, b: 1 - abs(a - b) / max(a, b, 1))
 
 
 # ---------------------------------------------------------------------------------------------------- comparisons
 
 
-def probing(quick: bool) -> Iterator[Comparison]:
-    data, epochs = bench_probing.pictures(16 if quick else 320), 10
-    for name in bench_probing.POCKET[: 1 if quick else None]:
-        encoder = load_encoder(name, "zoo_random")
-        encoder.encode(torch.zeros(8, 3, encoder.image_size, encoder.image_size))  # what is set up once
-        ours = clocked(bench_probing.from_store, encoder, data, epochs)
-        other = clocked(bench_probing.re_encoding, encoder, data, epochs)
-        case = figures.LABELS[name]
-        yield Comparison("probe, 10 epochs", case, "images encoded in every epoch", ours, other, aims={"wall": 8.0})
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What is measured: inputs of a size, what the other side is, and the least ratios that the project promised."""
+
+    name: str
+    case: str
+    against: str
+    make: Callable[..., Pair]
+    size: int
+    quick: int
+    turns: int = 3
+    memory: bool = False  # whether it is a claim too
+    aims: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-def proposals(quick: bool, photo: str | None) -> Iterator[Comparison]:
-    """One comparison, whose samples tell the seconds without image encoding too."""
-    picture = Image.open(photo).convert("RGB") if photo else made_photo()
-    points, threads = 3 if quick else POINTS, torch.get_num_threads()
-    limits = bench_proposals.thresholds(picture)
-    masks: dict[str, int] = {}
-
-    def turn(side: str) -> Sample:
-        row = bench_proposals.one_side(side, photo, points, threads, limits)
-        masks[side], sample = row["masks"], {"memory": row["peak_gib"]}
-        for clock, name in enumerate(("wall", "processor")):
-            sample[name] = row["whole"][clock]
-            sample[f"{name}, masks only"] = row["whole"][clock] - row["encode"][clock]
-        return sample
-
-    ours, other = (functools.partial(turn, side) for side in bench_proposals.SIDES)
-    against, aims = "SamAutomaticMaskGenerator", {"wall": 3.0, "memory": 1.0}
-    yield Comparison("mask proposals", f"ViT-B, {points}² points", against, ours, other, 1 if quick else 3, aims)
-    if max(masks.values()) - min(masks.values()) > max(1, 0.01 * masks["package"]):
-        raise SystemExit(f"mask proposals: the sides found other numbers of masks, {masks}")
-
-
-LOOPS = {
-    "linear": ("linear probe, 6 rates", "one training for each rate"),
-    "neighbours": ("nearest neighbours", "scikit-learn, brute force"),
-    "pooling": ("features of masks", "map resized to the image"),
-    "encoding": ("run lengths of masks", "segment_anything's, in Python"),
-    "merging": ("soft merging of masks", "pixels, pair by pair"),
-}
-ISOLATED = ("pooling",)  # its memory is a claim too
+COMPARISONS = [
+    *(
+        Comparison("probe, 10 epochs", plots.LABELS[name], "images encoded in every epoch",
+                   functools.partial(probing, name=name), 320, 16, aims={"wall": 8.0})
+        for name in ("sam", "sam2", "clip", "dinov2")
+    ),
+    *(
+        Comparison("mask proposals", case, "SamAutomaticMaskGenerator", functools.partial(proposals, whole=whole),
+                   32, 3, memory=whole, aims={"wall": 3.0, "memory": 1.0} if whole else {})
+        for case, whole in (("ViT-B, 32² points", True), ("ViT-B, 32² points, masks only", False))
+    ),
+    Comparison("linear probe, 6 rates", "", "one training for each rate", linear, 3000, 120),
+    Comparison("nearest neighbours", "", "scikit-learn, brute force", neighbours, 20_000, 1000),
+    Comparison("features of masks", "", "map resized to the image", pooling, 60, 8, memory=True),
+    Comparison("run lengths of masks", "", "segment_anything's, in Python", encoding, 200, 10),
+    Comparison("soft merging of masks", "", "pixels, pair by pair", merging, 120, 20),
+]  # fmt: skip
+UNITS = {"wall": "s", "processor": "s", "memory": "GiB"}
+NAMES = {"wall": "time", "processor": "processor time", "memory": "peak memory"}
 
 
-def loops(quick: bool) -> Iterator[Comparison]:
-    sizes = bench_loops.QUICK if quick else bench_loops.SIZES
-    for name, (title, against) in LOOPS.items():
-        isolated = name in ISOLATED
-        pair = bench_loops.PAIRS[name](bench_loops.QUICK[name] if isolated else sizes[name])
-        equal = pair.agreement(pair.ours(), pair.plain())  # which also sets up what is set up once
-        if equal < 0.9:
-            raise SystemExit(f"{title}: only {equal:.0%} of the results are equal, so a ratio means nothing")
-        if isolated:
-            sides = [functools.partial(bench_loops.one_side, name, side, sizes[name]) for side in bench_loops.SIDES]
-        else:
-            sides = [clocked(pair.ours), clocked(pair.plain)]
-        yield Comparison(title, "", against, *sides, turns=2 if quick else 3 if name == "linear" else 5)
+def pair_of(comparison: Comparison, size: int, photo: str) -> Pair:
+    return comparison.make(size, **({"photo": photo} if comparison.name == "mask proposals" else {}))
 
 
-def table_of(comparison: Comparison) -> pd.DataFrame:
+def one_side(number: int, side: str, size: int, photo: str) -> dict[str, float]:
+    """Wall and processor seconds and peak memory (GiB over the inputs), in this process."""
+    work = getattr(pair_of(COMPARISONS[number], size, photo), side)
+    forget_peak()
+    before = peak_gib()
+    return dict(zip(("wall", "processor"), timed(work), strict=True)) | {"memory": peak_gib() - before}
+
+
+def table_of(number: int, quick: bool, photo: str) -> pd.DataFrame:
     """Measure: one row for each quantity, with the ratio of every turn summed up."""
-    turns = [(comparison.ours(), comparison.other()) for _ in range(comparison.turns)]
+    comparison = COMPARISONS[number]
+    small = pair_of(comparison, comparison.quick, photo)
+    if small.agreement and (equal := small.agreement(small.ours(), small.other())) < 0.9:
+        raise SystemExit(f"{comparison.name}: only {equal:.0%} of the results are equal, so a ratio means nothing")
+    size, turns, samples = comparison.quick if quick else comparison.size, 1 if quick else comparison.turns, []
+    pair = small if comparison.memory or size == comparison.quick else pair_of(comparison, size, photo)
+    for _, side in itertools.product(range(turns), ("ours", "other")):
+        if comparison.memory:
+            command = [sys.executable, __file__, "--side", f"{number} {side} {size}", "--photo", photo]
+            samples.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
+        else:
+            samples.append(dict(zip(("wall", "processor"), timed(getattr(pair, side)), strict=True)))
     rows = []
-    for quantity in turns[0][0]:
-        ours, other = (np.array([turn[side][quantity] for turn in turns]) for side in (0, 1))
+    for quantity in ("wall", "processor", "memory")[: 3 if comparison.memory else 2]:
+        ours, other = (np.array([sample[quantity] for sample in samples[side::2]]) for side in (0, 1))
         ratio = other / ours
-        kind, _, part = quantity.partition(", ")
-        rows.append(
-            {
-                "comparison": comparison.name,
-                "case": ", ".join(filter(None, (comparison.case, part))),
-                "against": comparison.against,
-                "quantity": kind,
-                "unit": UNITS[kind],
-                "ours": np.median(ours),
-                "other": np.median(other),
-                "ratio": np.median(ratio),
-                "low": ratio.min(),
-                "high": ratio.max(),
-                "turns": comparison.turns,
-                "aim": comparison.aims.get(quantity, np.nan),
-            }
-        )
+        row = {"comparison": comparison.name, "case": comparison.case, "against": comparison.against}
+        row |= {"quantity": quantity, "unit": UNITS[quantity], "ours": np.median(ours), "other": np.median(other)}
+        row |= {"ratio": np.median(ratio), "low": ratio.min(), "high": ratio.max(), "turns": turns}
+        rows.append(row | {"aim": comparison.aims.get(quantity, np.nan)})
     return pd.DataFrame(rows)
 
 
-# ------------------------------------------------------------------------------------------------------ the figure
-
-MARKS = {  # quantity: mark, colour, label
-    "wall": ("o", "#0072B2", "time"),
-    "processor": ("D", "#E69F00", "processor time"),
-    "memory": ("s", "#009E73", "peak memory"),
-}
-
-
-def speed_figure(table: pd.DataFrame) -> Figure:
+def speed_figure(table: pd.DataFrame) -> Any:
     """How many times less time and memory; bars reach from the least ratio of a turn to the greatest."""
-    names = list(dict.fromkeys(zip(table["comparison"], table["case"], table["against"], strict=True)))
-    figure, axis = plt.subplots(figsize=(11, 1.6 + 0.52 * len(names)))
-    for row in table.to_dict("records"):
-        mark, colour, _ = MARKS[row["quantity"]]
-        place = names.index((row["comparison"], row["case"], row["against"]))
-        place += 0.24 * (list(MARKS).index(row["quantity"]) - 1)
-        spread = [[row["ratio"] - row["low"]], [row["high"] - row["ratio"]]]
-        axis.errorbar(row["ratio"], place, xerr=spread, fmt=mark, color=colour, markersize=6)
-        if row["quantity"] == "wall":
-            number = f"  {row['ratio']:.0f}×" if row["ratio"] >= 10 else f"  {row['ratio']:.1f}×"
-            axis.text(row["high"], place, number, va="center", fontsize=9, color=colour)
-        if np.isfinite(row["aim"]):
-            axis.plot(row["aim"], place, "|", color="#222222", markersize=13, markeredgewidth=2.5, zorder=5)
-    _times_axis(axis)
-    labels = [f"{name}{f' ({case})' if case else ''}\nagainst {against}" for name, case, against in names]
-    axis.set_yticks(range(len(names)), labels, fontsize=9)
-    axis.set_ylim(len(names) - 0.5, -0.6)
-    for mark, colour, label in MARKS.values():
-        axis.plot([], [], mark, color=colour, label=label)
-    axis.plot([], [], "|", color="#222222", markersize=13, markeredgewidth=2.5, label="promised at least")
-    figure.legend(loc="outside lower center", ncols=4, fontsize=10)
+    shown = table.assign(quantity=table["quantity"].map(NAMES))
+    cases = shown["case"].fillna("").map(lambda case: f" ({case})" if case else "")
+    shown = shown.assign(work=shown["comparison"] + cases + "\nagainst " + shown["against"])
+    figure = plots.dots(shown, "ratio", "work", hue="quantity", low="low", high="high", size=(8.5, 7.5),
+                        xlabel="times less than the other side: median, least and greatest turn")  # fmt: skip
+    axis, places = figure.axes[0], list(dict.fromkeys(shown["work"]))
+    for row in shown[shown["aim"].notna()].to_dict("records"):
+        axis.plot(row["aim"], places.index(row["work"]), "|", color="#222222", ms=16, mew=2.5)
+    axis.axvline(1, color=plots.COLOURS["chance"], lw=1.5)
+    axis.set_xscale("log")
+    axis.set_xticks(*zip(*((t, f"{t:g}×") for t in (0.5, 1, 2, 5, 10, 20, 50, 100)), strict=True))
     wall = table[table["quantity"] == "wall"]
     less = int((wall["low"] > 1).sum())
-    figures.headline(
-        figure, f"The study's code needs less time than what it replaces in {less} of {len(wall)} comparisons"
-    )
+    plots.headline(figure, f"The study's code needs less time in {less} of {len(wall)} comparisons (black: promised)")
     return figure
 
 
-def _times_axis(axis: Axes) -> None:
-    """Ratios on a logarithmic scale, with a line where both sides are equal."""
-    axis.axvline(1, color=figures.COLOURS["chance"], linewidth=1.5)
-    axis.set_xscale("log")
-    low, high = axis.get_xlim()
-    axis.set_xlim(low, 1.3 * high)
-    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if low <= tick <= 1.3 * high]
-    axis.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.set_xlabel("how many times less the study's code needs: median, least and greatest of all turns")
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photo", help="photograph for the proposals (default: a picture made for the purpose)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
-    options = parser.parse_args()
-    run = bench_run("speed", options.quick, Image.open(options.photo).convert("RGB") if options.photo else made_photo())
-    parts = []
-    for comparisons in (
-        probing(options.quick), proposals(options.quick, options.photo), loops(options.quick)
-    ):  # fmt: skip
-        for comparison in comparisons:
-            parts.append(table_of(comparison))
-            print(
-                parts[-1].drop(columns=["unit", "against"]).to_string(index=False, header=len(parts) == 1), flush=True
-            )
-    table, limits = pd.concat(parts, ignore_index=True), bench_roofline.measure(options.quick)
-    print(limits.iloc[:, :11].to_string(index=False))
-    figures.style()
-    caption = "How many times less time and memory the study's code needs than what it replaces, turn by turn."
-    figures.save_figure(run, speed_figure(table), table, "speed", caption)
-    caption = "Share of the machine's peak that each encoder reaches, and hours for ImageNet-1k on one GPU."
-    figures.save_figure(run, bench_roofline.roofline_figure(limits), limits, "roofline", caption)
-    print(run.figures / "speed.png")
-    return 0
+def main(
+    photo: Annotated[str, typer.Option(help="photograph for the proposals (default: a made picture)")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="tiny sizes, to see that it runs")] = False,
+    side: Annotated[str, typer.Option(hidden=True)] = "",
+) -> None:
+    if side:
+        number, name, size = side.split()
+        print(json.dumps(one_side(int(number), name, int(size), photo)))
+        return
+    plots.style()
+    run, parts = bench_run("speed", quick), []
+    for number in range(len(COMPARISONS)):
+        parts.append(table_of(number, quick, photo))
+        print(parts[-1].drop(columns=["unit", "against"]).to_string(index=False, header=number == 0), flush=True)
+    table = pd.concat(parts, ignore_index=True)
+    run.save(speed_figure(table), table, "speed", "How many times less time and memory than what it replaces.")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    typer.run(main)
