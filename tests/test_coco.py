@@ -146,7 +146,7 @@ def test_boxes_without_masks(segmentation: Any, tmp_path: Path) -> None:
     assert instance.box_only and not dataset.has_masks and instance.area == 1600
     assert coco.mask_of(instance.rle).sum() == 41 * 40 and coco.mask_of(instance.rle)[10:50, 10:51].all()
     assert "1 of 1 objects have a box and no mask" in dataset.notes[0]
-    coco.write_coco(tmp_path / "x.json", [*dataset.images.values()], dataset.categories, dataset.instances, {})
+    coco.write_coco(tmp_path / "x.json", [*dataset.images.values()], dataset.categories, dataset.instances)
     assert coco.load_coco(tmp_path / "x.json", tmp_path).instances == dataset.instances
     drawn = changed("annotations", segmentation=box_rle(instance.box, 80, 100), area=..., bbox=[10.5, 10, 40, 40])
     assert load(tmp_path, drawn).hash != dataset.hash

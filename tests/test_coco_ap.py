@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from samantics.cache import write_json
 from samantics.data import coco
+from samantics.data.masks import box_rle
 from samantics.errors import StudyError
 from samantics.metrics import coco_ap as evaluation
 
@@ -26,15 +28,19 @@ def random_data(seed: int, images: int = 6, categories: int = 3) -> tuple[coco.C
         for _ in range(rng.integers(0, 5)):
             box = random_box(rng)
             category = int(rng.integers(1, categories + 1))
-            instances.append(coco.Instance(len(instances) + 1, image_id, category, box, area(box), rle(box)))
+            instances.append(instance(len(instances) + 1, image_id, category, box))
             for _ in range(rng.integers(0, 4)):
                 moved = shifted(rng, box)
                 label = category if rng.random() < 0.8 else int(rng.integers(1, categories + 1))
                 results.append(prediction(rng, image_id, label, moved))
         results.append(prediction(rng, image_id, int(rng.integers(1, categories + 1)), random_box(rng)))
-    records = {n: coco.ImageRecord(n, f"{n}.png", 64, 64) for n in range(1, images + 1)}
+    return dataset_of(range(1, images + 1), categories, instances), results
+
+
+def dataset_of(images: Iterable[int], categories: int, instances: list[coco.Instance]) -> coco.CocoDataset:
+    records = {n: coco.ImageRecord(n, f"{n}.png", 64, 64) for n in images}
     names = {n: f"c{n}" for n in range(1, categories + 1)}
-    return coco.CocoDataset(Path("x.json"), Path(), records, names, tuple(instances), annotated=True), results
+    return coco.CocoDataset(Path("x.json"), Path(), records, names, tuple(instances), annotated=True)
 
 
 def random_box(rng: np.random.Generator) -> coco.Box:
@@ -49,19 +55,14 @@ def shifted(rng: np.random.Generator, box: coco.Box) -> coco.Box:
     return x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)
 
 
-def area(box: coco.Box) -> float:
-    return float((box[2] - box[0]) * (box[3] - box[1]))
-
-
-def rle(box: coco.Box) -> coco.Rle:
-    mask = np.zeros((64, 64), bool)
-    mask[int(box[1]) : int(box[3]), int(box[0]) : int(box[2])] = True
-    return coco.rles_of(mask[None])[0]
+def instance(number: int, image_id: int, category_id: int, box: coco.Box) -> coco.Instance:
+    area = (box[2] - box[0]) * (box[3] - box[1])
+    return coco.Instance(number, image_id, category_id, box, float(area), box_rle(box, 64, 64))
 
 
 def prediction(rng: np.random.Generator, image_id: int, category_id: int, box: coco.Box) -> evaluation.Result:
     head = {"image_id": image_id, "category_id": category_id, "score": float(rng.random())}
-    return {**head, "bbox": [float(side) for side in coco.xywh(box)], "segmentation": rle(box)}
+    return {**head, "bbox": [float(side) for side in coco.xywh(box)], "segmentation": box_rle(box, 64, 64)}
 
 
 def brute_force_ap(
@@ -77,22 +78,15 @@ def brute_force_ap(
     for result in ranked:
         x, y, w, h = result["bbox"]
         best, found = threshold, None
-        for instance in objects:
-            overlap = coco.box_iou([(x, y, x + w, y + h)], [instance.box])[0, 0]
-            if instance.image_id == result["image_id"] and instance.id not in taken and overlap >= best:
-                best, found = overlap, instance.id
+        for one in objects:
+            overlap = coco.box_iou([(x, y, x + w, y + h)], [one.box])[0, 0]
+            if one.image_id == result["image_id"] and one.id not in taken and overlap >= best:
+                best, found = overlap, one.id
         hits.append(found is not None)
         taken |= {found} if found is not None else set()
     recalls = np.cumsum(hits) / len(objects)
     precisions = np.cumsum(hits) / np.arange(1, len(hits) + 1)
-    return float(
-        np.mean(
-            [
-                max((p for p, r in zip(precisions, recalls, strict=True) if r >= t), default=0)
-                for t in np.linspace(0, 1, 101)
-            ]
-        )
-    )
+    return float(np.mean([max(precisions[recalls >= t], default=0) for t in np.linspace(0, 1, 101)]))
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -113,40 +107,29 @@ def test_truth_scores_100_and_nothing_scores_0(iou_type: str) -> None:
     assert evaluation.evaluate(dataset, [], iou_type).metrics["AP"] == 0
 
 
-def test_silent(capsys: pytest.CaptureFixture[str]) -> None:
-    dataset, results = random_data(0)
-    evaluation.evaluate(dataset, results)
-    assert capsys.readouterr().out == ""
-
-
-def test_metrics_are_cocoevals_own() -> None:
+def test_metrics_are_cocoevals_own_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
     found = evaluation.evaluate(*random_data(1), "segm")
+    assert capsys.readouterr().out == ""
     with contextlib.redirect_stdout(io.StringIO()):
         found.coco.summarize()
     own = [None if value < 0 else 100 * value for value in found.coco.stats[:9]]
     assert list(found.metrics.values()) == own
 
 
-def test_subset_and_class_agnostic() -> None:
+def test_ap_is_the_mean_of_its_categories() -> None:
     dataset, results = random_data(1)
-    whole = evaluation.evaluate(dataset, results, "bbox")
-    parts = [evaluation.evaluate(dataset, results, "bbox", category_ids=[c]).metrics["AP"] for c in dataset.categories]
-    assert whole.ap == pytest.approx(np.mean([ap for ap in parts if ap is not None]))
-    relabelled = [{**r, "category_id": 1 + r["category_id"] % 3} for r in results]
-    free = [evaluation.evaluate(dataset, r, "bbox", class_agnostic=True).metrics for r in (results, relabelled)]
-    assert free[0] == free[1]
+    whole = evaluation.evaluate(dataset, results, "bbox").metrics["AP"]
+    parts = [evaluation.evaluate(dataset, results, "bbox", [c]).metrics["AP"] for c in dataset.categories]
+    assert whole == pytest.approx(np.mean([ap for ap in parts if ap is not None]))
 
 
 @pytest.mark.parametrize("iou_type", evaluation.IOU_TYPES)
 def test_more_than_100_objects_in_an_image(iou_type: str) -> None:
     boxes = [(4.0 * (n % 16), 4.0 * (n // 16), 4.0 * (n % 16) + 3, 4.0 * (n // 16) + 3) for n in range(150)]
-    instances = tuple(coco.Instance(n, 1, 1, box, 9.0, rle(box)) for n, box in enumerate(boxes, start=1))
-    dataset = coco.CocoDataset(
-        Path(), Path(), {1: coco.ImageRecord(1, "", 64, 64)}, {1: "c"}, instances, annotated=True
-    )
+    dataset = dataset_of([1], 1, [instance(n, 1, 1, box) for n, box in enumerate(boxes, start=1)])
     found = evaluation.evaluate(dataset, evaluation.perfect_results(dataset), iou_type)
     assert found.metrics["AP"] == found.metrics["AR100"] == pytest.approx(100)
-    assert evaluation.ap_interval(found, samples=10).value == pytest.approx(100)
+    assert evaluation.ap_interval([found], samples=10).value == pytest.approx(100)
 
 
 def test_boxes_without_masks_count_for_box_ap_only() -> None:
@@ -154,12 +137,11 @@ def test_boxes_without_masks_count_for_box_ap_only() -> None:
     boxes = dataclasses.replace(
         dataset, instances=tuple(dataclasses.replace(i, box_only=True) for i in dataset.instances)
     )
-    assert evaluation.iou_types(dataset) == ("bbox", "segm") and evaluation.iou_types(boxes) == ("bbox",)
     by_box = [evaluation.evaluate(data, results, "bbox").metrics for data in (dataset, boxes)]
     assert by_box[0] == by_box[1] and evaluation.evaluate(boxes, results, "segm").metrics["AP"] is None
     half = dataclasses.replace(dataset, instances=(*dataset.instances[:4], *boxes.instances[4:]))
     perfect = evaluation.evaluate(half, evaluation.perfect_results(half), "segm")
-    assert perfect.ap == pytest.approx(100)  # the others are ignored, and so is what falls on them
+    assert perfect.metrics["AP"] == pytest.approx(100)  # the others are ignored, and so is what falls on them
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -167,51 +149,48 @@ def test_bootstrap_accumulates_as_cocoeval(seed: int) -> None:
     """Every image drawn once gives COCOeval's AP; an image drawn twice counts as two images."""
     dataset, results = random_data(seed)
     found = evaluation.evaluate(dataset, results, "segm")
-    assert evaluation._resampled_ap(found, np.ones((1, 6), np.float32), None)[0] == pytest.approx(found.ap)
-    assert evaluation.ap_interval(found, samples=20, iou=0.5).value == pytest.approx(found.metrics["AP50"])
+    assert evaluation.ap_interval([found], samples=20).value == pytest.approx(found.metrics["AP"])
+    nothing = evaluation.evaluate(dataset, [], "segm")
+    assert evaluation.ap_gain(nothing, found, 0.5, samples=20).value == pytest.approx(found.metrics["AP50"])
     weights = np.array([[2, 0, 1, 3, 0, 0]], np.float32)
-    assert evaluation._resampled_ap(found, weights, None)[0] == pytest.approx(repeated(dataset, results, weights[0]).ap)
+    assert evaluation._resampled_ap(found, weights)[0] == pytest.approx(ap_of_copies(dataset, results, weights[0]))
 
 
-def repeated(dataset: coco.CocoDataset, results: list[evaluation.Result], counts: Any) -> evaluation.Evaluation:
-    images, instances, copies = {}, [], []
+def ap_of_copies(dataset: coco.CocoDataset, results: list[evaluation.Result], counts: Any) -> float | None:
+    images, instances, copies = [], [], []
     for image_id, count in zip(dataset.images, counts, strict=True):
         for copy in range(int(count)):
             new = image_id + 100 * copy
-            images[new] = coco.ImageRecord(new, "", 64, 64)
-            instances += [
-                coco.Instance(i.id + 1000 * copy, new, i.category_id, i.box, i.area, i.rle)
-                for i in dataset.by_image[image_id]
-            ]
+            images.append(new)
+            instances += [instance(i.id + 1000 * copy, new, i.category_id, i.box) for i in dataset.by_image[image_id]]
             copies += [{**r, "image_id": new} for r in results if r["image_id"] == image_id]
-    copied = coco.CocoDataset(
-        dataset.path, dataset.folder, images, dataset.categories, tuple(instances), annotated=True
-    )
-    return evaluation.evaluate(copied, copies, "segm")
+    return evaluation.evaluate(dataset_of(images, len(dataset.categories), instances), copies, "segm").metrics["AP"]
 
 
 def test_interval_covers_value_and_is_seeded() -> None:
-    evaluations = [evaluation.evaluate(*random_data(3, images=40)), evaluation.evaluate(*random_data(3, images=40))]
-    interval = evaluation.ap_interval(evaluations[0], samples=300)
+    found = evaluation.evaluate(*random_data(3, images=40))
+    interval = evaluation.ap_interval([found], samples=300)
     assert interval.low < interval.value < interval.high
-    assert evaluation.ap_interval(evaluations, samples=300).value == pytest.approx(interval.value)
-    assert evaluation.ap_interval(evaluations[0], samples=300) == pytest.approx(interval)
+    assert evaluation.ap_interval([found] * 2, samples=300).value == pytest.approx(interval.value)
+    assert evaluation.ap_interval([found], samples=300) == pytest.approx(interval)
 
 
 def test_results_file_loads_in_pycocotools(tmp_path: Path) -> None:
     dataset, results = random_data(2)
     write_json(tmp_path / "results.json", results)
-    truth = evaluation._coco(dataset, [], {c: c for c in dataset.categories})
-    assert len(truth.loadRes(str(tmp_path / "results.json")).anns) == len(results)
+    assert len(evaluation.truth_of(dataset).loadRes(str(tmp_path / "results.json")).anns) == len(results)
 
 
-def test_bad_predictions_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("change", "options", "says"),
+    [
+        ({"image_id": 99}, {}, "image 99"),
+        ({"score": float("nan")}, {}, "score nan"),
+        ({}, {"iou_type": "mask"}, "iou_type is 'mask'"),
+        ({}, {"category_ids": [9]}, "no category 9"),
+    ],
+)
+def test_bad_predictions_are_refused(change: dict[str, Any], options: dict[str, Any], says: str) -> None:
     dataset, results = random_data(0)
-    with pytest.raises(StudyError, match="image 99"):
-        evaluation.evaluate(dataset, [{**results[0], "image_id": 99}])
-    with pytest.raises(StudyError, match="score nan"):
-        evaluation.evaluate(dataset, [{**results[0], "score": float("nan")}])
-    with pytest.raises(StudyError, match="iou_type is 'mask'"):
-        evaluation.evaluate(dataset, results, "mask")
-    with pytest.raises(StudyError, match="no category 9"):
-        evaluation.evaluate(dataset, results, category_ids=[9])
+    with pytest.raises(StudyError, match=says):
+        evaluation.evaluate(dataset, [{**results[0], **change}], **options)

@@ -101,7 +101,7 @@ def test_oracles() -> None:
     assert evaluate(dataset, best, "segm").metrics["AP50"] == pytest.approx(100)
     true = true_masks(dataset)
     assert len(true[1]) == 4 and len(true[2]) == 0
-    assert evaluate(dataset, diagnosis.best_masks(dataset, true), "segm").ap == pytest.approx(100)
+    assert evaluate(dataset, diagnosis.best_masks(dataset, true), "segm").metrics["AP"] == pytest.approx(100)
 
 
 def test_recall_ceiling() -> None:

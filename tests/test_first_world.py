@@ -13,6 +13,7 @@ from PIL import Image
 from samantics.data import coco
 from samantics.data import first_world as mojiworld
 from samantics.errors import StudyError
+from samantics.mojiworld.world import Canvas
 
 WORLD = mojiworld.World()
 
@@ -47,7 +48,7 @@ def test_a_picture_depends_on_nothing_but_its_name(make) -> None:
 def test_masks_and_colours_equal_a_painter_that_goes_pixel_by_pixel() -> None:
     rng = np.random.default_rng(5)
     background = Image.new("RGB", (48, 48), (10, 200, 30))
-    canvas, copy = mojiworld._Canvas(background.copy()), np.random.default_rng(5)
+    canvas, copy = Canvas(background.copy(), 16), np.random.default_rng(5)
     expected = np.asarray(background).astype(float).copy()
     owner = np.zeros((48, 48), int)
     for drawing in (3, 200, 410):
@@ -64,7 +65,7 @@ def test_masks_and_colours_equal_a_painter_that_goes_pixel_by_pixel() -> None:
                     expected[top + y, left + x] = (1 - alpha) * expected[top + y, left + x] + alpha * pixels[y, x, :3]
                     if pixels[y, x, 3] >= 128:
                         owner[top + y, left + x] = len(canvas.drawings)
-    picture = canvas.picture()
+    picture = canvas.picture("scene")
     assert len(picture.drawings) >= 2
     assert (picture.instances == owner).all()
     assert np.abs(picture.image - expected).max() <= len(picture.drawings)  # each layer is rounded
@@ -78,7 +79,7 @@ def test_every_object_of_a_scene_stays_visible() -> None:
 
 
 def test_an_object_that_would_be_hidden_is_refused_and_changes_nothing() -> None:
-    canvas = mojiworld._Canvas(Image.new("RGB", (64, 64)))
+    canvas = Canvas(Image.new("RGB", (64, 64)))
     small, large = (Image.new("RGBA", (side, side), (255, 0, 0, 255)) for side in (10, 64))
     rng = np.random.default_rng(0)
     assert canvas.place(small, 0, rng, margin=0.5)
@@ -122,7 +123,7 @@ def test_stored_pictures_equal_rendered_ones(tmp_path, monkeypatch) -> None:
     make = functools.partial(mojiworld.pretraining_picture, WORLD)
     stored = mojiworld.stored_pictures(make, 5, "test", workers=1)
     direct = mojiworld.render(make, range(5))
-    for part in mojiworld.PARTS:
+    for part in ("images", "instances", "drawings"):
         assert (getattr(stored, part) == getattr(direct, part)).all()
     assert isinstance(mojiworld.stored_pictures(make, 5, "test").images, np.memmap)
 

@@ -545,7 +545,7 @@ def test_ids_below_and_of_zero_count_like_others(tmp_path: Path) -> None:
     dataset = load(tmp_path, data)
     for iou_type in evaluation.IOU_TYPES:
         found = evaluation.evaluate(dataset, evaluation.perfect_results(dataset), iou_type)
-        assert found.ap == pytest.approx(100) and evaluation.ap_interval(found, 10).value == pytest.approx(100)
+        assert found.metrics["AP"] == pytest.approx(evaluation.ap_interval([found], 10).value) == pytest.approx(100)
     rule = ReferenceRule(inset=1)
     assert [i.id for i in choose_references(dataset, 1, rule=rule)[-(2**63) + 1]] == [0]
 

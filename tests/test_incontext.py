@@ -78,7 +78,7 @@ def wide(scenes: CocoDataset, tmp_path_factory: pytest.TempPathFactory) -> CocoD
     folder = tmp_path_factory.mktemp("wide")
     read_image(scenes, 1).crop((0, 0, 100, 60)).save(folder / "wide.png")
     record = dataclasses.replace(scenes.images[1], file="wide.png", width=100, height=60)
-    write_coco(folder / "wide.json", [record], scenes.categories, [], {})
+    write_coco(folder / "wide.json", [record], scenes.categories, [])
     return load_coco(folder / "wide.json", folder)
 
 

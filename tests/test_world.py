@@ -110,7 +110,7 @@ def test_a_picture_depends_on_nothing_but_its_name(name: str) -> None:
 def test_masks_and_colours_equal_a_painter_that_goes_pixel_by_pixel() -> None:
     rng = np.random.default_rng(5)
     background = Image.new("RGB", (48, 48), (10, 200, 30))
-    canvas, copy = mojiworld._Canvas(background.copy()), np.random.default_rng(5)
+    canvas, copy = mojiworld.Canvas(background.copy()), np.random.default_rng(5)
     expected = np.asarray(background).astype(float).copy()
     owner = np.zeros((48, 48), int)
     for drawing in (3, 200, 1410, 2000, 3100):
@@ -154,8 +154,8 @@ def test_kinds_hold_what_they_promise() -> None:
 
 
 def test_objects_of_scenes_measure_20_to_60_percent(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes, posed = [], mojiworld._posed
-    monkeypatch.setattr(mojiworld, "_posed", lambda rng, d, size: (sizes.append(size), posed(rng, d, size))[1])
+    sizes, posed = [], mojiworld.posed
+    monkeypatch.setattr(mojiworld, "posed", lambda rng, d, size: (sizes.append(size), posed(rng, d, size))[1])
     shown_by(STREAMS["targets"], 100)
     shares = np.array(sizes) / WORLD.image_size
     assert 0.2 <= shares.min() < 0.22 and 0.55 < shares.max() <= 0.6

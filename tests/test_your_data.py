@@ -36,7 +36,7 @@ def reader_files(folder: Path, targets: str = "masks") -> dict[str, str]:
         instances = [dataclasses.replace(i, box_only=targets == "boxes") for i in scenes.instances]
         kept = [] if (name, targets) == ("targets", "none") else instances
         path = folder / f"{name}.json"
-        coco.write_coco(path, records, scenes.categories, kept, {})
+        coco.write_coco(path, records, scenes.categories, kept)
         files[name] = str(scenes.folder) if (name, targets) == ("targets", "folder") else str(path)
     return files
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import unicodedata
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, TypeVar
@@ -42,27 +42,33 @@ __all__ = [  # what works on COCO data imports it from here, wherever it is made
 LARGEST_ID = 2**63 - 1
 OTHER_FORMATS = {"shapes": "labelme's", "image": "SA-1B's", "segments_info": "panoptic", "_via_settings": "VIA's"}
 
-Entry = TypeVar("Entry", bound=BaseModel)
 Notes = dict[tuple[str, str], list[Any]]  # what of, what is the matter -> the ids
 Id = Annotated[int, Field(strict=True, ge=-LARGEST_ID, le=LARGEST_ID)]
 Side = Annotated[int, Field(strict=True, gt=0)]
 
 
-class ImageEntry(BaseModel):
-    """An entry of `images`; the size may be missing, and the name where there is an address."""
+class Listed(BaseModel):
+    """An entry with an id."""
 
     id: Id
+
+
+class ImageEntry(Listed):
+    """An entry of `images`; the size may be missing, and the name where there is an address."""
+
     file_name: str | None = None
     coco_url: str | None = None
     width: Side | None = None
     height: Side | None = None
 
 
-class CategoryEntry(BaseModel):
+class CategoryEntry(Listed):
     """An entry of `categories`."""
 
-    id: Id
     name: Any
+
+
+Entry = TypeVar("Entry", bound=Listed)
 
 
 class AnnotationEntry(BaseModel):
@@ -110,10 +116,23 @@ def load_coco(annotations: Path | str, images: Path | str, skip_bad_images: bool
         raise StudyError(f'{path}: "annotations" is not a list: export it in COCO format')
     left_out = {entry.id for entry in entries} - records.keys()
     instances = _instances(path, listed, records, left_out, categories, notes)
-    found = [(f"{counted(len(ids), what)} ({listing(ids)})", why) for (what, why), ids in notes.items()]
-    lines = [f"{path.name}: {which}: {why}" for which, why in found]
-    lines += _warnings(path, instances)
+    lines = [f"{counted(len(ids), what)} ({listing(ids)}): {why}" for (what, why), ids in notes.items()]
+    boxes = sum(instance.box_only for instance in instances)
+    if boxes:
+        what = f"{boxes} of {len(instances)} objects have a box and no mask"
+        lines.append(f"{what}: as references SAM makes their masks, as targets they count for box AP only")
+    if instances and all(instance.crowd for instance in instances):
+        lines.append(only_crowds(instances))
+    lines = [f"{path.name}: {line}" for line in lines]
     return CocoDataset(path, folder, records, categories, instances, bool(listed), tuple(lines))
+
+
+def only_crowds(instances: Sequence[Instance]) -> str:
+    """What to say of data that holds nothing but crowds."""
+    return (
+        f"all {len(instances)} objects are marked as crowds (iscrowd), which can be neither references nor measured: "
+        "set iscrowd to 0 where a mask shows one object"
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -137,18 +156,16 @@ def _entries(path: Path, content: dict[str, Any], what: str, key: str, model: ty
     listed = content.get(key) or []
     if not isinstance(listed, list):
         raise StudyError(f'{path}: "{key}" is not a list: export it in COCO format')
-    found = []
+    found: dict[int, Entry] = {}
     for position, raw in enumerate(listed, start=1):
         try:
-            found.append(model.model_validate(raw))
+            entry = model.model_validate(raw)
         except ValidationError as error:
             name = short(raw["id"]) if isinstance(raw, dict) and "id" in raw else f"number {position} of the list"
             raise StudyError(f"{path}: {what} {name}: {_reason(error)}: correct or remove it") from error
-    counts = Counter(getattr(entry, "id", None) for entry in found)
-    twice = [number for number, count in counts.items() if count > 1]
-    if twice:
-        raise StudyError(f"{path}: {what} id {twice[0]} occurs more than once ({len(twice)} such): make the ids unique")
-    return found
+        if found.setdefault(entry.id, entry) is not entry:
+            raise StudyError(f"{path}: {what} id {entry.id} occurs more than once: make the ids unique")
+    return list(found.values())
 
 
 def _reason(error: ValidationError) -> str:
@@ -168,10 +185,15 @@ def _records(
 ) -> dict[int, ImageRecord]:
     files, faults = _located(path, folder, entries, notes)
     records = {}
-    for entry in entries:
+    for entry in [entry for entry in entries if entry.id in files]:
         try:
-            if entry.id in files:
-                records[entry.id] = _record(path, folder, entry, files[entry.id], notes)
+            width, height = entry.width, entry.height
+            if width is None or height is None:
+                width, height = image_size(folder / files[entry.id])
+                notes["image", "no width and height: read from the image files"].append(entry.id)
+            if width * height > MAX_PIXELS:  # beyond 32 bits pycocotools miscounts
+                raise StudyError(f"{path}: image {entry.id} has {width}x{height} pixels, over 100 million: shrink it")
+            records[entry.id] = ImageRecord(entry.id, files[entry.id], width, height)
         except StudyError as error:
             faults[entry.id] = str(error)
     if faults and not (skip and records):
@@ -182,16 +204,6 @@ def _records(
     return records
 
 
-def _record(path: Path, folder: Path, entry: ImageEntry, file: str, notes: Notes) -> ImageRecord:
-    width, height = entry.width, entry.height
-    if width is None or height is None:
-        width, height = image_size(folder / file)
-        notes["image", "no width and height: read from the image files"].append(entry.id)
-    if width * height > MAX_PIXELS:  # beyond 32 bits pycocotools miscounts
-        raise StudyError(f"{path}: image {entry.id} has {width}x{height} pixels, over 100 million: shrink it")
-    return ImageRecord(entry.id, file, width, height)
-
-
 def _located(
     path: Path, folder: Path, entries: Sequence[ImageEntry], notes: Notes
 ) -> tuple[dict[int, str], dict[int, str]]:
@@ -199,12 +211,12 @@ def _located(
     names = {entry.id: _file_name(entry) for entry in entries}
     # os.path: a name that is too long for a file is no file
     files = {n: name for n, name in names.items() if _is_inside(name) and os.path.isfile(folder / name)}
-    lost, faults = names.keys() - files.keys(), {}
+    lost, faults = [number for number in names if number not in files], {}
     places: dict[str, list[str]] = defaultdict(list)
     for place in filter(Path.is_file, visible_files(folder) if lost else ()):  # no pipe, no broken link
         places[_base(place.name)].append(str(place.relative_to(folder)))
     owner = {file: number for number, file in files.items()}
-    for number in [number for number in names if number in lost]:
+    for number in lost:
         hits = places[_base(names[number])]
         if len(hits) > 1:
             where = " or ".join(printable(folder / hit) for hit in hits[:2])
@@ -280,11 +292,7 @@ def _instances(
 
 
 def _instance(entry: AnnotationEntry, number: int, image: ImageRecord) -> tuple[Instance, list[str]]:
-    """One object and what was mended in it.
-
-    Raises:
-        ValueError: why it cannot be used.
-    """
+    """One object and what was mended in it; a ValueError says why it cannot be used."""
     box = clipped(entry.bbox, image)
     mended: list[str] = []
     box_only = not entry.segmentation or entry.segmentation == [[]]
@@ -298,50 +306,17 @@ def _instance(entry: AnnotationEntry, number: int, image: ImageRecord) -> tuple[
         box = box or clipped(mask_tools.toBbox(rle).tolist(), image)
         if area == 0 or box is None:
             raise ValueError("no pixel of the mask lies in the image")
-    said = float(entry.area) if is_pixel(entry.area) and OUTSIDE not in mended else 0.0
-    instance = Instance(
-        id=number,
-        image_id=image.id,
-        category_id=entry.category_id,
-        box=box,
-        area=said if 0 < said <= image.width * image.height else area,
-        rle=rle,
-        crowd=bool(entry.iscrowd),
-        drawing=entry.drawing,
-        held_out=entry.held_out,
-        box_only=box_only,
-    )
-    return instance, mended
-
-
-def _warnings(path: Path, instances: Sequence[Instance]) -> list[str]:
-    """What the reader should know of data that has no masks or nothing but crowds."""
-    boxes, lines = sum(instance.box_only for instance in instances), []
-    if boxes:
-        what = f"{boxes} of {len(instances)} objects have a box and no mask"
-        lines.append(f"{path.name}: {what}: as references SAM makes their masks, as targets they count for box AP only")
-    if instances and all(instance.crowd for instance in instances):
-        lines.append(f"{path.name}: {only_crowds(instances)}")
-    return lines
-
-
-def only_crowds(instances: Sequence[Instance]) -> str:
-    """What to say of data that holds nothing but crowds."""
-    return (
-        f"all {len(instances)} objects are marked as crowds (iscrowd), which can be neither references nor measured: "
-        "set iscrowd to 0 where a mask shows one object"
-    )
+    if is_pixel(entry.area) and OUTSIDE not in mended and 0 < entry.area <= image.width * image.height:
+        area = float(entry.area)
+    marks = (bool(entry.iscrowd), entry.drawing, entry.held_out, box_only)
+    return Instance(number, image.id, entry.category_id, box, area, rle, *marks), mended
 
 
 # -------------------------------------------------------------------------------------------------------- writing
 
 
 def write_coco(
-    path: Path,
-    images: Sequence[ImageRecord],
-    categories: dict[int, str],
-    instances: Sequence[Instance],
-    info: dict[str, Any],
+    path: Path, images: Sequence[ImageRecord], categories: dict[int, str], instances: Sequence[Instance]
 ) -> None:
     """Write instance data as COCO JSON, atomically (the images are the caller's)."""
     annotations = [
@@ -352,4 +327,4 @@ def write_coco(
     ]
     entries = [{"id": r.id, "file_name": r.file, "width": r.width, "height": r.height} for r in images]
     names = [{"id": number, "name": name} for number, name in categories.items()]
-    write_json(path, {"info": info, "images": entries, "annotations": annotations, "categories": names})
+    write_json(path, {"images": entries, "annotations": annotations, "categories": names})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -9,53 +10,31 @@ import re
 import stat
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageOps
 
 from samantics.cache import hash_value
 from samantics.errors import StudyError
 
 MAX_PIXELS = 100_000_000  # a larger picture is a mistake or a decompression bomb
-FORMATS = {  # what Pillow reads of still pictures, and their endings; left out is what has it run programs (EPS, WMF)
-    "JPEG": ".jpg .jpeg .jpe .jfif .mpo",
-    "PNG": ".png .apng",
-    "BMP": ".bmp",
-    "DIB": ".dib",
-    "WEBP": ".webp",
-    "TIFF": ".tif .tiff",
-    "GIF": ".gif",
-    "PPM": ".ppm .pgm .pbm .pnm",
-    "JPEG2000": ".jp2 .j2k .jpc .jpf .jpx .j2c",
-    "AVIF": ".avif .avifs",
-    "ICO": ".ico",
-    "PCX": ".pcx",
-    "PSD": ".psd",
-    "QOI": ".qoi",
-    "SGI": ".sgi .rgb .rgba .bw",
-    "TGA": ".tga",
-    "DDS": ".dds",
-    "CUR": ".cur",
-    "ICNS": ".icns",
-    "SUN": ".ras",
-    "DCX": ".dcx",
-    "XBM": ".xbm",
-    "XPM": ".xpm",
-}
-NEED = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}  # parts that a Pillow may be built without
-SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev", "test", "testing")}
+FORMATS = (  # what Pillow reads of still pictures; left out is what has it run programs (EPS, WMF)
+    "JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF", "ICO", "PCX", "PSD", "QOI", "SGI",
+    "TGA", "DDS", "CUR", "ICNS", "SUN", "DCX", "XBM", "XPM",
+)  # fmt: skip
+VAL_SHARE = 0.2  # of the images of a folder without splits
+SPLITS = (("train", "training"), ("val", "valid", "validation", "dev", "test", "testing"))
 TOOLS = {  # names of what tools and systems leave in folders, in small letters; hidden files are left out as well
     "@eadir", "@recycle", "#recycle", "$recycle.bin", "__macosx", "__pycache__", "lost+found", "thumbs.db",
     "desktop.ini", "system volume information",
 }  # fmt: skip
+ORIENTATION = 0x0112  # the EXIF tag
 DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners put into 16
 NAMED = 3  # ids or files that a note names
-
-Read = TypeVar("Read")
 
 
 class Images(Protocol):
@@ -87,49 +66,44 @@ def open_image(path: Path | str, size: tuple[int, int] | None = None) -> Image.I
     Raises:
         StudyError: missing, not a file, not an image, damaged, cut short, or of more than `MAX_PIXELS` pixels.
     """
-
-    def read(image: Image.Image) -> Image.Image:
+    with _opened(path) as image:
         shown = ImageOps.exif_transpose(image)
         return _as_rgb(image if image.size == size != shown.size else shown, path)
-
-    return _opened(path, read)
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
     """Width and height of the picture as it is shown, from the head of its file; raises as `open_image`."""
-
-    def read(image: Image.Image) -> tuple[int, int]:
-        across = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # shown with its sides exchanged
-        return (image.height, image.width) if across else image.size
-
-    return _opened(path, read)
+    with _opened(path) as image:
+        return image.size[::-1] if image.getexif().get(ORIENTATION) in (5, 6, 7, 8) else image.size
 
 
 def is_turned(path: Path | str) -> bool:
     """Whether EXIF says that the picture is shown otherwise than it is stored; raises as `open_image`."""
-    return _opened(path, lambda image: image.getexif().get(0x0112, 1) in range(2, 9))
+    with _opened(path) as image:
+        return image.getexif().get(ORIENTATION) in range(2, 9)
 
 
-def _opened(path: Path | str, read: Callable[[Image.Image], Read]) -> Read:
-    """What is read of an image file of a format that is safe to open."""
+@contextlib.contextmanager
+def _opened(path: Path | str) -> Iterator[Image.Image]:
+    """An image file of a format that is safe to open; whatever goes wrong with it is said in one line."""
+    name = printable(path)
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
-            raise StudyError(f"{printable(path)} is a folder, pipe or device and not an image file: remove it")
-        with Image.open(path, formats=tuple(FORMATS)) as image:
+            raise StudyError(f"{name} is a folder, pipe or device and not an image file: remove it")
+        with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                size = f"{image.width}x{image.height}"
-                raise StudyError(f"{printable(path)} has {size} pixels, over 100 million: shrink it")
-            return read(image)
+                raise StudyError(f"{name} has {image.width}x{image.height} pixels, over 100 million: shrink it")
+            yield image
     except StudyError:
         raise
     except FileNotFoundError as error:
-        raise StudyError(f"{printable(path)} does not exist: check the path") from error
+        raise StudyError(f"{name} does not exist: check the path") from error
     except Image.DecompressionBombError as error:
-        raise StudyError(f"{printable(path)} has far over 100 million pixels: shrink it") from error
+        raise StudyError(f"{name} has far over 100 million pixels: shrink it") from error
     except Exception as error:  # damaged files make Pillow raise nearly every kind
         known = error.strerror if isinstance(error, OSError) else None  # without the path, which is named already
         reason = known or (str(error) or type(error).__name__).splitlines()[0].replace(repr(str(path)), "it")
-        raise StudyError(f"{printable(path)} cannot be read as an image ({reason}): replace or remove it") from error
+        raise StudyError(f"{name} cannot be read as an image ({reason}): replace or remove it") from error
 
 
 def _as_rgb(image: Image.Image, path: Path | str) -> Image.Image:
@@ -138,7 +112,7 @@ def _as_rgb(image: Image.Image, path: Path | str) -> Image.Image:
         bits = next(depth for depth in DEPTHS if values.max() < 2**depth)
         if bits < 16 and values.any():  # one line for all pictures of a folder
             where = printable(Path(path).parent)
-            warnings.warn(f"16-bit pictures in {where} hold {bits}-bit values: stretched", StudyNote, stacklevel=5)
+            warnings.warn(f"16-bit pictures in {where} hold {bits}-bit values: stretched", StudyNote, stacklevel=4)
         return Image.fromarray((values / (2**bits - 1) * 255).round().astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating point pixels; save it with 8 or 16 bits")
@@ -210,17 +184,8 @@ class ImageFolder:
     @functools.cached_property
     def hash(self) -> str:
         """Identifies the files by class, name, size and time of change (reading ImageNet takes an hour)."""
-        stats = [_stat(path) for path in self.paths]
-        return hash_value(
-            [[p.parent.name, p.name, s.st_size, s.st_mtime_ns] for p, s in zip(self.paths, stats, strict=True)]
-        )
-
-
-def _stat(path: Path) -> os.stat_result:
-    try:
-        return path.stat()
-    except OSError:  # a link that leads nowhere
-        return path.lstat()
+        stats = [(p, p.stat(follow_symlinks=p.exists())) for p in self.paths]  # a link may lead nowhere
+        return hash_value([[p.parent.name, p.name, s.st_size, s.st_mtime_ns] for p, s in stats])
 
 
 def visible_files(folder: Path) -> Iterator[Path]:
@@ -235,14 +200,13 @@ def is_visible(name: str) -> bool:
     return not name.startswith(".") and name.lower() not in TOOLS
 
 
-@functools.cache
 def readable_endings() -> frozenset[str]:
     """Endings of the image files that this Pillow can read."""
-    lacking = {kind for kind, part in NEED.items() if not features.check(part)}
-    return frozenset(end for kind, ends in FORMATS.items() if kind not in lacking for end in ends.split())
+    kinds = {*FORMATS, "MPO"}  # what cameras write and Pillow opens as JPEG
+    return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in kinds)
 
 
-def image_folders(root: Path | str, seed: int = 0, val_share: float = 0.2) -> tuple[ImageFolder, ImageFolder]:
+def image_folders(root: Path | str, seed: int = 0) -> tuple[ImageFolder, ImageFolder]:
     """Train and validation images of a folder: its `train/` and `val/`, else a seeded split of every class.
 
     The two splits may have any case and the usual other names (`SPLITS`), and may lie in one common folder.
@@ -252,19 +216,25 @@ def image_folders(root: Path | str, seed: int = 0, val_share: float = 0.2) -> tu
     """
     root = Path(root)
     folders = _folders(root)
-    if len(folders) == 1 and not _split_folder(folders, "train") and len(_folders(folders[0])) > 1:
+    if len(folders) == 1 and not _named(folders, SPLITS[0]) and len(_folders(folders[0])) > 1:
         root, folders = folders[0], _folders(folders[0])  # a folder around all, as archives have
-    train_root, val_root = (_split_folder(folders, split) for split in SPLITS)
-    if train_root and val_root:
-        train, val = read_folder(train_root), read_folder(val_root, like=train_root)
-        _check_same_classes(train_root, train, val_root, val)
-        others = [folder.name for folder in folders if folder not in (train_root, val_root)]
-        words = f"{root}: not used beside {train_root.name}/ and {val_root.name}/: {listing(others)}"
-        return dataclasses.replace(train, notes=(*train.notes, *[words] * bool(others))), val
-    if train_root or val_root:
+    train_root, val_root = (_named(folders, names) for names in SPLITS)
+    if not train_root and not val_root:
+        return _split(_read_folder(root), seed)
+    if not train_root or not val_root:
         there, lacking = ("train", "val") if train_root else ("val", "train")
         raise StudyError(f"{root} has a {there}/ folder but no {lacking}/: add it, or name the folder of the classes")
-    return _split(read_folder(root), seed, val_share)
+    train, val = _read_folder(train_root), _read_folder(val_root, like=train_root)
+    odd = sorted(set(train.classes) ^ set(val.classes))
+    if odd:
+        where = val_root if odd[0] in train.classes else train_root
+        raise StudyError(
+            f"{train_root} and {val_root} have different classes: {odd[0]!r} is not in {where}"
+            f" ({len(odd)} such in all): make the sub-folders agree"
+        )
+    others = [folder.name for folder in folders if folder not in (train_root, val_root)]
+    words = f"{root}: not used beside {train_root.name}/ and {val_root.name}/: {listing(others)}"
+    return dataclasses.replace(train, notes=(*train.notes, *[words] * bool(others))), val
 
 
 def _folders(root: Path) -> list[Path]:
@@ -274,22 +244,13 @@ def _folders(root: Path) -> list[Path]:
     return sorted(root / entry.name for entry in os.scandir(root) if entry.is_dir() and is_visible(entry.name))
 
 
-def _split_folder(folders: Sequence[Path], split: str) -> Path | None:
+def _named(folders: Sequence[Path], names: Sequence[str]) -> Path | None:
     by_name = {folder.name.lower(): folder for folder in folders}
-    return next((by_name[name] for name in SPLITS[split] if name in by_name), None)
+    return next((by_name[name] for name in names if name in by_name), None)
 
 
-def read_folder(root: Path | str, like: Path | None = None) -> ImageFolder:
-    """All images of a folder that has a sub-folder for each class (images may lie deeper).
-
-    Args:
-        root: the folder.
-        like: another folder that shows what the sub-folders should be, for the message.
-
-    Raises:
-        StudyError: no such folder, fewer than two classes, a class without images.
-    """
-    root = Path(root)
+def _read_folder(root: Path, like: Path | None = None) -> ImageFolder:
+    """All images of the classes' sub-folders, also those deeper; `like` shows what the sub-folders should be."""
     folders = _folders(root)
     if len(folders) < 2:
         shape = ", ".join(f"{root.name}/{folder.name}/" for folder in _folders(like)[:2]) if like else ""
@@ -298,32 +259,22 @@ def read_folder(root: Path | str, like: Path | None = None) -> ImageFolder:
     paths: list[Path] = []
     labels: list[int] = []
     others = Counter(entry.suffix.lower() for entry in root.iterdir() if entry.is_file() and is_visible(entry.name))
+    readable = readable_endings()
     for label, folder in enumerate(folders):
-        by_use: dict[bool, list[Path]] = {True: [], False: []}
-        for path in sorted(visible_files(folder)):
-            by_use[path.suffix.lower() in readable_endings()].append(path)
-        if not by_use[True]:
+        found = sorted(visible_files(folder))
+        images = [path for path in found if path.suffix.lower() in readable]
+        if not images:
             raise StudyError(f"{printable(folder)} has no images: fill it or remove the folder")
-        paths += by_use[True]
-        labels += [label] * len(by_use[True])
-        others += Counter(path.suffix.lower() for path in by_use[False])
+        paths += images
+        labels += [label] * len(images)
+        others += Counter(path.suffix.lower() for path in found if path.suffix.lower() not in readable)
     ends = ", ".join(f"{count} {writable(end)}" for end, count in others.most_common())
     left_out = f"{printable(root)}: {counted(others.total(), 'file')} left out, no image of a class: {ends}"
-    notes = (left_out,) if others else ()
-    return ImageFolder(tuple(paths), np.array(labels, np.int64), tuple(folder.name for folder in folders), notes)
+    classes = tuple(folder.name for folder in folders)
+    return ImageFolder(tuple(paths), np.array(labels, np.int64), classes, (left_out,) if others else ())
 
 
-def _check_same_classes(train_root: Path, train: ImageFolder, val_root: Path, val: ImageFolder) -> None:
-    odd = sorted(set(train.classes) ^ set(val.classes))
-    if odd:
-        where = val_root if odd[0] in train.classes else train_root
-        raise StudyError(
-            f"{train_root} and {val_root} have different classes: {odd[0]!r} is not in {where}"
-            f" ({len(odd)} such in all): make the sub-folders agree"
-        )
-
-
-def _split(folder: ImageFolder, seed: int, val_share: float) -> tuple[ImageFolder, ImageFolder]:
+def _split(folder: ImageFolder, seed: int) -> tuple[ImageFolder, ImageFolder]:
     """At least one image of every class on either side."""
     rng = np.random.default_rng(seed)
     train: list[int] = []
@@ -332,7 +283,7 @@ def _split(folder: ImageFolder, seed: int, val_share: float) -> tuple[ImageFolde
         members = rng.permutation(np.flatnonzero(folder.labels == label))
         if len(members) < 2:
             raise StudyError(f"class {name!r} has a single image: a split needs two or more")
-        cut = min(len(members) - 1, max(1, round(val_share * len(members))))
+        cut = min(len(members) - 1, max(1, round(VAL_SHARE * len(members))))
         val += sorted(members[:cut].tolist())
         train += sorted(members[cut:].tolist())
     return folder.subset(train), folder.subset(val)

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from samantics.cache import hash_value
@@ -85,12 +83,10 @@ class CocoDataset:
     @functools.cached_property
     def by_image(self) -> dict[int, tuple[Instance, ...]]:
         """The instances of every image; an empty tuple where an image shows none."""
-        return _grouped(self.images, ((instance.image_id, instance) for instance in self.instances))
-
-    @functools.cached_property
-    def by_category(self) -> dict[int, tuple[Instance, ...]]:
-        """The instances of every category."""
-        return _grouped(self.categories, ((instance.category_id, instance) for instance in self.instances))
+        found: dict[int, list[Instance]] = {image_id: [] for image_id in self.images}
+        for instance in self.instances:
+            found[instance.image_id].append(instance)
+        return {image_id: tuple(instances) for image_id, instances in found.items()}
 
     @property
     def has_masks(self) -> bool:
@@ -104,13 +100,6 @@ class CocoDataset:
         instances = [(i.id, i.image_id, i.category_id, i.box, i.area, i.rle["counts"]) for i in self.instances]
         boxes = [i.id for i in self.instances if i.box_only]
         return hash_value([files, sorted(self.categories.items()), instances, *([boxes] if boxes else [])])
-
-
-def _grouped(keys: Iterable[int], pairs: Iterable[tuple[int, Instance]]) -> dict[int, tuple[Instance, ...]]:
-    found: dict[int, list[Instance]] = {key: [] for key in keys}
-    for key, instance in pairs:
-        found[key].append(instance)
-    return {key: tuple(instances) for key, instances in found.items()}
 
 
 # --------------------------------------------------------------------------------------------------------- images
@@ -147,37 +136,34 @@ def check_images(dataset: CocoDataset, skip_bad_images: bool = False) -> CocoDat
         StudyError: an image is bad (the first is named), or all are.
     """
 
-    def fault(image_id: int) -> str:
+    def looked_at(image_id: int) -> tuple[str, str]:
+        """What is wrong with an image; on which form of it masks lie, where EXIF turns it."""
+        record = dataset.images[image_id]
+        path = dataset.folder / record.file
         try:
             read_image(dataset, image_id)
+            as_shown = image_size(path) == (record.width, record.height)
+            return "", ("shown" if as_shown else "stored") if is_turned(path) else ""
         except StudyError as error:
-            return str(error)
-        return ""
+            return str(error), ""
 
     with ThreadPoolExecutor(available_cores()) as pool:
-        faults = dict(zip(dataset.images, pool.map(fault, dataset.images), strict=True))
-    bad = [image_id for image_id, words in faults.items() if words]
-    if bad and (not skip_bad_images or len(bad) == len(faults)):
-        counts = f"{len(bad)} of {len(faults)} images are bad; skip_bad_images leaves them out"
-        raise StudyError(f"{faults[bad[0]]} ({counts})")
-    which = f"{counted(len(bad), 'image')} ({listing(bad)})"
-    left_out = [f"{dataset.path.name}: {which}: damaged or of another size: left out"] if bad else []
-    images = {image_id: record for image_id, record in dataset.images.items() if not faults[image_id]}
-    instances = tuple(instance for instance in dataset.instances if instance.image_id in images)
-    notes = [*dataset.notes, *left_out, *_turned(dataset, images.values())]
-    return dataclasses.replace(dataset, images=images, instances=instances, notes=tuple(notes))
-
-
-def _turned(dataset: CocoDataset, records: Iterable[ImageRecord]) -> list[str]:
-    """A note for each way in which masks lie on photos that EXIF turns."""
-    ways: dict[str, list[str]] = defaultdict(list)
-    for record in records:
-        path = dataset.folder / record.file
-        if is_turned(path):
-            ways["shown" if image_size(path) == (record.width, record.height) else "stored"].append(record.file)
-    words = "turned by EXIF: masks are taken to lie on the photo as it is"
-    found = [(f"{counted(len(files), 'photo')} ({listing(files)})", way) for way, files in ways.items()]
-    return [f"{dataset.path.name}: {which}: {words} {way}" for which, way in found]
+        found = dict(zip(dataset.images, pool.map(looked_at, dataset.images), strict=True))
+    bad = [image_id for image_id, (fault, _) in found.items() if fault]
+    if bad and (not skip_bad_images or len(bad) == len(found)):
+        counts = f"{len(bad)} of {len(found)} images are bad; skip_bad_images leaves them out"
+        raise StudyError(f"{found[bad[0]][0]} ({counts})")
+    lines = [f"{counted(len(bad), 'image')} ({listing(bad)}): damaged or of another size: left out"] * bool(bad)
+    for way in ("shown", "stored"):
+        photos = [dataset.images[image_id].file for image_id, (_, its) in found.items() if its == way]
+        words = f"turned by EXIF: masks are taken to lie on the photo as it is {way}"
+        lines += [f"{counted(len(photos), 'photo')} ({listing(photos)}): {words}"] * bool(photos)
+    return dataclasses.replace(
+        dataset,
+        images={image_id: record for image_id, record in dataset.images.items() if image_id not in bad},
+        instances=tuple(instance for instance in dataset.instances if instance.image_id not in bad),
+        notes=(*dataset.notes, *(f"{dataset.path.name}: {line}" for line in lines)),
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- boxes
@@ -197,9 +183,7 @@ def clipped(bbox: Any, image: ImageRecord) -> Box | None:
     return (x0, y0, x1, y1) if x1 > x0 and y1 > y0 else None
 
 
-def box_iou(
-    first: Sequence[Box] | NDArray[np.floating[Any]], second: Sequence[Box] | NDArray[np.floating[Any]]
-) -> NDArray[np.float64]:
+def box_iou(first: ArrayLike, second: ArrayLike) -> NDArray[np.float64]:
     """`(N, M)` IoU of `(N, 4)` and `(M, 4)` boxes `(x0, y0, x1, y1)`; 0 where both are empty."""
     a, b = (np.asarray(boxes, np.float64).reshape(-1, 4) for boxes in (first, second))
     sides = np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2])
@@ -211,12 +195,6 @@ def box_iou(
 
 def annotation(instance: Instance) -> dict[str, Any]:
     """An object as COCO's JSON and pycocotools have it."""
-    return {
-        "id": instance.id,
-        "image_id": instance.image_id,
-        "category_id": instance.category_id,
-        "bbox": xywh(instance.box),
-        "area": instance.area,
-        "iscrowd": int(instance.crowd),
-        "segmentation": instance.rle,
-    }
+    ids = {"id": instance.id, "image_id": instance.image_id, "category_id": instance.category_id}
+    shape = {"bbox": xywh(instance.box), "area": instance.area, "segmentation": instance.rle}
+    return {**ids, **shape, "iscrowd": int(instance.crowd)}

@@ -38,13 +38,7 @@ class ReferenceRule:
     relative: bool = False
 
     def refusal(self, instance: Instance, neighbours: Sequence[Instance], image: ImageRecord) -> str:
-        """Why an instance cannot be a reference; empty where it can.
-
-        Args:
-            instance: of the image.
-            neighbours: all instances of the image.
-            image: theirs.
-        """
+        """Why an instance cannot be a reference, empty where it can; `neighbours` are all instances of its image."""
         x0, y0, x1, y1 = instance.box
         pixels = image.width * image.height
         scale = min(1.0, pixels / PHOTO) if self.relative else 1.0
@@ -59,7 +53,7 @@ class ReferenceRule:
         if max(image.width, image.height) > self.max_aspect * min(image.width, image.height):
             return "in too narrow an image (max_aspect)"
         others = [neighbour.box for neighbour in neighbours if neighbour.id != instance.id]
-        if others and float(box_iou([instance.box], others).max()) > self.max_overlap:
+        if others and box_iou([instance.box], others).max() > self.max_overlap:
             return "overlapped by another (max_overlap)"
         return ""
 

@@ -10,12 +10,11 @@ import contextlib
 import dataclasses
 import io
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools import mask as mask_tools
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -25,6 +24,7 @@ from samantics.metrics.intervals import Interval
 
 Result = dict[str, Any]
 IOU_TYPES = ("bbox", "segm")
+HEAD = ("image_id", "category_id", "score")
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100")
 MOST = 100  # predictions of a category that an image keeps; more where an image shows more objects
 NOTHING = "no AP: the targets have no annotated object of the categories evaluated (crowds do not count)"
@@ -36,30 +36,11 @@ class Evaluation:
 
     Attributes:
         metrics: percent for each of `METRICS`; None where no object can be measured (COCOeval's -1).
-        category_ids: the categories that were asked for.
         coco: the evaluated COCOeval, for `ap_interval` and whoever needs more.
     """
 
     metrics: dict[str, float | None]
-    category_ids: tuple[int, ...]
     coco: COCOeval = dataclasses.field(repr=False)
-
-    @property
-    def ap(self) -> float:
-        """AP in percent; 0 where nothing could be measured would hide that, so this raises.
-
-        Raises:
-            StudyError: the data has no object of these categories.
-        """
-        value = self.metrics["AP"]
-        if value is None:
-            raise StudyError(NOTHING)
-        return value
-
-
-def iou_types(dataset: CocoDataset) -> tuple[str, ...]:
-    """What can be measured: boxes, and masks where the data has any."""
-    return IOU_TYPES if dataset.has_masks else IOU_TYPES[:1]
 
 
 def evaluate(
@@ -67,7 +48,6 @@ def evaluate(
     results: Sequence[Result],
     iou_type: str = "segm",
     category_ids: Collection[int] | None = None,
-    class_agnostic: bool = False,
 ) -> Evaluation:
     """Compare predictions with a data set's annotations by pycocotools' COCOeval.
 
@@ -80,7 +60,6 @@ def evaluate(
         results: the predictions.
         iou_type: `bbox` or `segm`.
         category_ids: only these categories (their objects and predictions); None for all.
-        class_agnostic: treat all these categories as one.
 
     Raises:
         StudyError: unknown `iou_type` or category; a prediction of an image that the data does not have, with a mask
@@ -88,20 +67,19 @@ def evaluate(
     """
     if iou_type not in IOU_TYPES:
         raise StudyError(f"iou_type is {iou_type!r}: choose from {', '.join(IOU_TYPES)}")
-    chosen = tuple(sorted(dataset.categories if category_ids is None else category_ids))
+    chosen = sorted(dataset.categories if category_ids is None else category_ids)
     _check(dataset, results, chosen)
-    label = {c: chosen[0] if class_agnostic else c for c in chosen}
-    categories = tuple(sorted(set(label.values())))
-    truth = _annotations(dataset, label, iou_type)
-    counts = Counter((entry["image_id"], entry["category_id"]) for entry in truth)
+    counts = Counter((i.image_id, i.category_id) for i in dataset.instances if i.category_id in chosen)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress there
-        predicted = _predictions(results, label, iou_type)
-        coco = COCOeval(_coco(dataset, truth, label), _coco(dataset, predicted, label), iou_type)
-        coco.params.catIds = list(categories)
+        truth = truth_of(dataset, iou_type)
+        shape = "bbox" if iou_type == "bbox" else "segmentation"  # given both, loadRes takes a mask's area from its box
+        found = [{k: r[k] for k in (*HEAD, shape)} for r in results if r["category_id"] in chosen]
+        coco = COCOeval(truth, truth.loadRes(found) if found else COCO(), iou_type)
+        coco.params.catIds = chosen
         coco.params.maxDets = [1, 10, max([MOST, *counts.values()])]
         coco.evaluate()
         coco.accumulate()
-    return Evaluation(_metrics(coco), categories, coco)
+    return Evaluation(_metrics(coco), coco)
 
 
 def _metrics(coco: COCOeval) -> dict[str, float | None]:
@@ -114,17 +92,14 @@ def _metrics(coco: COCOeval) -> dict[str, float | None]:
     return dict(zip(METRICS, means, strict=True))
 
 
-def _check(dataset: CocoDataset, results: Sequence[Result], category_ids: tuple[int, ...]) -> None:
+def _check(dataset: CocoDataset, results: Sequence[Result], category_ids: Sequence[int]) -> None:
     unknown = sorted(set(category_ids) - dataset.categories.keys())
     if unknown:
         raise StudyError(f"{dataset.path} has no category {unknown[0]}: choose from {sorted(dataset.categories)}")
     for result in results:
-        image_id = result["image_id"]
-        if image_id not in dataset.images:
-            raise StudyError(
-                f"a prediction is of image {image_id}, which {dataset.path} does not list: predict its images"
-            )
-        image, what = dataset.images[image_id], f"a prediction of image {image_id} has"
+        image, what = dataset.images.get(result["image_id"]), f"a prediction of image {result['image_id']} has"
+        if image is None:
+            raise StudyError(f"{what} no place: {dataset.path} does not list the image: predict its images")
         if not np.isfinite(result["score"]):
             raise StudyError(f"{what} the score {result['score']}: scores must be finite")
         box = result.get("bbox", (0, 0, 0, 0))
@@ -136,34 +111,16 @@ def _check(dataset: CocoDataset, results: Sequence[Result], category_ids: tuple[
             raise StudyError(f"{what} a mask of {size[0]}x{size[1]} {wanted}")
 
 
-def _annotations(dataset: CocoDataset, label: Mapping[int, int], iou_type: str) -> list[dict[str, Any]]:
+def truth_of(dataset: CocoDataset, iou_type: str = "segm") -> COCO:
     """The objects under ids of their own: COCOeval takes an object of id 0 for one that is never found."""
-    return [
-        annotation(i)
-        | {"id": number, "category_id": label[i.category_id]}
-        | {"iscrowd": int(i.crowd or (i.box_only and iou_type == "segm"))}
-        for number, i in enumerate(dataset.instances, start=1)
-        if i.category_id in label
-    ]
-
-
-def _predictions(results: Sequence[Result], label: Mapping[int, int], iou_type: str) -> list[dict[str, Any]]:
-    """As `COCO.loadRes` does it; but that cannot load an empty list, and takes a mask's area from its box."""
-    entries = []
-    for number, result in enumerate([r for r in results if r["category_id"] in label], start=1):
-        shape = {"bbox": result["bbox"]} if iou_type == "bbox" else {"segmentation": result["segmentation"]}
-        area = result["bbox"][2] * result["bbox"][3] if iou_type == "bbox" else mask_tools.area(result["segmentation"])
-        head = {"id": number, "image_id": result["image_id"], "category_id": label[result["category_id"]]}
-        entries.append({**head, **shape, "area": float(area), "iscrowd": 0, "score": float(result["score"])})
-    return entries
-
-
-def _coco(dataset: CocoDataset, annotations: list[dict[str, Any]], label: Mapping[int, int]) -> COCO:
     coco = COCO()
     coco.dataset = {
         "images": [{"id": r.id, "width": r.width, "height": r.height} for r in dataset.images.values()],
-        "annotations": annotations,
-        "categories": [{"id": c, "name": dataset.categories[c]} for c in sorted(set(label.values()))],
+        "categories": [{"id": c, "name": name} for c, name in dataset.categories.items()],
+        "annotations": [
+            annotation(i) | {"id": number, "iscrowd": int(i.crowd or (i.box_only and iou_type == "segm"))}
+            for number, i in enumerate(dataset.instances, start=1)
+        ],
     }
     coco.createIndex()
     return coco
@@ -177,9 +134,7 @@ def perfect_results(dataset: CocoDataset) -> list[Result]:
 # ------------------------------------------------------------------------------------------------------ intervals
 
 
-def ap_interval(
-    evaluations: Evaluation | Sequence[Evaluation], samples: int = 1000, seed: int = 0, iou: float | None = None
-) -> Interval:
+def ap_interval(evaluations: Sequence[Evaluation], samples: int = 1000, seed: int = 0) -> Interval:
     """AP in percent with its 95 % bootstrap interval over images, centred on it.
 
     The envelope that AP takes over its precisions makes it larger on fewer different images, and a resample has but
@@ -193,39 +148,35 @@ def ap_interval(
         evaluations: one, or several of the same images.
         samples: resamples.
         seed: of the resampling.
-        iou: AP at this IoU alone (0.5 for AP50); None for COCO's mean over 0.5 to 0.95.
 
     Raises:
         StudyError: there is no object to measure on.
     """
-    runs = [evaluations] if isinstance(evaluations, Evaluation) else list(evaluations)
     rng = np.random.default_rng(seed)
-    weights = _image_weights(rng, len(runs[0].coco.params.imgIds), samples)
-    picks = rng.multinomial(len(runs), np.full(len(runs), 1 / len(runs)), size=samples)
-    values = np.concatenate([_resampled_ap(run, np.ones_like(weights[:1]), iou) for run in runs])
+    weights = _image_weights(rng, evaluations[0], samples)
+    picks = rng.multinomial(len(evaluations), np.full(len(evaluations), 1 / len(evaluations)), size=samples)
+    values, *resampled = np.stack([_resampled_ap(run, weights) for run in evaluations], axis=1)
     if np.isnan(values).any():
         raise StudyError(NOTHING)
-    resampled = np.stack([_resampled_ap(run, weights, iou) for run in runs], axis=1)
-    drawn = (resampled * picks).sum(1) / len(runs)
+    drawn = (np.stack(resampled) * picks).sum(1) / len(evaluations)
     return _centred(float(values.mean()), drawn).within(0, 100)
 
 
-def ap_gain(
-    before: Evaluation, after: Evaluation, samples: int = 1000, seed: int = 0, iou: float | None = None
-) -> Interval:
-    """AP of `after` minus AP of `before`, the same images drawn for both; else as `ap_interval`.
+def ap_gain(before: Evaluation, after: Evaluation, iou: float, samples: int = 1000) -> Interval:
+    """AP at one IoU of `after` minus that of `before`, the same images drawn for both; else as `ap_interval`.
 
     Without any object there is no AP, and the gain is 0.
     """
-    weights = _image_weights(np.random.default_rng(seed), len(before.coco.params.imgIds), samples)
-    every = np.concatenate([np.ones_like(weights[:1]), weights])
-    gain = np.nan_to_num(_resampled_ap(after, every, iou) - _resampled_ap(before, every, iou))
+    weights = _image_weights(np.random.default_rng(0), before, samples)
+    gain = np.nan_to_num(_resampled_ap(after, weights, iou) - _resampled_ap(before, weights, iou))
     return _centred(float(gain[0]), gain[1:])
 
 
-def _image_weights(rng: np.random.Generator, images: int, samples: int) -> NDArray[np.float32]:
-    """`(samples, images)` how often each image is drawn."""
-    return rng.multinomial(images, np.full(images, 1 / images), size=samples).astype(np.float32)
+def _image_weights(rng: np.random.Generator, evaluation: Evaluation, samples: int) -> NDArray[np.float32]:
+    """`(1 + samples, images)` how often each image is drawn: all of them once, then at random."""
+    images = len(evaluation.coco.params.imgIds)
+    drawn = rng.multinomial(images, np.full(images, 1 / images), size=samples)
+    return np.concatenate([np.ones((1, images)), drawn]).astype(np.float32)
 
 
 def _centred(value: float, drawn: NDArray[np.float64]) -> Interval:
@@ -234,12 +185,14 @@ def _centred(value: float, drawn: NDArray[np.float64]) -> Interval:
     return Interval(value, float(low), float(high))
 
 
-def _resampled_ap(evaluation: Evaluation, weights: NDArray[np.float32], iou: float | None) -> NDArray[np.float64]:
+def _resampled_ap(
+    evaluation: Evaluation, weights: NDArray[np.float32], iou: float | None = None
+) -> NDArray[np.float64]:
     """`(S,)` AP in percent for `(S, images)` weights; NaN where no object was drawn."""
     thresholds = evaluation.coco.params.iouThrs
     chosen = range(len(thresholds)) if iou is None else [int(np.abs(thresholds - iou).argmin())]
     total, present = np.zeros(len(weights)), np.zeros(len(weights))
-    for category in range(len(evaluation.category_ids)):
+    for category in range(len(evaluation.coco.params.catIds)):
         objects, curves = _curves(evaluation.coco, category)
         count = weights @ objects
         ap = np.mean([_weighted_ap(*curves[t], weights, count) for t in chosen], axis=0)
@@ -254,13 +207,9 @@ def _weighted_ap(
 ) -> NDArray[np.float64]:
     """`(S,)` interpolated AP at 101 recalls, each image counted `weights[s, image]` times.
 
-    Precision is only read at true positives: between them it falls, so the envelope never looks there.
-
-    Args:
-        images: `(D,)` image of each prediction that counts, best-scored first.
-        hits: `(H,)` positions in `images` of the true positives.
-        weights: `(S, images)`.
-        objects: `(S,)` drawn objects.
+    `images`: `(D,)` image of each prediction that counts, best-scored first; `hits`: `(H,)` positions in it of the true
+    positives; `objects`: `(S,)` drawn objects. Precision is only read at true positives: between them it falls, so the
+    envelope never looks there.
     """
     if not hits.size:
         return np.zeros(len(weights))

@@ -39,13 +39,10 @@ def bootstrap_mean(values: ArrayLike, seed: int = 0, samples: int = 1000) -> Int
     """Mean and 95 % interval, resampling test images, and seeds as well when there are several.
 
     Args:
-        values: `(n,)` one number per test image, or `(seeds, n)` for the same images under several seeds: an
+        values: `(n,)` one finite number per test image, or `(seeds, n)` for the same images under several seeds: an
             image drawn is then drawn for all seeds at once, because its difficulty is shared between them.
         seed: of the resampling.
         samples: resamples.
-
-    Raises:
-        ValueError: no values, or one of them is not finite.
     """
     table = np.atleast_2d(np.asarray(values, dtype=np.float64))
     if table.size == 0 or not np.isfinite(table).all():

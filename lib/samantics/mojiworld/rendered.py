@@ -6,11 +6,11 @@ import dataclasses
 import functools
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from filelock import FileLock
@@ -27,6 +27,8 @@ from samantics.mojiworld.world import KINDS, MAX_OBJECTS, PARTS, RGB, Picture, S
 
 CHUNK = 128  # pictures that a process renders at a time
 NO_PLACE = 255
+
+Arrays = TypeVar("Arrays")  # a dataclass of arrays with a row for each picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +58,22 @@ class Pictures:
         return tables.class_of_drawing()[self.drawings[:, 0]]
 
 
-FIELDS = tuple(field.name for field in dataclasses.fields(Pictures))
-
-
 def render(world: World, stream: Stream, indices: Iterable[int]) -> Pictures:
     """The pictures of a stream at these indices, in the order given."""
-    return _stack([picture(world, stream, index) for index in indices])
+    pictures, places = [picture(world, stream, index) for index in indices], list(PLACES)
+    return Pictures(
+        *stacked(pictures),
+        np.array([KINDS.index(one.kind) for one in pictures], np.uint8),
+        np.array([places.index(one.place) if one.place else NO_PLACE for one in pictures], np.uint8),
+    )
+
+
+def stacked(pictures: Sequence[Picture]) -> tuple[RGB, NDArray[np.uint8], NDArray[np.int16]]:
+    """Images, instances and drawings of pictures, as in `Pictures`."""
+    drawings = np.full((len(pictures), MAX_OBJECTS), -1, np.int16)
+    for row, one in zip(drawings, pictures, strict=True):
+        row[: len(one.drawings)] = one.drawings
+    return np.stack([one.image for one in pictures]), np.stack([one.instances for one in pictures]), drawings
 
 
 def stored_pictures(world: World, stream: Stream, count: int, workers: int = 0) -> Pictures:
@@ -79,23 +91,36 @@ def stored_pictures(world: World, stream: Stream, count: int, workers: int = 0) 
     Raises:
         StudyError: the drawings are not installed; the cache is damaged; a count below 1.
     """
-    _check(count)
     name = "_".join([stream.name.replace(" ", "-").replace("/", "-"), world.hash, _hash(stream), str(count)])
+    return stored(name, Pictures, functools.partial(render, world, stream), count, workers)
+
+
+def stored(name: str, kind: type[Arrays], make: Callable[[range], Arrays], count: int, workers: int = 0) -> Arrays:
+    """What `make(range(count))` gives: made once, in spans, by all cores; memory-mapped from the cache folder.
+
+    Args:
+        name: identifies `make` and all that it depends on.
+        kind: the dataclass of arrays that `make` returns.
+        make: picklable.
+        count: of pictures.
+        workers: processes; 0 means all cores.
+    """
     folder = cache_dir() / "mojiworld" / name
-    with _made_once(folder) as unfinished:
+    with _made_once(folder, count) as unfinished:
         if unfinished:
-            first = _stack([picture(world, stream, 0)])
-            for part in FIELDS:
-                sample = getattr(first, part)
+            for part, sample in vars(make(range(1))).items():  # the drawings are rasterised here, before workers start
                 np.lib.format.open_memmap(unfinished / f"{part}.npy", "w+", sample.dtype, (count, *sample.shape[1:]))
-            _by_all_cores(functools.partial(_fill, unfinished, world, stream), count, workers)
+            _by_all_cores(functools.partial(_fill, unfinished, make), count, workers)
     with reading(folder):
-        return Pictures(*(np.load(folder / f"{part}.npy", mmap_mode="r") for part in FIELDS))
+        fields: Any = dataclasses.fields(kind)  # type: ignore[arg-type]
+        return kind(*(np.load(folder / f"{field.name}.npy", mmap_mode="r") for field in fields))
 
 
-def _check(count: int) -> None:
-    if count < 1:
-        raise StudyError(f"{count} pictures were asked for: choose 1 or more")
+def _fill(folder: Path, make: Callable[[range], Any], span: range) -> None:
+    for part, values in vars(make(span)).items():
+        array = np.load(folder / f"{part}.npy", mmap_mode="r+")
+        array[span.start : span.stop] = values
+        array.flush()
 
 
 def _hash(stream: Stream) -> str:
@@ -103,14 +128,15 @@ def _hash(stream: Stream) -> str:
 
 
 @contextmanager
-def _made_once(folder: Path) -> Iterator[Path | None]:
+def _made_once(folder: Path, count: int) -> Iterator[Path | None]:
     """Yield a folder to fill, which appears under its name when all is there; None where it is there already."""
+    if count < 1:
+        raise StudyError(f"{count} pictures were asked for: choose 1 or more")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # who comes second waits, and finds the pictures
+    with nullcontext() if folder.exists() else FileLock(f"{folder}.lock"):  # who comes second waits, and finds it
         if folder.exists():
             yield None
             return
-        tables.sprites()  # rasterised once, before the workers start and each would
         unfinished = folder.with_name(f".{folder.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
         unfinished.mkdir()
@@ -121,7 +147,7 @@ def _made_once(folder: Path) -> Iterator[Path | None]:
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _by_all_cores(work: Any, count: int, workers: int) -> list[Any]:
+def _by_all_cores(work: Callable[[range], Any], count: int, workers: int) -> list[Any]:
     """What `work(span)` returns for all spans of `CHUNK` indices up to `count`, in order."""
     spans = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
     workers = min(workers or len(os.sched_getaffinity(0)), len(spans))
@@ -132,29 +158,9 @@ def _by_all_cores(work: Any, count: int, workers: int) -> list[Any]:
         return list(shown(pool.map(work, spans)))
 
 
-def _fill(folder: Path, world: World, stream: Stream, span: range) -> None:
-    pictures = render(world, stream, span)
-    for part in FIELDS:
-        array = np.load(folder / f"{part}.npy", mmap_mode="r+")
-        array[span.start : span.stop] = getattr(pictures, part)
-        array.flush()
-
-
-def _stack(pictures: Sequence[Picture]) -> Pictures:
-    drawings = np.full((len(pictures), MAX_OBJECTS), -1, np.int16)
-    for row, one in zip(drawings, pictures, strict=True):
-        row[: len(one.drawings)] = one.drawings
-    places = list(PLACES)
-    return Pictures(
-        np.stack([one.image for one in pictures]),
-        np.stack([one.instances for one in pictures]),
-        drawings,
-        np.array([KINDS.index(one.kind) for one in pictures], np.uint8),
-        np.array([places.index(one.place) if one.place else NO_PLACE for one in pictures], np.uint8),
-    )
-
-
 # ------------------------------------------------------------------------------------------------------- COCO JSON
+
+Objects = list[dict[str, Any]]  # what an annotation says of each object of a picture
 
 
 def write_scenes(world: World, stream: Stream, count: int, folder: Path | str, workers: int = 0) -> tuple[Path, Path]:
@@ -176,19 +182,46 @@ def write_scenes(world: World, stream: Stream, count: int, folder: Path | str, w
     Raises:
         StudyError: the drawings are not installed; a count below 1.
     """
-    _check(count)
     home = Path(folder) / f"{stream.name.replace(' ', '-')}_{world.hash}_{_hash(stream)}_{count}"
-    with _made_once(home) as unfinished:
+    tables.sprites()  # rasterised once, before the workers start and each would
+    make = functools.partial(_described, world, stream)
+    return written(home, make, count, {"categories": categories(stream)}, workers), home
+
+
+def _described(world: World, stream: Stream, index: int) -> tuple[Picture, Objects]:
+    one, table = picture(world, stream, index), tables.catalogue()
+    keys = ["class", "superclass", "artist", "split", "icon"]
+    labels = tables.class_of_drawing()[list(one.drawings)]
+    words = table.iloc[list(one.drawings)][keys].astype(str).to_dict("records")
+    return one, [{"category_id": int(label) + 1, **its} for label, its in zip(labels, words, strict=True)]
+
+
+def written(
+    home: Path,
+    make: Callable[[int], tuple[Picture, Objects]],
+    count: int,
+    content: Mapping[str, Any],
+    workers: int = 0,
+) -> Path:
+    """COCO JSON and PNG files of `make(0)` to `make(count - 1)` in a folder of their own, written once.
+
+    Args:
+        home: the folder.
+        make: a picture and what is to be written of each of its objects; picklable.
+        count: of pictures.
+        content: what the JSON holds besides `images` and `annotations`.
+        workers: processes; 0 means all cores.
+
+    Returns:
+        The path of the JSON file.
+    """
+    with _made_once(home, count) as unfinished:
         if unfinished:
-            (unfinished / "images").mkdir()
-            work = functools.partial(_write_span, unfinished / "images", world, stream)
-            found = [entry for span in _by_all_cores(work, count, workers) for entry in span]
-            annotations = [annotation for _, its in found for annotation in its]
-            for number, annotation in enumerate(annotations, start=1):
-                annotation["id"] = number
-            content = {"images": [image for image, _ in found], "annotations": annotations}
-            write_json(unfinished / "annotations.json", {**content, "categories": categories(stream)})
-    return home / "annotations.json", home / "images"
+            spans = _by_all_cores(functools.partial(_write_span, unfinished, make), count, workers)
+            images, objects = zip(*(entry for span in spans for entry in span), strict=True)
+            annotations = [{"id": n, **one} for n, one in enumerate([one for its in objects for one in its], start=1)]
+            write_json(unfinished / "instances.json", {"images": images, "annotations": annotations, **content})
+    return home / "instances.json"
 
 
 def categories(stream: Stream) -> list[dict[str, Any]]:
@@ -202,33 +235,25 @@ def categories(stream: Stream) -> list[dict[str, Any]]:
     ]
 
 
-def _write_span(home: Path, world: World, stream: Stream, span: range) -> list[tuple[dict[str, Any], list[Any]]]:
+def _write_span(
+    home: Path, make: Callable[[int], tuple[Picture, Objects]], span: range
+) -> list[tuple[dict[str, Any], Objects]]:
     """PNG files of some pictures, with COCO's entries for them (ids of annotations are given later)."""
     entries = []
     for index in span:
-        one = picture(world, stream, index)
-        name = f"{index:06d}.png"
-        Image.fromarray(one.image).save(home / name, compress_level=1)
-        image = {"id": index + 1, "file_name": name, "width": world.image_size, "height": world.image_size}
-        entries.append((image | {"place": one.place}, _annotations(one, index + 1)))
-    return entries
-
-
-def _annotations(one: Picture, image_id: int) -> list[dict[str, Any]]:
-    table = tables.catalogue()
-    found = []
-    for number, drawing in enumerate(one.drawings, start=1):
-        row = table.iloc[drawing]
-        rle = mask_tools.encode(np.asfortranarray(one.instances == number))
-        found.append(
+        one, objects = make(index)
+        image = {"id": index + 1, "file_name": f"{index:05d}.png", "width": len(one.image), "height": len(one.image)}
+        Image.fromarray(one.image).save(home / f"{index:05d}.png", compress_level=1)
+        rles = [mask_tools.encode(np.asfortranarray(one.instances == n)) for n in range(1, len(one.drawings) + 1)]
+        shapes = [
             {
-                "image_id": image_id,
-                "category_id": int(tables.class_of_drawing()[drawing]) + 1,
-                "bbox": [float(v) for v in mask_tools.toBbox(rle)],
+                "image_id": index + 1,
+                "bbox": [float(side) for side in mask_tools.toBbox(rle)],
                 "area": float(mask_tools.area(rle)),
                 "iscrowd": 0,
                 "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
-                **{key: str(row[key]) for key in ("class", "superclass", "artist", "split", "icon")},
             }
-        )
-    return found
+            for rle in rles
+        ]
+        entries.append((image | {"place": one.place}, [a | b for a, b in zip(shapes, objects, strict=True)]))
+    return entries

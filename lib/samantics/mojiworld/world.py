@@ -170,15 +170,17 @@ def picture(world: World, stream: Stream, index: int, drawing: int | None = None
         return _scene(rng, world, stream, drawing, place)
     size = world.image_size
     ground = place_background(rng, place, size) if place else studio_background(rng, size)
-    canvas = _Canvas(ground)
-    while not canvas.place(_posed(rng, drawing, size * rng.uniform(0.5, 0.85)), drawing, rng, margin=0.35):
+    canvas = Canvas(ground)
+    while not canvas.place(
+        posed(rng, tables.sprites()[drawing], size * rng.uniform(0.5, 0.85)), drawing, rng, margin=0.35
+    ):
         pass
     return canvas.picture(kind, place)
 
 
 def _scene(rng: np.random.Generator, world: World, stream: Stream, anchor: int, place: str) -> Picture:
     """Two to six objects of 20-60 % of the side; what finds no room in `PLACEMENT_TRIES` tries is left out."""
-    canvas = _Canvas(place_background(rng, place, world.image_size))
+    canvas = Canvas(place_background(rng, place, world.image_size))
     flock = stream.flocks and rng.random() < FLOCKS
     count, drawing = int(rng.integers(2, MAX_OBJECTS + 1)), anchor
     for position in range(count):
@@ -188,7 +190,7 @@ def _scene(rng: np.random.Generator, world: World, stream: Stream, anchor: int, 
         while tries < PLACEMENT_TRIES or position < 2:  # two find room sooner or later
             largest = 0.6 if position < 2 else 0.6 - 0.2 * tries / PLACEMENT_TRIES
             size = world.image_size * np.exp(rng.uniform(np.log(0.2), np.log(largest)))
-            if canvas.place(_posed(rng, drawing, size), drawing, rng, margin=0.12):
+            if canvas.place(posed(rng, tables.sprites()[drawing], size), drawing, rng, margin=0.12):
                 break
             tries += 1
     return canvas.picture("scene", place)
@@ -232,9 +234,8 @@ def _neighbours() -> tuple[list[int], ...]:
     return tuple([other for other, its in enumerate(homes) if its & home] for home in homes)
 
 
-def _posed(rng: np.random.Generator, drawing: int, size: float) -> Image.Image:
+def posed(rng: np.random.Generator, sprite: Image.Image, size: float) -> Image.Image:
     """A drawing with its long side `size` pixels: recoloured, flipped or not, turned by up to about 30 degrees."""
-    sprite = tables.sprites()[drawing]
     scale = size / max(sprite.size)
     shape = tuple(max(2, round(side * scale)) for side in sprite.size)
     sprite = sprite.resize((shape[0], shape[1]), Image.Resampling.BICUBIC, reducing_gap=2.0)
@@ -259,11 +260,11 @@ def _colour_matrix(rng: np.random.Generator) -> tuple[float, ...]:
     return tuple(float(v) for v in np.column_stack([matrix, np.full(3, shift)]).ravel())
 
 
-class _Canvas:
+class Canvas:
     """A picture in the making: the newest object lies on top."""
 
-    def __init__(self, background: Image.Image) -> None:
-        self.image = background
+    def __init__(self, background: Image.Image, min_pixels: int = MIN_PIXELS) -> None:
+        self.image, self.min_pixels = background, min_pixels
         self.instances = np.zeros((background.height, background.width), np.uint8)
         self.full_areas: list[int] = []
         self.drawings: list[int] = []
@@ -281,7 +282,7 @@ class _Canvas:
         hidden = np.bincount(self.instances[rows, columns][covered], minlength=len(self.drawings) + 1)[1:]
         seen = np.bincount(self.instances.ravel(), minlength=len(self.drawings) + 1)[1:] - hidden
         seen, areas = np.append(seen, covered.sum()), np.array([*self.full_areas, opaque.sum()])
-        if (seen < MIN_VISIBLE * areas).any() or seen[-1] < MIN_PIXELS:
+        if (seen < MIN_VISIBLE * areas).any() or seen[-1] < self.min_pixels:
             return False
         self.image.paste(sprite, (left, top), sprite)
         self.drawings.append(drawing)
@@ -289,6 +290,6 @@ class _Canvas:
         self.instances[rows, columns][covered] = len(self.drawings)
         return True
 
-    def picture(self, kind: str, place: str) -> Picture:
+    def picture(self, kind: str, place: str = "") -> Picture:
         """What has been painted."""
         return Picture(np.asarray(self.image), self.instances, tuple(self.drawings), kind, place)

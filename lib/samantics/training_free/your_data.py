@@ -75,7 +75,7 @@ def _example_files(home: Path) -> dict[str, str]:
     for name in ("references", "targets"):
         scenes, path = write_mojiworld(WORLD, f"example_{name}", EXAMPLE[name], home), home / f"{name}.json"
         images = [dataclasses.replace(r, file=f"{scenes.folder.name}/{r.file}") for r in scenes.images.values()]
-        write_coco(path, images, scenes.categories, scenes.instances, {"description": "example of notebook 05"})
+        write_coco(path, images, scenes.categories, scenes.instances)
         files[name] = str(path)
     return files | {"images": str(home)}
 
