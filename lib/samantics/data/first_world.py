@@ -29,7 +29,8 @@ from samantics.cache import atomic_path, cache_dir, hash_value, reading
 from samantics.data.coco import CocoDataset, load_coco
 from samantics.errors import StudyError
 from samantics.mojiworld import rendered, world
-from samantics.mojiworld.world import MAX_OBJECTS, Canvas, Picture, posed
+from samantics.mojiworld.world import MAX_OBJECTS, Canvas, posed
+from samantics.mojiworld.world import Picture as Picture  # notebooks and zoo take it from here
 
 SPRITE_SIZE = 192  # pixels of a rasterised drawing before it is cropped to what it shows
 MIN_PIXELS = 16  # of an object that is seen
