@@ -189,7 +189,7 @@ def test_summary_holds_the_judged_numbers(tmp_path: Path) -> None:
 
 
 def write_quality(folder: Path, share: dict[str, float]) -> None:
-    aims = claims._asset("aims.csv")
+    aims = pd.read_csv(claims.ASSETS / "aims.csv")
     table = aims.assign(value=[aim * share.get(e, 1.0) for e, aim in zip(aims["encoder"], aims["aim"], strict=True)])
     bound = pd.DataFrame([{"encoder": "sam", "measure": aims["ceiling"][0], "value": 86.0}])
     pd.concat([table, bound]).to_csv(folder / "00_zoo_quality.csv", index=False)

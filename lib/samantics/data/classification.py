@@ -23,17 +23,11 @@ from samantics.run import Run
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The images that a task trains or tests on.
+    """The images that a task trains or tests on."""
 
-    Attributes:
-        split: name of the split that they belong to.
-        labels: `(N,)` int64, one for each of them.
-        rows: `(N,)` which images of the split; None: all of them, in order (then features can be streamed).
-    """
-
-    split: str
-    labels: NDArray[np.int64]
-    rows: NDArray[np.int64] | None = None
+    split: str  # name of the split that they belong to
+    labels: NDArray[np.int64]  # (N,), one for each of them
+    rows: NDArray[np.int64] | None = None  # (N,) which images of the split; None: all, in order (features can stream)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,20 +102,13 @@ def mojiworld_data(world: mojiworld.World, views: int, test_views: int) -> Class
     category = mojiworld.category_of_drawing()[drawing]
     is_held_out = mojiworld.held_out()[drawing]
     names = tuple(mojiworld.catalogue()["drawing"])
+    of_category = _part(category, ~is_held_out), _part(category, is_held_out)
     tasks = {
         "drawing": Task("drawing", names, _part(drawing, ~is_test_view), _part(drawing, is_test_view)),
-        "category": Task(
-            "category",
-            mojiworld.categories(),
-            _part(category, ~is_held_out),
-            _part(category, is_held_out),
-            groups=drawing[~is_held_out],
-        ),
+        "category": Task("category", mojiworld.categories(), *of_category, groups=drawing[~is_held_out]),
     }
-    data_hash = f"{world.hash}:{views}"
-    return ClassificationData(
-        "MojiWorld", {"all": pictures.images}, {"all": data_hash}, tasks, {"all": pictures.instances}
-    )
+    hashes = {"all": f"{world.hash}:{views}"}
+    return ClassificationData("MojiWorld", {"all": pictures.images}, hashes, tasks, {"all": pictures.instances})
 
 
 def _part(labels: NDArray[np.int64], chosen: NDArray[np.bool_]) -> Part:

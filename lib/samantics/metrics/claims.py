@@ -10,13 +10,10 @@ it was trained; `ENOUGH` was set after the first zoo had been seen and before an
 from __future__ import annotations
 
 import dataclasses
-import functools
-import io
 import itertools
 import json
 import math
 from collections.abc import Callable, Collection, Sequence
-from importlib.resources import files
 from pathlib import Path
 
 import pandas as pd
@@ -25,11 +22,13 @@ from samantics.errors import StudyError
 from samantics.metrics.intervals import Interval
 from samantics.plots import COLOURS, LABELS
 
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
 MISSING, BETTER, ENOUGH = 2.0, 1.0, 0.8
 PAPER_PROBE = {"sam": (11.06, 25.37), "sam2": (23.16, 44.44), "clip": (73.92, 92.89), "dinov2": (77.43, 93.78)}
 """ImageNet-1k top-1 and top-5 in percent, as the paper reports them."""
 
 METRICS = {"silhouette": "silhouette", "knn": "kNN accuracy", "nmi": "NMI of k-means", "linear": "linear probe"}
+ORACLE, TOP1 = "class_oracle", ("top1", "top1_low", "top1_high")
 UNINFORMATIVE = {"wrong_reference": "wrong\nclass", "random_reference": "random"}  # references of notebook 02
 
 
@@ -91,7 +90,7 @@ def shown(value: Interval) -> str:
 
 def claims() -> pd.DataFrame:
     """The five claims: `claim,statement,measure,paper,table`; `measure` is the one number of the claim."""
-    return _asset("claims.csv")
+    return pd.read_csv(ASSETS / "claims.csv")
 
 
 def zoo_aims(figures: Path) -> pd.DataFrame:
@@ -99,21 +98,14 @@ def zoo_aims(figures: Path) -> pd.DataFrame:
 
     `ceiling`: what the model could reach at best; empty where no bound is known.
     """
-    path, aims = figures / "00_zoo_quality.csv", _asset("aims.csv")
-    if not path.is_file():
-        return pd.DataFrame(columns=["encoder", "measure", "value", "aim", "reached", "ceiling"])
-    found = pd.read_csv(path).set_index(["encoder", "measure"])["value"]
-    value, ceiling = (found.reindex(pd.MultiIndex.from_frame(aims[["encoder", c]])) for c in ("measure", "ceiling"))
-    return pd.DataFrame(
-        {
-            "encoder": aims["encoder"],
-            "measure": aims["measure"],
-            "value": value.to_numpy(),
-            "aim": aims["aim"],
-            "reached": value.to_numpy() / aims["aim"],
-            "ceiling": ceiling.to_numpy(),
-        }
+    path, aims = figures / "00_zoo_quality.csv", pd.read_csv(ASSETS / "aims.csv", keep_default_na=False)
+    found = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["encoder", "measure", "value"])
+    values = found.set_index(["encoder", "measure"])["value"]
+    value, ceiling = (
+        values.reindex(pd.MultiIndex.from_frame(aims[["encoder", c]])).to_numpy(float) for c in ("measure", "ceiling")
     )
+    table = aims.assign(value=value, reached=value / aims["aim"], ceiling=ceiling)
+    return table[["encoder", "measure", "value", "aim", "reached", "ceiling"]].head(len(aims) * path.is_file())
 
 
 def unfit_models(figures: Path) -> tuple[str, ...]:
@@ -144,15 +136,16 @@ def findings(figures: Path) -> pd.DataFrame:
 
     `measured` is the gap of the first comparison, for C5 the AP itself.
     """
-    rows, unfit, judged = [], unfit_models(figures), comparisons(figures)
-    for claim in claims().to_dict("records"):
-        found = judged[claim["claim"]]
-        number = Interval(math.nan, math.nan, math.nan)
+    unfit, judged = unfit_models(figures), comparisons(figures)
+    rows = []
+    for claim in claims().itertuples():
+        found = judged[claim.claim]
+        number: Sequence[float] = (math.nan,) * 3
         if found:
-            number = found[0].more if claim["claim"] == "C5" else found[0].gap
-        words = f"{claim['statement']} Measured: {claim['measure']}."
-        source = found[0].source if found else claim["table"]
-        rows.append((claim["claim"], words, claim["paper"], *number, verdict(found, unfit), source))
+            number = found[0].more if claim.claim == "C5" else found[0].gap
+        words = f"{claim.statement} Measured: {claim.measure}."
+        source = found[0].source if found else claim.table
+        rows.append((claim.claim, words, claim.paper, *number, verdict(found, unfit), source))
     columns = ["claim", "statement", "paper", "measured", "low", "high", "verdict", "source"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -170,36 +163,36 @@ def by_factor(figures: Path, factors: Sequence[float] = (1.0, 1.5, 2.0, 3.0)) ->
 def origins(figures: Path) -> pd.DataFrame:
     """Where the judged tables come from: `table,notebook,seed,written,revision`; empty where there is no table."""
     rows = []
-    for name in sorted(set(claims()["table"])):
+    for name in sorted(claims()["table"].unique()):
         note = (figures / name).with_suffix(".json")
         facts = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-        row = {"table": name} | {key: facts.get(key, "") for key in ("notebook", "seed", "written")}
-        rows.append(row | {"revision": str(facts.get("git_revision", ""))[:8]})
-    return pd.DataFrame(rows)
+        revision = str(facts.get("git_revision", ""))[:8]
+        rows.append([name, *(facts.get(key, "") for key in ("notebook", "seed", "written")), revision])
+    return pd.DataFrame(rows, columns=["table", "notebook", "seed", "written", "revision"])
 
 
 def summary(figures: Path) -> pd.DataFrame:
     """The values that the verdicts rest on: `claims,bar,value,low,high,colour`, for the tables that the run has."""
     bars: list[tuple[str, str, Interval, str]] = []  # claims, bar, value, name of its colour
-    tables = {
-        name: pd.read_csv(figures / name) for name in dict.fromkeys(claims()["table"]) if (figures / name).is_file()
-    }
-    for name, table in tables.items():
-        if name.startswith("01"):
+    for name in [name for name in claims()["table"].unique() if (figures / name).is_file()]:
+        table = pd.read_csv(figures / name)
+        if name == "01_zoos.csv":
             rows = rows_with(table, labels=_levels(table)[0], probe="linear", layer="final").drop_duplicates("encoder")
-            bars += [("C1", LABELS[r["encoder"]], _top1(r), r["encoder"]) for _, r in rows.iterrows()]
-        elif name.startswith("02_icl"):
+            bars += [("C1", LABELS[r["encoder"]], _interval(r, *TOP1), r["encoder"]) for _, r in rows.iterrows()]
+        elif name == "02_icl_ap.csv":
             rows = rows_with(table, shots=table["shots"].max(), iou_type="bbox")
-            oracle, base = rows_with(rows, variant="class_oracle"), rows_with(rows, split="base").set_index("variant")
-            bars += [("C2", r["split"], _ap(r), r["split"]) for _, r in oracle.iterrows()]
-            bars += [("C2", label, _ap(base.loc[control]), "random") for control, label in UNINFORMATIVE.items()]
-        elif name.startswith("02"):
+            bars += [
+                ("C2", r["split"], _interval(r), r["split"]) for _, r in rows_with(rows, variant=ORACLE).iterrows()
+            ]
+            controls = {label: row_with(rows, split="base", variant=name) for name, label in UNINFORMATIVE.items()}
+            bars += [("C2", label, _interval(row), "random") for label, row in controls.items()]
+        elif name == "02_separability.csv":
             for split, stage in itertools.product(("base", "novel"), ("before", "after")):
                 bars.append(("C3, C4", f"{split}\n{stage}", lift(table, stage, split, "knn").times(100), split))
         else:
             rows = pipeline_setting(table)[0].set_index("source")
             names = [source for source in ("sam", "sam2", "clip", "dinov2", "random") if source in rows.index]
-            bars += [("C5", LABELS[source], _ap(rows.loc[source]), source) for source in names]
+            bars += [("C5", LABELS[source], _interval(rows.loc[source]), source) for source in names]
     rows = [(claims, bar, *value, COLOURS[colour]) for claims, bar, value, colour in bars]
     return pd.DataFrame(rows, columns=["claims", "bar", "value", "low", "high", "colour"])
 
@@ -214,19 +207,18 @@ def compare_probes(table: pd.DataFrame) -> list[Comparison]:
     """
 
     def top1(encoder: str, labels: str) -> Interval:
-        return _top1(row_with(table, encoder=encoder, labels=labels, probe="linear", layer="final"))
+        return _interval(row_with(table, encoder=encoder, labels=labels, probe="linear", layer="final"), *TOP1)
 
-    source, comparisons = _source("01_zoos.csv", table), []
-    levels = _levels(table)
-    for labels in levels:
-        semantic = min(top1("clip", labels), top1("dinov2", labels))
-        masks = max(top1("sam", labels), top1("sam2", labels))
+    source, found = _source("01_zoos.csv", table), []
+    semantic, masks = ("clip", "dinov2"), ("sam", "sam2")
+    for labels in _levels(table):
+        more, less = min(top1(name, labels) for name in semantic), max(top1(name, labels) for name in masks)
         statement = f"{labels}: the weaker of CLIP and DINOv2 above the better of SAM and SAM 2, top-1"
-        factor = MISSING if labels != "category" else BETTER
-        comparisons.append(Comparison(statement, semantic, masks, factor, source, ("clip", "dinov2"), ("sam", "sam2")))
-    newer, older = top1("sam2", levels[0]), top1("sam", levels[0])
-    statement = f"{levels[0]}: SAM 2 above SAM, top-1"
-    return [*comparisons, Comparison(statement, newer, older, BETTER, source, ("sam2",), ("sam",))]
+        factor = BETTER if labels == "category" else MISSING
+        found.append(Comparison(statement, more, less, factor, source, semantic, masks))
+    first = _levels(table)[0]
+    newer, older, statement = top1("sam2", first), top1("sam", first), f"{first}: SAM 2 above SAM, top-1"
+    return [*found, Comparison(statement, newer, older, BETTER, source, ("sam2",), ("sam",))]
 
 
 def _levels(table: pd.DataFrame) -> list[str]:
@@ -237,8 +229,8 @@ def _levels(table: pd.DataFrame) -> list[str]:
 def compare_incontext(table: pd.DataFrame) -> list[Comparison]:
     """C2, from `02_icl_ap.csv`: box AP with the class oracle, most shots."""
     rows = rows_with(table, shots=table["shots"].max(), iou_type="bbox")
-    base, novel = (_ap(row_with(rows, variant="class_oracle", split=split)) for split in ("base", "novel"))
-    control = max(_ap(row_with(rows, variant=name, split="base")) for name in UNINFORMATIVE)
+    base, novel = (_interval(row_with(rows, variant=ORACLE, split=split)) for split in ("base", "novel"))
+    control = max(_interval(row_with(rows, variant=name, split="base")) for name in UNINFORMATIVE)
     words, source, sam = f"box AP at {table['shots'].max()} shots", _source("02_icl_ap.csv", table), ("sam",)
     return [
         Comparison(f"{words}: base above novel categories", base, novel, MISSING, source, sam, sam),
@@ -250,24 +242,20 @@ def compare_structure(
     table: pd.DataFrame, words: str, more: tuple[str, str], less: tuple[str, str]
 ) -> list[Comparison]:
     """C3 and C4, from `02_separability.csv`: every metric over shuffled labels at two pairs of stage and split."""
-    source, sam = _source("02_separability.csv", table), ("sam",)
-    return [
-        Comparison(
-            f"{METRICS.get(m, m)} {words}", lift(table, *more, m), lift(table, *less, m), MISSING, source, sam, sam
-        )
-        for m in sorted(table["metric"].unique(), key=lambda metric: (not metric.startswith("knn"), metric))
-    ]
+    source, sam, found = _source("02_separability.csv", table), ("sam",), []
+    for m in sorted(table["metric"].unique(), key=lambda metric: (not metric.startswith("knn"), metric)):
+        statement = f"{METRICS.get(m, m)} over shuffled labels, {words}"
+        ends = lift(table, *more, m), lift(table, *less, m)
+        found.append(Comparison(statement, *ends, MISSING, source, sam, sam))
+    return found
 
 
 def compare_sources(table: pd.DataFrame) -> list[Comparison]:
     """C5, from `03_pipeline_ap.csv`: mask AP with DINOv2 as the source of meaning above SAM and above random."""
     masks, shots = pipeline_setting(table)
-    dinov2, random, sam = (_ap(row_with(masks, source=name)) for name in ("dinov2", "random", "sam"))
-    words, source, both = (
-        f"mask AP at {shots} shots: DINOv2 above",
-        _source("03_pipeline_ap.csv", table),
-        ("sam", "dinov2"),
-    )
+    dinov2, random, sam = (_interval(row_with(masks, source=name)) for name in ("dinov2", "random", "sam"))
+    words, source = f"mask AP at {shots} shots: DINOv2 above", _source("03_pipeline_ap.csv", table)
+    both = ("sam", "dinov2")
     return [
         Comparison(f"{words} an untrained encoder", dinov2, random, BETTER, source, both),
         Comparison(f"{words} SAM's own features", dinov2, sam, BETTER, source, both, ("sam",)),
@@ -277,10 +265,8 @@ def compare_sources(table: pd.DataFrame) -> list[Comparison]:
 def pipeline_setting(table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     """The mask rows of `03_pipeline_ap.csv` in the one setting that is judged, a row per source, and its shots.
 
-    The paper's own, if it is there: SAM's proposals, no merging, most references.
-
-    Raises:
-        StudyError: no setting has dinov2, sam and random.
+    It is the paper's own, if it is there (SAM's proposals, no merging), with most references; a StudyError where no
+    setting has dinov2, sam and random.
     """
     settings = rows_with(table, iou_type="segm").groupby(["proposals", "merging", "shots"], sort=False)
     complete = {
@@ -295,17 +281,11 @@ def pipeline_setting(table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
 
 def rows_with(table: pd.DataFrame, **values: object) -> pd.DataFrame:
     """The rows with these values."""
-    for column, value in values.items():
-        table = table[table[column] == value]
-    return table
+    return table[(table[list(values)] == pd.Series(values)).all(axis=1)]
 
 
 def row_with(table: pd.DataFrame, **values: object) -> pd.Series:
-    """The first row with these values.
-
-    Raises:
-        StudyError: there is none.
-    """
+    """The first row with these values; a StudyError names them where there is none."""
     rows = rows_with(table, **values)
     if rows.empty:
         wanted = ", ".join(f"{column}={value}" for column, value in values.items())
@@ -319,37 +299,19 @@ def lift(table: pd.DataFrame, stage: str, split: str, metric: str) -> Interval:
     return Interval(*(row[column] - row["shuffled"] for column in ("value", "low", "high")))
 
 
-def _top1(row: pd.Series) -> Interval:
-    return Interval(row["top1"], row["top1_low"], row["top1_high"])
-
-
-def _ap(row: pd.Series) -> Interval:
-    return Interval(row["AP"], row["low"], row["high"])
+def _interval(row: pd.Series, value: str = "AP", low: str = "low", high: str = "high") -> Interval:
+    return Interval(row[value], row[low], row[high])
 
 
 def _source(name: str, table: pd.DataFrame) -> str:
     return f"{name} ({table['seeds'].max()} seeds)" if "seeds" in table else name
 
 
-def _asset(name: str) -> pd.DataFrame:
-    text = files("samantics").joinpath(f"assets/{name}").read_text(encoding="utf-8")
-    return pd.read_csv(io.StringIO(text), keep_default_na=False)
-
-
+AFTER = ("after", "base")
 COMPARE: dict[str, Callable[[pd.DataFrame], list[Comparison]]] = {
     "C1": compare_probes,
     "C2": compare_incontext,
-    "C3": functools.partial(
-        compare_structure,
-        words="over shuffled labels, base: after above before the MLP",
-        more=("after", "base"),
-        less=("before", "base"),
-    ),
-    "C4": functools.partial(
-        compare_structure,
-        words="over shuffled labels, after the MLP: base above novel",
-        more=("after", "base"),
-        less=("after", "novel"),
-    ),
+    "C3": lambda table: compare_structure(table, "base: after above before the MLP", AFTER, ("before", "base")),
+    "C4": lambda table: compare_structure(table, "after the MLP: base above novel", AFTER, ("after", "novel")),
     "C5": compare_sources,
 }
