@@ -884,7 +884,7 @@ def test_a_damaged_cache_is_named(content: bytes, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("SAMANTICS_CACHE", str(tmp_path))
     detections, pictures = tmp_path / "detections.npz", tmp_path / "mojiworld" / "kept_2"
     pictures.mkdir(parents=True)
-    for path in (detections, *(pictures / f"{part}.npy" for part in mojiworld.PARTS)):
+    for path in (detections, *(pictures / f"{part}.npy" for part in ("images", "instances", "drawings"))):
         path.write_bytes(content)
     again = "is damaged: delete it, and it is computed again"
     refused(lambda: kept(detections, dict), again, detections)
