@@ -15,7 +15,6 @@ from typing import Annotated, Any
 
 import typer
 
-from samantics.cache import PROJECT
 from samantics.errors import StudyError
 
 app = typer.Typer(
@@ -44,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _script(name: str) -> Any:
     """A module of ``scripts/``: it lies beside the library, not in it."""
-    folder = PROJECT / "scripts"
+    folder = Path(__file__).parents[2] / "scripts"
     if not folder.is_dir():
         raise StudyError(f"{folder} is missing: run this command in a clone of the project")
     sys.path.insert(0, str(folder))
@@ -171,28 +170,19 @@ def propose(
     images: Annotated[Path, typer.Option(help="Their folder")],
     encoder: Annotated[str, typer.Option(help="sam or sam2")] = "sam",
     weights: str = "zoo",
-    points_per_side: Number = None,
-    predicted_iou: Decimal = None,
-    stability: Decimal = None,
-    stability_offset: Decimal = None,
-    box_nms: Decimal = None,
-) -> None:
+    points_per_side: Number = None, predicted_iou: Decimal = None, stability: Decimal = None,
+    stability_offset: Decimal = None, box_nms: Decimal = None,
+) -> None:  # fmt: skip
     """Store the mask proposals of a COCO data set."""
+    given = dict(locals())  # the settings' names are the options'
     from samantics.data.coco import load_coco
     from samantics.models.encoder import load_encoder
     from samantics.training_free.proposals import ProposalSettings, compute_proposals
 
     if encoder not in ("sam", "sam2"):
         raise typer.BadParameter("only sam and sam2 propose masks")
-    settings = ProposalSettings(
-        **_given(
-            points_per_side=points_per_side,
-            predicted_iou=predicted_iou,
-            stability=stability,
-            stability_offset=stability_offset,
-            box_nms=box_nms,
-        )
-    )
+    fields = [field.name for field in dataclasses.fields(ProposalSettings)]
+    settings = ProposalSettings(**_given(**{name: given[name] for name in fields}))
     model = load_encoder(encoder, weights, _device())
     print(compute_proposals(model, load_coco(annotations, images), settings))
 
@@ -226,16 +216,10 @@ def train(
     image_size: Annotated[int | None, typer.Option(help="Pixels of a side; other sizes do not fit the zoo")] = None,
     images: Annotated[int | None, typer.Option(help="Pictures seen, counted with repetition")] = None,
     pool: Annotated[int | None, typer.Option(help="Different pictures rendered")] = None,
-    batch: Annotated[int | None, typer.Option(help="Pictures per step")] = None,
-    learning_rate: Decimal = None,
-    weight_decay: Decimal = None,
-    warmup: Decimal = None,
-    clip: Decimal = None,
-    probe_points: Annotated[int | None, typer.Option(help="Measurements on the way")] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Steps")] = None,
-    theme_strength: Annotated[float | None, typer.Option(help="Of the world that is learned from")] = None,
-    seed: Number = None,
-) -> None:
+    batch: Number = None, learning_rate: Decimal = None, weight_decay: Decimal = None, warmup: Decimal = None,
+    clip: Decimal = None, probe_points: Number = None, checkpoint_every: Number = None,
+    theme_strength: Decimal = None, seed: Number = None,
+) -> None:  # fmt: skip
     """Train models of the pocket zoo; killed? Run it again."""
     given = dict(locals())  # every option is a field of the recipe or an argument of the training
     from samantics.zoo.training import Recipe, train_models

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from samantics import cli
+
+COMMANDS = [command.callback.__name__ for command in cli.app.registered_commands if command.callback]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--help"]) == 0
+    assert f"Usage: samantics {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["train", "nobody"], 1, "error: no objective is called 'nobody'"),
+        (["extract", "nowhere"], 1, "error: nowhere"),
+        (["propose", "--annotations", "none.json", "--images", "."], 1, "error: none.json cannot be read"),
+        (["controls", "."], 1, "error: . holds no model's card"),
+        (["tune", "--scale", "poket"], 1, "error: no scale is called 'poket'"),
+        (["propose", "--annotations", "a", "--images", "b", "--encoder", "clip"], 2, "only sam and sam2 propose masks"),
+        (["compare", "old"], 2, "Missing argument"),
+        (["fly"], 2, "No such command 'fly'"),
+    ],
+    ids=lambda value: " ".join(value)[:20] if isinstance(value, list) else "",
+)
+def test_a_fault_is_one_line_and_a_wrong_option_is_told(
+    arguments: list[str],
+    code: int,
+    says: str,
+    places: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(places)
+    assert cli.main(arguments) == code
+    told = capsys.readouterr().err
+    assert says in told and (code == 2 or told.count("\n") == 1)
+
+
+def test_help_imports_no_model_package() -> None:
+    code = "import sys; from samantics import cli; cli.main(['run', '--help']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False"
