@@ -156,35 +156,30 @@ def test_embeddings_of_averaged_tokens_and_matching_noise() -> None:
 # ----------------------------------------------------------------------------------------------------------- fates
 
 
-def _result(scenes: CocoDataset, position: int, category: int, score: float, shift: float = 0) -> dict[str, Any]:
-    instance = scenes.instances[position]
+def _result(scenes: CocoDataset, category: int, score: float, shift: float = 0) -> dict[str, Any]:
+    """A detection of the first object."""
+    instance = scenes.instances[0]
     x0, y0, x1, y1 = instance.box
-    box = [x0 + shift, y0 + shift, x1 - x0, y1 - y0]
-    return {
-        "image_id": instance.image_id,
-        "category_id": category,
-        "score": score,
-        "bbox": box,
-        "segmentation": instance.rle,
-    }
+    head = {"image_id": instance.image_id, "category_id": category, "score": score, "segmentation": instance.rle}
+    return {**head, "bbox": [x0 + shift, y0 + shift, x1 - x0, y1 - y0]}
 
 
 def test_fates_by_the_rule(scenes: CocoDataset, split: Split) -> None:
     first = scenes.instances[0]
     base = next(c for c in split.base if c != first.category_id)
     novel = next(c for c in split.novel if c != first.category_id)
-    own = _result(scenes, 0, first.category_id, 0.9)
+    own = _result(scenes, first.category_id, 0.9)
     empty = {**own, "segmentation": {"size": [SIZE, SIZE], "counts": scenes.instances[1].rle["counts"]}}
     cases: list[tuple[list[dict[str, Any]], str, bool]] = [
         ([], "missed", False),
-        ([_result(scenes, 0, first.category_id, 0.9, shift=150)], "missed", False),
+        ([_result(scenes, first.category_id, 0.9, shift=150)], "missed", False),
         ([own], "found", False),
         ([empty], "bad mask", False),
-        ([own, _result(scenes, 0, base, 0.95)], "confused with base", False),
-        ([own, _result(scenes, 0, base, 0.85)], "found", False),
-        ([_result(scenes, 0, novel, 0.1)], "confused with novel", False),
-        ([own, _result(scenes, 0, first.category_id, 0.5, shift=1)], "found", True),
-        ([own, _result(scenes, 0, first.category_id, 0.4, shift=1)], "found", False),
+        ([own, _result(scenes, base, 0.95)], "confused with base", False),
+        ([own, _result(scenes, base, 0.85)], "found", False),
+        ([_result(scenes, novel, 0.1)], "confused with novel", False),
+        ([own, _result(scenes, first.category_id, 0.5, shift=1)], "found", True),
+        ([own, _result(scenes, first.category_id, 0.4, shift=1)], "found", False),
     ]
     for results, fate, duplicate in cases:
         row = evaluation.fates(scenes, split, results).iloc[0]

@@ -71,10 +71,9 @@ def detect(
             boxes = box_convert(output.boxes[-1], "cxcywh", "xyxy").clamp(0, 1) * size
             boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
             kept = (scores >= settings.min_score) & (boxes[..., 2:] > boxes[..., :2]).all(-1)
-            owners = rows[:, None].expand_as(scores)
             table = pd.DataFrame(boxes[kept].numpy(force=True), columns=CORNERS).assign(image=image)
-            table["embedding"], table["score"] = (part[kept].numpy(force=True) for part in (owners, scores))
-            tables.append(table)
+            table["embedding"] = rows[:, None].expand_as(scores)[kept].numpy(force=True)
+            tables.append(table.assign(score=scores[kept].numpy(force=True)))
         table = pd.concat(tables, ignore_index=True)
         parts.append(table.assign(mask=_masks(sam, found.neck, table[CORNERS].to_numpy(), records[image])))
     return pd.concat(parts, ignore_index=True)
@@ -92,10 +91,9 @@ def detect_draws(
     model: InContextModel, sam: Sam, dataset: CocoDataset, maps: MapSource, embeddings: Mapping[Draw, Tensor],
     split: Split, settings: InContextSettings,
 ) -> pd.DataFrame:  # fmt: skip
-    """Ask every target image for every class, for each draw of references, and with random embeddings.
+    """`detect` with, draw by draw, first the `(C, dim)` embeddings of `split.all`, then random ones.
 
-    `embeddings` are `(C, dim)` of the classes `split.all`. The result is that of `detect` for, draw by draw, first the
-    real, then the random embeddings; these are asked for only in images that show the class.
+    Every image is asked for every class; with random embeddings only for those that it shows.
     """
     shown, classes = shown_classes(dataset, split), len(split.all)
     real = torch.cat(list(embeddings.values()))
@@ -150,16 +148,15 @@ class DrawDetections:
         found = self.detections.merge(pairs, on=["image", "embedding"])
         records = list(self.dataset.images.values())
         boxes = found[CORNERS].to_numpy() / input_scales(self.dataset, self.input_size)[found["image"]]
-        columns = (found[name].tolist() for name in ("image", "category", "score", "mask"))
         return [
             {
-                "image_id": records[image].id,
-                "category_id": category,
-                "score": score,
+                "image_id": records[row.image].id,
+                "category_id": row.category,
+                "score": row.score,
                 "bbox": xywh(box),
-                "segmentation": {"size": [records[image].height, records[image].width], "counts": mask},
+                "segmentation": {"size": [records[row.image].height, records[row.image].width], "counts": row.mask},
             }
-            for image, category, score, mask, box in zip(*columns, boxes.tolist(), strict=True)
+            for row, box in zip(found.itertuples(), boxes.tolist(), strict=True)
         ]
 
     def ap(self, samples: int = 1000) -> pd.DataFrame:
@@ -168,15 +165,15 @@ class DrawDetections:
         Columns `variant, split, shots, iou_type, AP, AP50, AP75, AR100, low, high, seeds`; low and high are the 95 %
         bootstrap interval of AP over images and draws.
         """
-        rows, sides = [], (("base", self.split.base), ("novel", self.split.novel))
+        rows, sides = [], {"base": self.split.base, "novel": self.split.novel}
         for variant, shots in itertools.product(VARIANTS, sorted({shots for shots, _ in self.draws})):
             draws = [self.results(variant, draw) for draw in self.draws if draw[0] == shots]
-            for (side, ids), iou_type in itertools.product(sides, IOU_TYPES):
-                runs = [evaluate(self.dataset, results, iou_type, ids) for results in draws]
-                interval = ap_interval(runs, samples)
-                head: dict[str, Any] = {"variant": variant, "split": side, "shots": shots, "iou_type": iou_type}
-                means = {m: float(np.mean([run.metrics[m] for run in runs])) for m in ("AP", "AP50", "AP75", "AR100")}
-                rows.append({**head, **means, "low": interval.low, "high": interval.high, "seeds": len(runs)})
+            for side, iou_type in itertools.product(sides, IOU_TYPES):
+                runs = [evaluate(self.dataset, results, iou_type, sides[side]) for results in draws]
+                head = {"variant": variant, "split": side, "shots": shots, "iou_type": iou_type}
+                means = pd.DataFrame([run.metrics for run in runs])[["AP", "AP50", "AP75", "AR100"]].mean()
+                _, low, high = ap_interval(runs, samples)
+                rows.append({**head, **means, "low": low, "high": high, "seeds": len(runs)})
         return pd.DataFrame(rows)
 
 

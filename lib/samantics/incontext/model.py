@@ -27,7 +27,7 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
     inverse_sigmoid,
 )
 
-from samantics.incontext.tokens import SamMaps
+from samantics.incontext.tokens import SamMaps, processes
 from samantics.scales import InContextSettings
 
 LOSS_WEIGHTS = {"loss_ce": 2.0, "loss_bbox": 5.0, "loss_giou": 2.0}  # also the matcher's costs
@@ -50,14 +50,7 @@ class Memory(NamedTuple):
 
     tokens: Tensor  # (B, L * h * w, dim)
     inside: Tensor  # (B, L * h * w) bool, False for padding
-    shapes: list[tuple[int, int]]  # (h, w) of each of the L levels
-
-
-def build_fuser(settings: InContextSettings, token_shape: tuple[int, int]) -> nn.Sequential:
-    """The MLP from `(R, T, D)` mask tokens to `(R, dim)` class embeddings; `token_shape` is (T, D)."""
-    width = settings.fuser_width
-    first, second = nn.Linear(math.prod(token_shape), width), nn.Linear(width, width)
-    return nn.Sequential(nn.Flatten(), first, nn.GELU(), second, nn.GELU(), nn.Linear(width, settings.dim))
+    geometry: dict[str, Any]  # the sizes of the L levels, in the three forms that `transformers` asks for
 
 
 class InContextModel(nn.Module):
@@ -68,28 +61,35 @@ class InContextModel(nn.Module):
 
     def __init__(self, settings: InContextSettings, trunk_width: int, token_shape: tuple[int, int]) -> None:
         super().__init__()
-        dim, levels, layers = settings.dim, settings.trunk_maps, settings.decoder_layers
-        config = detr_config(settings)
-        self.fuser = build_fuser(settings, token_shape)
+        dim, layers, width = settings.dim, settings.decoder_layers, settings.fuser_width
+        config = DeformableDetrConfig(
+            d_model=dim, dropout=settings.dropout, num_queries=settings.queries, with_box_refine=True,
+            num_feature_levels=settings.trunk_maps,
+            encoder_layers=settings.encoder_layers, decoder_layers=layers,
+            encoder_attention_heads=settings.heads, decoder_attention_heads=settings.heads,
+            encoder_ffn_dim=settings.ffn_width, decoder_ffn_dim=settings.ffn_width,
+        )  # fmt: skip
+        first, second = nn.Linear(math.prod(token_shape), width), nn.Linear(width, width)
+        self.fuser = nn.Sequential(nn.Flatten(), first, nn.GELU(), second, nn.GELU(), nn.Linear(width, dim))
         self.projections = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(trunk_width, dim, 1), nn.GroupNorm(32, dim)) for _ in range(levels)
+            nn.Sequential(nn.Conv2d(trunk_width, dim, 1), nn.GroupNorm(32, dim)) for _ in range(settings.trunk_maps)
         )
         self.positions = DeformableDetrSinePositionEmbedding(dim // 2, normalize=True)
-        self.level_embedding = nn.Parameter(torch.randn(levels, dim))
+        self.level_embedding = nn.Parameter(torch.randn(settings.trunk_maps, dim))
         self.encoder = DeformableDetrEncoder(config)
         self.decoder = DeformableDetrDecoder(config)
         self.query_content = nn.Embedding(settings.queries, dim)
         self.hint_content = nn.Parameter(torch.randn(dim))
         self.place = DeformableDetrMLPPredictionHead(2 * dim, dim, dim, 2)
         self.anchors = nn.Parameter(torch.logit(nn.functional.pad(spread_points(settings.queries), (0, 2), value=0.25)))
-        self.class_heads = nn.ModuleList(nn.Linear(dim, 1) for _ in range(layers))
-        self.box_heads = nn.ModuleList(DeformableDetrMLPPredictionHead(dim, dim, 4, 3) for _ in range(layers))
+        scores = [nn.Linear(dim, 1) for _ in range(layers)]
+        boxes = [DeformableDetrMLPPredictionHead(dim, dim, 4, 3) for _ in range(layers)]
+        for score, box in zip(scores, boxes, strict=True):  # start with small scores, and with the anchors as boxes
+            nn.init.constant_(score.bias, -math.log((1 - CLASS_PRIOR) / CLASS_PRIOR))
+            nn.init.zeros_(box.layers[2].weight)
+            nn.init.zeros_(box.layers[2].bias)
+        self.class_heads, self.box_heads = nn.ModuleList(scores), nn.ModuleList(boxes)
         self.decoder.bbox_embed = self.box_heads
-        for name, parameter in self.named_parameters():  # start with small scores, and with the anchors as boxes
-            if name.startswith("class_heads") and name.endswith("bias"):
-                nn.init.constant_(parameter, -math.log((1 - CLASS_PRIOR) / CLASS_PRIOR))
-            elif name.startswith(("box_heads", "decoder.bbox_embed")) and ".layers.2." in name:
-                nn.init.zeros_(parameter)
 
     def forward(self, maps: SamMaps, tokens: Tensor, image: Tensor, hints: Tensor | None = None) -> DetrOutput:
         """Find each reference's class in its image.
@@ -106,66 +106,61 @@ class InContextModel(nn.Module):
     def encode(self, maps: SamMaps) -> Memory:
         """SAM's trunk maps, projected to `dim` channels and passed through the DETR's encoder."""
         batch, levels, _, height, width = maps.trunk.shape
-        shape = torch.Size((batch, self.level_embedding.shape[1], height, width))
-        grid = self.positions(shape=shape, device=maps.trunk.device, dtype=torch.float32)
+        shape, device = torch.Size((batch, self.level_embedding.shape[1], height, width)), maps.trunk.device
+        grid = self.positions(shape=shape, device=device, dtype=torch.float32)
         content = [project(level) for project, level in zip(self.projections, maps.trunk.unbind(1), strict=True)]
         places = [grid + level[:, None, None] for level in self.level_embedding]
         inside = maps.inside.flatten(1).repeat(1, levels)
-        shapes = [(height, width)] * levels
+        geometry = {
+            "spatial_shapes": torch.tensor([(height, width)] * levels, device=device),
+            "spatial_shapes_list": [(height, width)] * levels,
+            "level_start_index": torch.arange(levels, device=device) * height * width,
+        }
         encoded = self.encoder(
             inputs_embeds=torch.cat([c.flatten(2) for c in content], dim=2).transpose(1, 2),
             attention_mask=inside,
             spatial_position_embeddings=torch.cat([p.flatten(2) for p in places], dim=2).transpose(1, 2),
-            valid_ratios=torch.ones(batch, levels, 2, device=inside.device),
-            **_geometry(shapes, inside.device),
+            valid_ratios=torch.ones(batch, levels, 2, device=device),
+            **geometry,
         )
-        return Memory(encoded.last_hidden_state, inside, shapes)
+        return Memory(encoded.last_hidden_state, inside, geometry)
 
     def decode(self, memory: Memory, embeddings: Tensor, image: Tensor, hints: Tensor | None = None) -> DetrOutput:
         """Boxes and scores from `(P, dim)` class embeddings, each added to every query; else as `forward`."""
-        pairs, device = len(image), memory.tokens.device
-        boxes, content = self.anchors.sigmoid().expand(pairs, -1, -1), self.query_content.weight
-        attention = {}
+        pairs, queries = len(image), len(self.anchors)
+        boxes, content, mask = self.anchors.sigmoid().expand(pairs, -1, -1), self.query_content.weight, None
         if hints is not None:
             boxes = torch.cat([boxes, hints], dim=1)
             content = torch.cat([content, self.hint_content.expand(hints.shape[1], -1)])
-            attention["attention_mask"] = hint_mask(len(self.anchors), hints.shape[1]).to(content)
+            mask = content.new_zeros(boxes.shape[1], boxes.shape[1])  # added to the attention
+            mask[:, queries:] = -math.inf  # nobody but itself sees a hint
+            mask = mask.fill_diagonal_(0.0)[None, None]
         decoded = self.decoder(
             inputs_embeds=content + embeddings[:, None],
             object_queries_position_embeddings=self.place(box_waves(boxes, content.shape[1] // 2)),
             encoder_hidden_states=memory.tokens.index_select(0, image),  # tokens[image] adds gradients in any order
             encoder_attention_mask=memory.inside[image],
             reference_points=boxes,
-            valid_ratios=torch.ones(pairs, len(memory.shapes), 2, device=device),
-            **_geometry(memory.shapes, device),
-            **attention,
+            valid_ratios=torch.ones(pairs, len(self.level_embedding), 2, device=boxes.device),
+            attention_mask=mask,
+            **memory.geometry,
         )
         states = decoded.intermediate_hidden_states.unbind(1)
         starts = [boxes, *decoded.intermediate_reference_points.unbind(1)[:-1]]
         logits = [head(state)[..., 0] for head, state in zip(self.class_heads, states, strict=True)]
-        moved = [refined(head(state), start) for head, state, start in zip(self.box_heads, states, starts, strict=True)]
+        moved = [
+            (head(state) + inverse_sigmoid(start)).sigmoid()
+            for head, state, start in zip(self.box_heads, states, starts, strict=True)
+        ]
         return DetrOutput(torch.stack(logits), torch.stack(moved))
 
 
 def build_model(settings: InContextSettings, sam: Sam, seed: int) -> InContextModel:
     """An untrained model for that SAM, its initialisation seeded."""
-    decoder = sam.mask_decoder
-    width = sam.image_encoder.neck[0].in_channels
+    decoder, width = sam.mask_decoder, sam.image_encoder.neck[0].in_channels
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = InContextModel(settings, width, (decoder.num_mask_tokens, decoder.transformer_dim))
-    return model.to(sam.device)
-
-
-def detr_config(settings: InContextSettings) -> DeformableDetrConfig:
-    """The sizes of the DETR's encoder and decoder as `transformers` wants them."""
-    return DeformableDetrConfig(
-        d_model=settings.dim, dropout=settings.dropout, num_queries=settings.queries, with_box_refine=True,
-        num_feature_levels=settings.trunk_maps,
-        encoder_layers=settings.encoder_layers, decoder_layers=settings.decoder_layers,
-        encoder_attention_heads=settings.heads, decoder_attention_heads=settings.heads,
-        encoder_ffn_dim=settings.ffn_width, decoder_ffn_dim=settings.ffn_width,
-    )  # fmt: skip
+        return InContextModel(settings, width, (decoder.num_mask_tokens, decoder.transformer_dim)).to(sam.device)
 
 
 def spread_points(count: int) -> Tensor:
@@ -175,11 +170,6 @@ def spread_points(count: int) -> Tensor:
     return ((0.5 + steps) % 1).float()
 
 
-def refined(offsets: Tensor, start: Tensor) -> Tensor:
-    """`(..., 4)` boxes from a head's offsets and the boxes that it started from."""
-    return (offsets + inverse_sigmoid(start)).sigmoid()
-
-
 def box_waves(boxes: Tensor, width: int) -> Tensor:
     """`(..., 4 * width)` sines and cosines of the four numbers of boxes (Liu et al. 2022, arXiv 2201.12329)."""
     steps = torch.arange(0, width, 2, device=boxes.device) / width
@@ -187,38 +177,15 @@ def box_waves(boxes: Tensor, width: int) -> Tensor:
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-3)
 
 
-def hint_mask(queries: int, hints: int) -> Tensor:
-    """`(1, 1, N, N)` to be added to the attention of N = queries + hints: nobody but itself sees a hint."""
-    mask = torch.zeros(queries + hints, queries + hints)
-    mask[:, queries:] = -math.inf
-    return mask.fill_diagonal_(0.0)[None, None]
-
-
-def _geometry(shapes: list[tuple[int, int]], device: torch.device) -> dict[str, Any]:
-    """The levels' sizes in the three forms that `transformers` asks for."""
-    sizes = torch.tensor(shapes, device=device)
-    begins = torch.cat([sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]])
-    return {"spatial_shapes": sizes, "spatial_shapes_list": shapes, "level_start_index": begins}
-
-
 def matched_loss(output: DetrOutput, boxes: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
     """Focal + L1 + GIoU loss after Hungarian matching, summed over decoder layers, and the last layer's three terms.
 
-    Normalised by the objects to be found in the batch of all processes, so that the mean over processes, which
-    `DistributedDataParallel` takes, is the loss of the whole batch.
-
-    Args:
-        output: for P pairs.
-        boxes: for each pair the `(n, 4)` boxes to be found, as in `DetrOutput`.
+    `boxes` are for each pair the `(n, 4)` to be found, as in `DetrOutput`. Divided by the objects to be found in the
+    batch of all processes: the mean over processes, which `DistributedDataParallel` takes, is the whole batch's loss.
     """
     device = output.logits.device
-    layers: list[dict[str, Tensor]] = [
-        {"logits": logits[..., None], "pred_boxes": found}
-        for logits, found in zip(output.logits, output.boxes, strict=True)
-    ]
-    labels = [
-        {"class_labels": torch.zeros(len(b), dtype=torch.int64, device=device), "boxes": b.to(device)} for b in boxes
-    ]
+    layers = [{"logits": logits[..., None], "pred_boxes": found} for logits, found in zip(*output, strict=True)]
+    labels = [{"class_labels": torch.zeros(len(b)).long().to(device), "boxes": b.to(device)} for b in boxes]
     matcher = DeformableDetrHungarianMatcher(*LOSS_WEIGHTS.values())
     criterion = DeformableDetrImageLoss(matcher, num_classes=1, focal_alpha=0.25, losses=["labels", "boxes"])
     terms = criterion({**layers[-1], "auxiliary_outputs": layers[:-1]}, labels)
@@ -232,19 +199,16 @@ def matched_loss(output: DetrOutput, boxes: Sequence[Tensor]) -> tuple[Tensor, d
 def hint_loss(output: DetrOutput, boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
     """The same three losses for the queries that start at hints; each knows its object, so nothing is matched.
 
-    Args:
-        output: of the hints, padded to the longest list.
-        boxes: for each pair the `(m, 4)` boxes of the hints' objects.
-        labels: `(m,)` 1 where the object is of the pair's class, else 0.
+    `output` is of the hints, padded to the longest list; for each pair `boxes` `(m, 4)` are the hints' objects and
+    `labels` `(m,)` 1 where the object is of the pair's class, else 0.
     """
     device = output.logits.device
-    real = torch.zeros(output.logits.shape[1:], dtype=torch.bool, device=device)
-    for row, found in zip(real, boxes, strict=True):
-        row[: len(found)] = True
+    counts = torch.tensor([len(b) for b in boxes], device=device)
+    real = torch.arange(output.logits.shape[-1], device=device) < counts[:, None]
     label, target = torch.cat(list(labels)).to(device), torch.cat(list(boxes)).to(device)
     corners = box_convert(target, "cxcywh", "xyxy")
     total = torch.zeros((), device=device)
-    for logits, found in zip(output.logits, output.boxes, strict=True):
+    for logits, found in zip(*output, strict=True):
         focal = sigmoid_focal_loss(logits[real], label, alpha=0.25, gamma=2, reduction="sum")
         distance = (found[real] - target).abs().sum()
         giou = generalized_box_iou_loss(box_convert(found[real], "cxcywh", "xyxy"), corners, reduction="sum")
@@ -254,8 +218,7 @@ def hint_loss(output: DetrOutput, boxes: Sequence[Tensor], labels: Sequence[Tens
 
 def mean_count(count: int, device: torch.device) -> float:
     """The mean of a count over all processes, at least one in all."""
-    everywhere, world = torch.tensor(float(count), device=device), 1
+    everywhere = torch.tensor(float(count), device=device)
     if dist.is_initialized():
         dist.all_reduce(everywhere)
-        world = dist.get_world_size()
-    return max(float(everywhere), 1.0) / world
+    return max(float(everywhere), 1.0) / processes()[1]

@@ -47,14 +47,11 @@ def separability(points: Points, labels: Labels, groups: Labels, seed: int = 0) 
         `shuffled` is the mean for five shuffles of the labels.
 
     Raises:
-        StudyError: fewer than two classes, a class with fewer than two points, fewer than five groups, or a number
-            that is not finite.
+        StudyError: too few classes, points of a class or groups; a number that is not finite.
     """
     classes, counts = np.unique(labels, return_counts=True)
     if len(classes) < 2 or counts.min() < 2:
-        raise StudyError(
-            f"separability needs two classes or more with two objects each: add objects ({len(classes)} classes)"
-        )
+        raise StudyError("separability needs two classes or more with two objects each: add objects")
     if len(np.unique(groups)) < FOLDS:
         raise StudyError(f"separability needs {FOLDS} groups or more: add drawings or images")
     if not np.isfinite(points).all():
@@ -79,12 +76,9 @@ def _measured(
         shift = found.value - (found.low + found.high) / 2  # repeated points make NMI, and it alone, larger
         return Interval(found.value, max(0.0, found.low + shift), min(1.0, found.high + shift))
     if metric == "silhouette":
-        values = silhouette_samples(directions, labels, metric="cosine")
-    elif metric == "knn":
-        values = knn_predictions(directions, labels, groups) == labels
-    else:
-        values = linear_predictions(directions, labels, groups) == labels
-    return bootstrap_mean(values, seed, samples)
+        return bootstrap_mean(silhouette_samples(directions, labels, metric="cosine"), seed, samples)
+    predictions = knn_predictions if metric == "knn" else linear_predictions
+    return bootstrap_mean(predictions(directions, labels, groups) == labels, seed, samples)
 
 
 def nmi(labels: Labels, clusters: Labels) -> float:

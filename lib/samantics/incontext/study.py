@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 import resource
 import time
@@ -46,10 +47,8 @@ from samantics.training_free.pipeline import load_data
 
 FORMAT = 1  # of what is cached; raised when the same settings would give other numbers
 PER_CATEGORY = 40  # reference objects of a category whose class structure is measured
-TUNING = (  # the settings that the trained weights depend on; the others are of the test
-    "novel", "train_scenes", "trunk_maps", "dim", "heads", "ffn_width", "encoder_layers", "decoder_layers", "queries",
-    "dropout", "fuser_width", "epochs", "batch", "learning_rate", "weight_decay", "clip", "flip", "classes_per_image",
-    "absent_classes", "references_per_question", "hints", "min_reference_area",
+WITHOUT_EFFECT = (  # settings that the trained weights do not depend on
+    "test_scenes", "store_features", "top", "min_score", "shots", "reference_seeds", "control_epochs",
 )  # fmt: skip
 
 
@@ -63,17 +62,12 @@ class InContextStudy:
     tuning: SamData  # what the model is trained on; only objects of base categories are labelled there
     references: SamData  # what references are drawn from in the test
     targets: SamData  # the test images
-    identity: Mapping[str, Any]  # what the trained model depends on, by name
+    identity: dict[str, Any]  # what the trained model depends on, by name
 
     @property
     def settings(self) -> InContextSettings:
         """Of the run's scale."""
         return self.run.scale.incontext
-
-    @property
-    def folder(self) -> Path:
-        """Of what this notebook keeps."""
-        return self.run.cache / "incontext"
 
     def sampler(self) -> BatchSampler:
         """The training's batches."""
@@ -83,7 +77,7 @@ class InContextStudy:
     def checkpoint(self) -> Checkpoint:
         """Where the training is saved, and resumed from."""
         name = "control" if "control" in self.identity else "model"
-        return Checkpoint(self.folder / f"{name}_{hash_value(self.identity)}.pt", dict(self.identity))
+        return Checkpoint(self._folder / f"{name}_{hash_value(self.identity)}.pt", self.identity)
 
     def reference_rows(self, shots: int, seed: int = 0) -> NDArray[np.int64]:
         """`(C, shots)` rows of randomly drawn reference objects for the categories of `split.all`."""
@@ -91,7 +85,11 @@ class InContextStudy:
 
     def kept(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         """The table kept under that name for this study, else made and kept."""
-        return kept(self.folder / f"{name}_{hash_value(self._key)}.csv", make)
+        return kept(self._folder / f"{name}_{hash_value(self._key)}.csv", make)
+
+    @property
+    def _folder(self) -> Path:
+        return self.run.cache / "incontext"
 
     @property
     def _key(self) -> list[Any]:
@@ -104,18 +102,16 @@ class InContextStudy:
         Args:
             draws: (shots, seed) of the references; default: all shots and seeds of the settings.
         """
-        seeds = range(self.settings.reference_seeds)
-        draws = tuple(draws) or tuple((shots, seed) for shots in self.settings.shots for seed in seeds)
+        draws = tuple(draws or itertools.product(self.settings.shots, range(self.settings.reference_seeds)))
 
         def compute() -> dict[str, NDArray[Any]]:
-            tokens, test = self.references.tokens, self.targets
+            tokens, (dataset, maps, *_) = self.references.tokens, self.targets
             embeddings = {draw: class_embeddings(model, tokens, self.reference_rows(*draw)) for draw in draws}
-            sam = self.encoder.model
-            found = detect_draws(model, sam, test.dataset, test.maps, embeddings, self.split, self.settings)
+            found = detect_draws(model, self.encoder.model, dataset, maps, embeddings, self.split, self.settings)
             return {name: np.array(found[name], np.bytes_ if name == "mask" else None) for name in found}
 
-        arrays = kept(self.folder / f"detections_{hash_value([*self._key, draws])}.npz", compute)
-        table = pd.DataFrame({**arrays, "mask": [mask.decode() for mask in arrays["mask"].tolist()]})
+        table = pd.DataFrame(kept(self._folder / f"detections_{hash_value([*self._key, draws])}.npz", compute))
+        table["mask"] = table["mask"].str.decode("ascii")
         return DrawDetections(self.targets.dataset, self.split, self.encoder.image_size, draws, table)
 
     def reference_points(self) -> pd.DataFrame:
@@ -129,27 +125,31 @@ class InContextStudy:
         table = pd.DataFrame({"row": rows, "category_id": objects.categories[rows]})
         table["group"] = [instances[row].drawing or f"image {instances[row].image_id}" for row in rows]
         table["split"] = np.where(table["category_id"].isin(self.split.base), "base", "novel")
-        table = table[table.groupby("category_id").cumcount() < PER_CATEGORY]
-        counts = table.groupby("category_id")["row"].transform("size")
-        return table[counts >= 2].reset_index(drop=True)
+        same = table.groupby("category_id")["row"]
+        return table[(same.cumcount() < PER_CATEGORY) & (same.transform("size") > 1)].reset_index(drop=True)
 
     def object_features(self, rows: Sequence[int]) -> dict[str, NDArray[np.float32]]:
         """SAM's (`maps`) and DINOv2's (`dinov2`) last map, averaged over each reference object's mask: `(n, C)`."""
         encoders = {"maps": self.encoder, "dinov2": load_encoder("dinov2", self.run.scale.weights, self.run.device)}
         self.run.record("dinov2_weights", encoders["dinov2"].weights_hash)
         objects = [self.references.dataset.instances[row] for row in rows]
-        found = reference_features(encoders, self.references.dataset, objects, self.folder / "mask_features")
+        found = reference_features(encoders, self.references.dataset, objects, self._folder / "mask_features")
         return {name: np.stack([vectors[i.id] for i in objects]) for name, vectors in found.items()}
 
     def planted(self) -> InContextStudy:
         """The positive control: the same study with a random code of its class added on every object and its tokens."""
-        settings = dataclasses.replace(self.settings, epochs=self.settings.control_epochs, flip=0.0)
-        run = dataclasses.replace(self.run, scale=dataclasses.replace(self.run.scale, incontext=settings))
-        size, seed = self.encoder.image_size, self.run.seed
-        parts = (planted_part(p, self.split.all, size, seed) for p in (self.tuning, self.references, self.targets))
-        tuning, references, targets = parts
-        identity = {**self.identity, "control": settings.epochs}
+        epochs, size = self.settings.control_epochs, self.encoder.image_size
+        run = _with_settings(self.run, epochs=epochs, flip=0.0)
+        parts = (self.tuning, self.references, self.targets)
+        tuning, references, targets = (planted_part(part, self.split.all, size, run.seed) for part in parts)
+        identity = {**self.identity, "control": epochs}
         return InContextStudy(run, self.encoder, self.split, tuning, references, targets, identity)
+
+
+def _with_settings(run: Run, **settings: Any) -> Run:
+    """The same run with other values of `InContextSettings`."""
+    incontext = dataclasses.replace(run.scale.incontext, **settings)
+    return dataclasses.replace(run, scale=dataclasses.replace(run.scale, incontext=incontext))
 
 
 def load_study(
@@ -177,17 +177,17 @@ def load_study(
     if tuning.categories != data.targets.categories:
         raise StudyError(f"{tuning.path} and {data.targets.path} have different categories: use one list in both")
     split = split_categories(tuning, settings.novel)
+    of_tuning = {name: value for name, value in dataclasses.asdict(settings).items() if name not in WITHOUT_EFFECT}
     identity = {
         "format": FORMAT,
         "base": list(split.base),
         "data": tuning.hash,
         "sam": encoder.weights_hash,
         "seed": run.seed,
-        "settings": {name: value for name, value in dataclasses.asdict(settings).items() if name in TUNING},
+        "settings": of_tuning,
     }
-    parts = [_part(run, encoder, dataset) for dataset in (tuning, data.references)]
-    test = _part(run, encoder, data.targets, with_tokens=False)
-    return InContextStudy(run, encoder, split, parts[0], parts[1], test, identity)
+    parts = _part(run, encoder, tuning), _part(run, encoder, data.references), _part(run, encoder, data.targets, False)
+    return InContextStudy(run, encoder, split, *parts, identity)
 
 
 def _part(run: Run, encoder: Encoder, dataset: CocoDataset, with_tokens: bool = True) -> SamData:
@@ -195,12 +195,11 @@ def _part(run: Run, encoder: Encoder, dataset: CocoDataset, with_tokens: bool = 
     maps: MapSource = functools.partial(live_maps, sam, dataset, settings.trunk_maps)
     if settings.store_features:
         maps = stored_maps(sam, dataset, settings.trunk_maps, encoder.weights_hash, folder)
-    objects = object_arrays(dataset, encoder.image_size)
-    tokens = np.empty((0, sam.mask_decoder.num_mask_tokens, sam.mask_decoder.transformer_dim), np.float16)
+    objects, key = object_arrays(dataset, encoder.image_size), hash_value([FORMAT, dataset.hash, encoder.weights_hash])
     if with_tokens:
-        key = hash_value([FORMAT, dataset.hash, encoder.weights_hash])
-        tokens = object_tokens(sam, maps, objects, folder / f"tokens_{key}")
-    return SamData(dataset, maps, objects, tokens)
+        return SamData(dataset, maps, objects, object_tokens(sam, maps, objects, folder / f"tokens_{key}"))
+    none = np.empty((0, sam.mask_decoder.num_mask_tokens, sam.mask_decoder.transformer_dim), np.float16)
+    return SamData(dataset, maps, objects, none)
 
 
 def tune(
@@ -209,24 +208,17 @@ def tune(
 ) -> str:  # fmt: skip
     """Train the model of notebook 02 by itself, under `torchrun` on all its processes; a line of time and peak memory.
 
-    Args:
-        references, targets, images, weights: see `load_study`.
-        settings: values of `InContextSettings` other than the scale's.
-
-    Raises:
-        StudyError: see `load_study` and `train`.
+    Arguments as of `load_study`; `settings` are values of `InContextSettings` other than the scale's.
     """
     if shared := int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
-        run = start_run(scale, "02_in_context")
-        incontext = dataclasses.replace(run.scale.incontext, **(settings or {}))
-        run = dataclasses.replace(run, scale=dataclasses.replace(run.scale, incontext=incontext))
+        run = _with_settings(start_run(scale, "02_in_context"), **(settings or {}))
         study = load_study(run, references, targets, images, weights)
         started = time.perf_counter()
-        model = build_model(incontext, study.encoder.model, run.seed)
+        model = build_model(study.settings, study.encoder.model, run.seed)
         _, curve = train(model, study.sampler(), study.checkpoint())
         seconds, steps, loss = time.perf_counter() - started, int(curve["step"].max()) + 1, curve["loss"].iloc[-1]
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

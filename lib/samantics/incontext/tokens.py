@@ -31,6 +31,11 @@ Rows = NDArray[np.int64]  # (B,) positions of images in a data set
 Mirrored = NDArray[np.bool_] | None  # (B,) images to be mirrored left to right
 
 
+def processes() -> tuple[int, int]:
+    """Rank of this process and how many there are (of `torchrun`)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 class SamMaps(NamedTuple):
     """SAM's maps of a batch of images."""
 
@@ -39,8 +44,7 @@ class SamMaps(NamedTuple):
     inside: Tensor  # (B, h, w) bool, False for tokens of padding
 
 
-MapSource = Callable[..., SamMaps]
-"""`source(rows, mirrored=None)`: float32 maps of some images; of those that are `mirrored`, of their mirror images."""
+MapSource = Callable[..., SamMaps]  # source(rows, mirrored=None): float32 maps of images, or of their mirror images
 
 
 def trunk_blocks(sam: Sam, count: int) -> list[int]:
@@ -140,8 +144,7 @@ def object_arrays(dataset: CocoDataset, input_size: int) -> Objects:
     """The objects of a data set for a SAM whose input is `input_size` pixels."""
     row = {image_id: number for number, image_id in enumerate(dataset.images)}
     image = np.array([row[i.image_id] for i in dataset.instances], np.int64)
-    boxes = np.array([i.box for i in dataset.instances]).reshape(-1, 4)
-    scales = input_scales(dataset, input_size)
+    boxes, scales = np.array([i.box for i in dataset.instances]).reshape(-1, 4), input_scales(dataset, input_size)
     widths = np.array([record.width for record in dataset.images.values()]) * scales[:, 0]
     return Objects(
         image=image,
@@ -170,56 +173,53 @@ def read_maps(stored: Sequence[NDArray[Any]], device: torch.device, rows: Rows, 
     return SamMaps(trunk.float(), neck.float(), inside)
 
 
-def stored_maps(sam: Sam, dataset: CocoDataset, count: int, weights_hash: str, folder: Path) -> MapSource:
+def stored_maps(sam: Sam, dataset: CocoDataset, trunk_maps: int, weights_hash: str, folder: Path) -> MapSource:
     """SAM's maps of all images, kept on disk as float16; encoded now if they are not there."""
-    key = hash_value(["maps 1", dataset.hash, weights_hash, trunk_blocks(sam, count)])
+    count, key = len(dataset.images), hash_value(["maps 1", dataset.hash, weights_hash, trunk_blocks(sam, trunk_maps)])
     paths = {part: folder / f"{key}_{part}.npy" for part in SamMaps._fields}
     if not all(path.is_file() for path in paths.values()):
         arrays: dict[str, NDArray[Any]] = {}
-        for start in tqdm(range(0, len(dataset.images), 32), desc="SAM encodes", unit="batch"):
-            rows = np.arange(start, min(start + 32, len(dataset.images)))
-            for part, values in zip(SamMaps._fields, live_maps(sam, dataset, count, rows), strict=True):
-                if part not in arrays:
-                    kind = np.dtype(bool if part == "inside" else np.float16)
-                    arrays[part] = np.empty((len(dataset.images), *values.shape[1:]), kind)
-                arrays[part][rows] = values.numpy(force=True)
+        for rows in tqdm(np.split(np.arange(count), range(32, count, 32)), desc="SAM encodes", unit="batch"):
+            for part, values in live_maps(sam, dataset, trunk_maps, rows)._asdict().items():
+                kind = bool if part == "inside" else np.float16
+                arrays.setdefault(part, np.empty((count, *values.shape[1:]), kind))[rows] = values.numpy(force=True)
         for part, array in arrays.items():
             _save(paths[part], array)
     return functools.partial(read_maps, [_load(path) for path in paths.values()], sam.device)
 
 
-def planted_maps(
-    source: MapSource, objects: Objects, input_size: int, codes: Tensor, rows: Rows, mirrored: Mirrored = None
-) -> SamMaps:
-    """See `MapSource`: the positive control, another source's maps with the code of its class added on every object.
+def planted_part(part: SamData, categories: Sequence[int], input_size: int, seed: int) -> SamData:
+    """The positive control: a random code for each category id, added on its objects and to their mask tokens.
 
     A model that cannot learn from these cannot use a reference at all; one that can, and learns nothing from SAM's own
-    maps, did not find the class there. `codes (K, C)` are by category id, in units of the maps' standard deviation.
+    maps, did not find the class there. Codes are in units of the maps' and tokens' standard deviation.
     """
-    maps = source(rows, mirrored)
-    trunk, codes = maps.trunk.clone(), codes.to(maps.trunk) * maps.trunk.std()
-    grid = trunk.shape[-1]
-    tokens = np.round(objects.boxes * grid / input_size).astype(int)
-    tokens[:, :2] = tokens[:, :2].clip(0, grid - 1)  # an object smaller than a token has one all the same
-    for position, row in enumerate(rows):
-        for number in np.flatnonzero(objects.image == row):
-            x0, y0, x1, y1 = tokens[number]
-            place = np.s_[position, :, :, y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)]
-            trunk[place] += codes[objects.categories[number], :, None, None]
-    return maps._replace(trunk=trunk)
-
-
-def planted_part(part: SamData, categories: Sequence[int], input_size: int, seed: int) -> SamData:
-    """The positive control: a random code for each category id, added on its objects and to their mask tokens."""
     widths = part.maps(np.array([0])).trunk.shape[2], part.tokens.shape[-1]
     map_codes, token_codes = (
         torch.randn(max(categories) + 1, width, generator=torch.Generator().manual_seed(seed + number))
         for number, width in enumerate(widths)
     )
-    maps = functools.partial(planted_maps, part.maps, part.objects, input_size, map_codes)
+    maps = functools.partial(_planted_maps, part.maps, part.objects, input_size, map_codes)
     strength = float(part.tokens.astype(np.float32).std()) if len(part.tokens) else 0.0
     added = strength * token_codes.numpy()[part.objects.categories[: len(part.tokens)]][:, None]
     return part._replace(maps=maps, tokens=np.asarray(part.tokens + added, np.float16))
+
+
+def _planted_maps(
+    source: MapSource, objects: Objects, input_size: int, codes: Tensor, rows: Rows, mirrored: Mirrored = None
+) -> SamMaps:
+    """See `MapSource`: another source's maps with the code of its class, `(K, C)` by category id, on every object."""
+    maps = source(rows, mirrored)
+    trunk, codes = maps.trunk.clone(), codes.to(maps.trunk) * maps.trunk.std()
+    grid = trunk.shape[-1]
+    tokens = np.round(objects.boxes * grid / input_size).astype(int)
+    tokens[:, :2] = tokens[:, :2].clip(0, grid - 1)
+    tokens[:, 2:] = np.maximum(tokens[:, 2:], tokens[:, :2] + 1)  # smaller than a token, an object has one all the same
+    for position, row in enumerate(rows):
+        for number in np.flatnonzero(objects.image == row):
+            x0, y0, x1, y1 = tokens[number]
+            trunk[position, :, :, y0:y1, x0:x1] += codes[objects.categories[number], :, None, None]
+    return maps._replace(trunk=trunk)
 
 
 def object_tokens(sam: Sam, source: MapSource, objects: Objects, folder: Path) -> NDArray[np.float16]:
@@ -228,28 +228,25 @@ def object_tokens(sam: Sam, source: MapSource, objects: Objects, folder: Path) -
     A file holds the objects of `SHARD` images, so a killed run goes on where it was; under `torchrun` the processes
     share the files out.
     """
-    shard = objects.image // SHARD
+    shard, (rank, world) = objects.image // SHARD, processes()
     paths = [folder / f"{number * SHARD:07d}.npy" for number in range(int(shard.max(initial=0)) + 1)]
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     missing = [number for number in range(rank, len(paths), world) if not paths[number].is_file()]
     for number in tqdm(missing, desc="mask tokens", unit="file", disable=rank > 0 or not missing):
-        _save(paths[number], _tokens_of(sam, source, objects, np.flatnonzero(shard == number)))
+        some = Objects(*(part[shard == number] for part in objects))
+        _save(paths[number], _tokens_of(sam, source, some))
     if world > 1:
         dist.barrier()
     return np.concatenate([_load(path) for path in paths])[np.argsort(np.argsort(shard, kind="stable"))]
 
 
-def _tokens_of(
-    sam: Sam, source: MapSource, objects: Objects, rows: NDArray[np.int64], batch: int = 16
-) -> NDArray[np.float16]:
-    """The tokens of some objects, `batch` images at a time."""
-    decoder, images = sam.mask_decoder, np.unique(objects.image[rows])
-    tokens = np.zeros((len(rows), decoder.num_mask_tokens, decoder.transformer_dim), np.float16)
-    for start in range(0, len(images), batch):
-        some = images[start : start + batch]
-        chosen = np.flatnonzero(np.isin(objects.image[rows], some))
-        neck = source(some).neck[np.searchsorted(some, objects.image[rows[chosen]])]
-        boxes = torch.from_numpy(objects.boxes[rows[chosen]]).to(sam.device)
+def _tokens_of(sam: Sam, source: MapSource, objects: Objects) -> NDArray[np.float16]:
+    """`(R, T, D)` of all these objects, 16 images at a time."""
+    decoder, images = sam.mask_decoder, np.unique(objects.image)
+    tokens = np.zeros((len(objects.image), decoder.num_mask_tokens, decoder.transformer_dim), np.float16)
+    for some in np.split(images, range(16, len(images), 16)):
+        chosen = np.isin(objects.image, some)
+        neck = source(some).neck[np.searchsorted(some, objects.image[chosen])]
+        boxes = torch.from_numpy(objects.boxes[chosen]).to(sam.device)
         tokens[chosen] = mask_tokens(sam, neck, boxes).numpy(force=True)
     return tokens
 
