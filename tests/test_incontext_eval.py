@@ -121,10 +121,8 @@ def test_detect_keeps_the_best_of_the_models_output(scenes: CocoDataset) -> None
     alone = box_masks(sam, image.neck, torch.from_numpy(best[CORNERS].to_numpy().round()), SIZE, SIZE)
     masks = np.stack([mask_of({"size": [SIZE, SIZE], "counts": text}) for text in best["mask"]])
     assert (masks == alone).mean() > 0.999
-    assert (
-        len(evaluation.detect(model, sam, scenes, maps, embeddings, asked, dataclasses.replace(TINY, min_score=1.0)))
-        == 0
-    )
+    strict = dataclasses.replace(TINY, min_score=1.0)
+    assert len(evaluation.detect(model, sam, scenes, maps, embeddings, asked, strict)) == 0
 
 
 def test_draws_are_numbered_one_after_another_and_noise_behind_them(scenes: CocoDataset, split: Split) -> None:

@@ -29,15 +29,7 @@ from samantics.data.first_world import write_mojiworld
 from samantics.errors import StudyError
 from samantics.incontext.evaluation import Draw, DrawDetections, class_embeddings, detect_draws
 from samantics.incontext.model import InContextModel, build_model
-from samantics.incontext.tokens import (
-    MapSource,
-    SamData,
-    live_maps,
-    object_arrays,
-    object_tokens,
-    planted_part,
-    stored_maps,
-)
+from samantics.incontext.tokens import SamData, live_maps, object_arrays, object_tokens, planted_part, stored_maps
 from samantics.incontext.training import BatchSampler, Split, draw_references, split_categories, train
 from samantics.models.encoder import Encoder, load_encoder
 from samantics.run import Run, own_data, start_run
@@ -192,9 +184,10 @@ def load_study(
 
 def _part(run: Run, encoder: Encoder, dataset: CocoDataset, with_tokens: bool = True) -> SamData:
     settings, folder, sam = run.scale.incontext, run.cache / "incontext", encoder.model
-    maps: MapSource = functools.partial(live_maps, sam, dataset, settings.trunk_maps)
     if settings.store_features:
         maps = stored_maps(sam, dataset, settings.trunk_maps, encoder.weights_hash, folder)
+    else:
+        maps = functools.partial(live_maps, sam, dataset, settings.trunk_maps)
     objects, key = object_arrays(dataset, encoder.image_size), hash_value([FORMAT, dataset.hash, encoder.weights_hash])
     if with_tokens:
         return SamData(dataset, maps, objects, object_tokens(sam, maps, objects, folder / f"tokens_{key}"))
@@ -221,8 +214,8 @@ def tune(
         model = build_model(study.settings, study.encoder.model, run.seed)
         _, curve = train(model, study.sampler(), study.checkpoint())
         seconds, steps, loss = time.perf_counter() - started, int(curve["step"].max()) + 1, curve["loss"].iloc[-1]
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        used = torch.cuda.max_memory_allocated() if run.device == "cuda" else peak
+        host = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        used = torch.cuda.max_memory_allocated() if run.device == "cuda" else host
         line = f"{steps} steps, {seconds / steps:.2f} s each, peak memory {used / 2**30:.1f} GiB; loss {loss:.3f}\n"
         return "" if shared and dist.get_rank() > 0 else line
     finally:
