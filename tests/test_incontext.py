@@ -150,6 +150,8 @@ def test_object_tokens_are_of_each_objects_own_image_and_box(
     np.testing.assert_allclose(tokens, sampler.tokens[shuffled], atol=5e-3)
     (tmp_path / "0000007.npy").unlink()  # only this one is computed again
     np.testing.assert_allclose(object_tokens(sam, sampler.maps, objects, tmp_path), tokens, atol=5e-3)
+    none = Objects(*(part[:0] for part in objects))
+    assert object_tokens(sam, sampler.maps, none, tmp_path / "none").shape == (0, *tokens.shape[1:])
 
 
 def test_planted_classes_stand_on_their_objects_alone(sampler: BatchSampler, scenes: CocoDataset) -> None:

@@ -232,8 +232,7 @@ def object_tokens(sam: Sam, source: MapSource, objects: Objects, folder: Path) -
     paths = [folder / f"{number * SHARD:07d}.npy" for number in range(int(shard.max(initial=0)) + 1)]
     missing = [number for number in range(rank, len(paths), world) if not paths[number].is_file()]
     for number in tqdm(missing, desc="mask tokens", unit="file", disable=rank > 0 or not missing):
-        some = Objects(*(part[shard == number] for part in objects))
-        _save(paths[number], _tokens_of(sam, source, some))
+        _save(paths[number], _tokens_of(sam, source, Objects(*(part[shard == number] for part in objects))))
     if world > 1:
         dist.barrier()
     return np.concatenate([_load(path) for path in paths])[np.argsort(np.argsort(shard, kind="stable"))]
@@ -243,7 +242,8 @@ def _tokens_of(sam: Sam, source: MapSource, objects: Objects) -> NDArray[np.floa
     """`(R, T, D)` of all these objects, 16 images at a time."""
     decoder, images = sam.mask_decoder, np.unique(objects.image)
     tokens = np.zeros((len(objects.image), decoder.num_mask_tokens, decoder.transformer_dim), np.float16)
-    for some in np.split(images, range(16, len(images), 16)):
+    for start in range(0, len(images), 16):
+        some = images[start : start + 16]
         chosen = np.isin(objects.image, some)
         neck = source(some).neck[np.searchsorted(some, objects.image[chosen])]
         boxes = torch.from_numpy(objects.boxes[chosen]).to(sam.device)
