@@ -10,13 +10,15 @@ from torch.nn import functional
 from samantics.data import first_world as mojiworld
 from samantics.models import pocket
 from samantics.zoo import masks as mask_losses
-from samantics.zoo import objectives, views
+from samantics.zoo import views, words
+from samantics.zoo.contract import Batch, normalised
+from samantics.zoo.objectives import build_objective
 
 
 @pytest.fixture(scope="module")
-def batch() -> objectives.Batch:
+def batch() -> Batch:
     pictures = mojiworld.render(lambda i: mojiworld.scene(mojiworld.World(), "objective", i), range(3))
-    return objectives.Batch(
+    return Batch(
         torch.from_numpy(pictures.images).permute(0, 3, 1, 2),
         torch.from_numpy(pictures.instances),
         torch.from_numpy(pictures.drawings).long(),
@@ -25,10 +27,10 @@ def batch() -> objectives.Batch:
 
 def test_batched_sam_decoding_equals_the_packages_decoder_image_by_image(batch) -> None:
     torch.manual_seed(0)
-    sam = objectives.SamObjective().eval()
+    sam = mask_losses.SamObjective().eval()
     points, labels = torch.rand(3, 2, 2) * 100, torch.tensor([[1.0, 0], [1, 1], [0, 1]])
     with torch.no_grad():
-        image = sam.embed(views.normalised(batch.images))
+        image = sam.embed(normalised(batch.images))
         logits, iou = sam.decode(image, points, labels)
         for i in range(3):
             sparse, dense = sam.model.prompt_encoder((points[i : i + 1], labels[i : i + 1]), None, None)
@@ -40,10 +42,10 @@ def test_batched_sam_decoding_equals_the_packages_decoder_image_by_image(batch) 
 
 def test_batched_sam2_decoding_equals_the_packages_heads(batch) -> None:
     torch.manual_seed(0)
-    sam = objectives.Sam2Objective().eval()
+    sam = mask_losses.Sam2Objective().eval()
     points, labels = torch.rand(3, 1, 2) * 100, torch.ones(3, 1)
     with torch.no_grad():
-        embedding, *fine = sam.embed(views.normalised(batch.images))
+        embedding, *fine = sam.embed(normalised(batch.images))
         logits, iou = sam.decode((embedding, *fine), points, labels)
         prompt = {"point_coords": points, "point_labels": labels.int()}
         low, _, quality, *_ = sam.model._forward_sam_heads(
@@ -104,7 +106,7 @@ def test_a_caption_names_every_object_by_its_words() -> None:
     table = mojiworld.catalogue()
     rng = np.random.default_rng(0)
     for _ in range(30):
-        text = objectives.caption(rng, [5, 300, -1])
+        text = words.caption(rng, [5, 300, -1])
         for drawing in (5, 300):
             assert table["drawing"][drawing] in text or table["category"][drawing] in text
         pocket.WordTokenizer()([text])
@@ -112,11 +114,11 @@ def test_a_caption_names_every_object_by_its_words() -> None:
 
 def test_the_clip_that_is_shipped_holds_the_statistics_of_its_training(batch) -> None:
     torch.manual_seed(0)
-    objective = objectives.ClipObjective()
+    objective = words.ClipObjective()
     for _ in range(3):
         objective(batch, 0.0)
     objective.eval()
-    pixels, tokens = views.normalised(batch.images), objective.tokenizer(["dog and tool", "tool", "bird"])
+    pixels, tokens = normalised(batch.images), objective.tokenizer(["dog and tool", "tool", "bird"])
     model, shipped = objective.model, objective.shipped()
     with torch.no_grad():
         pairs = (
@@ -154,15 +156,15 @@ def test_a_view_of_the_whole_picture_recoloured_by_nothing_is_the_picture(monkey
     monkeypatch.setattr(torch, "rand", lambda *shape, **kwargs: torch.ones(*shape))
     images = torch.arange(6 * 3 * 16 * 16).remainder(256).to(torch.uint8).view(6, 3, 16, 16)
     whole = views.augmented(images, 16, (1.0, 1.0))
-    torch.testing.assert_close(whole, views.normalised(images), atol=1e-4, rtol=0)
+    torch.testing.assert_close(whole, normalised(images), atol=1e-4, rtol=0)
     left = views.augmented(images, 8, (0.25, 0.25))  # a quarter of the area, at the far corner
-    torch.testing.assert_close(left, views.normalised(images)[..., 8:, 8:], atol=1e-4, rtol=0)
+    torch.testing.assert_close(left, normalised(images)[..., 8:, 8:], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["sam", "sam2", "clip", "simclr", "supervised"])
 def test_every_objective_learns_something_from_one_step(name: str, batch) -> None:
     torch.manual_seed(0)
-    objective = objectives.build_objective(name).train()
+    objective = build_objective(name).train()
     loss, figures = objective(batch, 0.1)
     loss.backward()
     objective.after_step(0.1)
@@ -173,7 +175,7 @@ def test_every_objective_learns_something_from_one_step(name: str, batch) -> Non
 
 def test_self_distillation_moves_the_teacher_towards_the_student(batch) -> None:
     torch.manual_seed(0)
-    objective = objectives.build_objective("dinov2").train()
+    objective = build_objective("dinov2").train()
     loss, figures = objective(batch, 0.9)
     assert torch.isfinite(loss) and {"dino", "ibot", "koleo"} <= figures.keys()
     student, teacher = objective.student.embeddings.cls_token, objective.model.embeddings.cls_token
@@ -202,7 +204,7 @@ def test_balanced_targets_use_every_prototype_and_keep_each_pictures_preferences
 
 def test_the_supervised_control_is_measured_on_standardised_features(batch) -> None:
     torch.manual_seed(0)
-    objective = objectives.build_objective("supervised")
+    objective = build_objective("supervised")
     torch.manual_seed(1)
     taught, _ = objective.train()(batch, 0.5)
     measured, _ = objective.eval()(batch, 0.5)

@@ -1,15 +1,111 @@
-"""Prompts and losses of masks: what SAM and SAM 2 are trained with."""
+"""SAM and SAM 2: masks from clicks and boxes."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchvision.ops import sigmoid_focal_loss
+from torchvision.ops import masks_to_boxes, sigmoid_focal_loss
+from typing_extensions import override
+
+from samantics.models import pocket
+from samantics.zoo.contract import Batch, Objective, normalised
+
+
+class SamObjective(Objective):
+    """Masks from clicks and boxes as in SAM (Kirillov et al. 2023, arXiv 2304.02643, sections 3 and A).
+
+    Focal and dice loss 20:1, the best of three masks for a single click, a predicted IoU, and one corrective click
+    in the region of error with the last mask as a prompt.
+    """
+
+    build: Callable[[pocket.ZooConfig], Any] = staticmethod(pocket.build_sam)
+    prompts = operator.attrgetter("prompt_encoder")
+
+    def __init__(self, config: pocket.ZooConfig = pocket.DEFAULT, model: Any = None) -> None:
+        super().__init__()
+        self.model = self.build(config) if model is None else model
+
+    @override
+    def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        clicked, boxed = chosen_masks(batch.instances, (batch.drawings >= 0).sum(1)).unbind(1)
+        image, side = self.embed(normalised(batch.images)), clicked.shape[-1]
+        fine = 8 * image[0].shape[-1]  # masks are compared at twice the resolution of the logits
+        target, box_target = shrunk_masks(clicked, fine), shrunk_masks(boxed, fine)
+        points, labels = sampled_clicks(target.bool(), target, side)
+        click, click_iou = self.decode(image, points, labels)
+        first_loss, first_best = best_of_masks_loss(click[:, 1:], click_iou[:, 1:], target)
+        best = click_iou[:, 1:].argmax(1) + 1
+        prompt = click[torch.arange(len(click), device=click.device), best, None].detach()
+        wrong = (upsampled(prompt) > 0).squeeze(1) != target.bool()
+        more_points, more_labels = sampled_clicks(wrong, target, side)
+        points, labels = torch.cat([points, more_points], 1), torch.cat([labels, more_labels], 1)
+        second, second_iou = self.decode(image, points, labels, prompt=prompt)
+        box, box_iou = self.decode(image, boxes=jittered(masks_to_boxes(boxed)))
+        second_loss, second_best = best_of_masks_loss(second[:, :1], second_iou[:, :1], target)
+        box_loss, box_best = best_of_masks_loss(box[:, :1], box_iou[:, :1], box_target)
+        figures = {"iou_click": first_best, "iou_two_clicks": second_best, "iou_box": box_best}
+        return first_loss + second_loss + box_loss, figures
+
+    def embed(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """The neck's output `(B, C, g, g)`, from normalised pixels; SAM 2 adds its two finer levels."""
+        return (self.model.image_encoder(pixels),)
+
+    def decode(
+        self, image: tuple[Tensor, ...], points: Any = None, labels: Any = None, boxes: Any = None, prompt: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """All four masks of one prompt for each of B images.
+
+        Args:
+            image: of `embed`.
+            points, labels: `(B, N, 2)` x, y in pixels and `(B, N)` 1 = object, 0 = background.
+            boxes: `(B, 4)` xyxy in pixels.
+            prompt: `(B, 1, 4g, 4g)` logits of an earlier mask.
+
+        Returns:
+            Logits `(B, 4, 4g, 4g)` (the first is the single-mask token's) and predicted IoU `(B, 4)`.
+        """
+        encoder = self.prompts(self.model)
+        sparse, dense = encoder(points=None if points is None else (points, labels), boxes=boxes, masks=prompt)
+        logits, iou, *_ = self.predict(image, encoder.get_dense_pe(), sparse, dense)
+        return logits.float(), iou.float()
+
+    def predict(self, image: tuple[Tensor, ...], position: Tensor, sparse: Tensor, dense: Tensor) -> Any:
+        """The package's mask decoder on as many prompts as images."""
+        # it repeats one image for all prompts and adds the dense prompt: so each image goes in there
+        nothing = torch.zeros_like(image[0][:1])
+        return self.model.mask_decoder.predict_masks(nothing, position, sparse, dense + image[0])
+
+    @override
+    def start_from(self, parent: Mapping[str, Tensor]) -> None:
+        encoder = self.model.image_encoder
+        trunk = trunk_of_dinov2(parent, len(encoder.blocks))
+        wanted = [key for key in encoder.state_dict() if not key.startswith("neck")]
+        encoder.load_state_dict({key: trunk[key] for key in wanted}, strict=False)
+
+
+class Sam2Objective(SamObjective):
+    """SAM 2 on images, trained as SAM is."""
+
+    build = staticmethod(pocket.build_sam2)
+    prompts = operator.attrgetter("sam_prompt_encoder")
+
+    @override
+    def embed(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        fine, middle, coarse = self.model.forward_image(pixels)["backbone_fpn"]
+        return coarse + self.model.no_mem_embed.view(1, -1, 1, 1), fine, middle
+
+    @override
+    def predict(self, image: tuple[Tensor, ...], position: Tensor, sparse: Tensor, dense: Tensor) -> Any:
+        return self.model.sam_mask_decoder.predict_masks(
+            image[0], position, sparse, dense, repeat_image=False, high_res_features=list(image[1:])
+        )
 
 
 def chosen_masks(instances: Tensor, counts: Tensor) -> Tensor:

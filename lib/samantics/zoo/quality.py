@@ -20,8 +20,10 @@ from samantics.data import first_world as mojiworld
 from samantics.metrics.intervals import Interval, bootstrap_mean
 from samantics.models import pocket
 from samantics.probing.linear import linear_probe
-from samantics.zoo.objectives import OBJECTIVES, Sam2Objective, SamObjective, caption
-from samantics.zoo.views import normalised
+from samantics.zoo.contract import normalised
+from samantics.zoo.masks import Sam2Objective, SamObjective
+from samantics.zoo.objectives import OBJECTIVES
+from samantics.zoo.words import caption
 
 Measures = Mapping[str, NDArray[np.float64] | Interval]
 TRAIN_VIEWS = 4  # of each drawing, for the linear probe; one more tests it
@@ -237,7 +239,10 @@ def write_cards() -> pd.DataFrame:
     for name in pocket.NAMES:
         card, asks = pocket.card(name), OBJECTIVES[name].asks
         facts = {"its objective asks": asks} | {key: card[key] for key in card if key not in ("model", "architecture")}
-        parts.append(f"## {name}\n\n" + "\n".join(f"- {key}: {value}" for key, value in facts.items()))
+        told = {
+            key: ", ".join(f"{k} {v}" for k, v in x.items()) if isinstance(x, dict) else x for key, x in facts.items()
+        }
+        parts.append(f"## {name}\n\n" + "\n".join(f"- {key}: {value}" for key, value in told.items()))
         rows = table[table["encoder"] == name].itertuples()
         lines = [f"| {row.measure} | {row.value:.1f} | {row.low:.1f} to {row.high:.1f} |" for row in rows]
         parts.append("\n".join(["| on unseen pictures | value | 95 % interval |", "|---|---|---|", *lines]))

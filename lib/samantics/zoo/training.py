@@ -33,8 +33,8 @@ from samantics.data import first_world as mojiworld
 from samantics.errors import StudyError
 from samantics.models import pocket
 from samantics.models.encoder import zoo_encoder
-from samantics.zoo.objectives import Batch, Objective, build_objective, entry
-from samantics.zoo.views import normalised
+from samantics.zoo.contract import Batch, Objective, normalised
+from samantics.zoo.objectives import build_objective, entry
 
 LICENCE = "CC BY-SA 4.0 (learned from OpenMoji drawings, CC BY-SA 4.0)"
 
