@@ -7,13 +7,13 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from samantics.plots.images import heat, image_grid, show_instances
-from samantics.plots.style import COLOURS, CYCLE, LABELS, colours, headline, label, style
+from samantics.plots.images import heat, image_grid, show_instances, tinted
+from samantics.plots.style import COLOURS, CYCLE, LABELS, colours, headline, ink, label, style
 from samantics.plots.tables import bars, dots, end_labels, heatmaps, lines, scatter, stacked
 
 __all__ = [
     "COLOURS", "CYCLE", "LABELS", "bars", "colours", "dots", "end_labels", "headline", "heat", "heatmaps", "image_grid",
-    "label", "lines", "scatter", "show_instances", "stacked", "style",
+    "ink", "label", "lines", "scatter", "show_instances", "stacked", "style", "tinted",
 ]  # fmt: skip
 
 

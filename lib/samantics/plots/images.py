@@ -74,28 +74,33 @@ def show_instances(
         dashed: dash boxes and outlines, as for the truth beside predictions.
         tint: opacity of the masks; 0 leaves the outline only.
     """
-    pixels = np.array(image)
     shade = [shades[min(place, len(shades) - 1)] for place in range(max(len(masks), len(boxes)))]
-    if len(masks) and tint > 0:
-        stack = torch.from_numpy(np.stack([np.asarray(mask) for mask in masks]))
-        picture = torch.from_numpy(pixels).permute(2, 0, 1)
-        pixels = (
-            draw_segmentation_masks(picture, stack, alpha=tint, colors=shade[: len(masks)]).permute(1, 2, 0).numpy()
-        )
+    pixels = tinted(image, masks if tint > 0 else (), shade, tint)
     axis.imshow(pixels)
     axis.set_axis_off()
     pattern = "--" if dashed else "-"
     for mask, colour in zip(masks, shade, strict=False):
-        axis.contour(np.asarray(mask, float), [0.5], colors=[colour], linewidths=1.3, linestyles=pattern)
+        places = (np.arange(-1, side + 1) for side in (mask.shape[1], mask.shape[0]))  # padded: closed at the frame
+        axis.contour(*places, np.pad(mask, 1).astype(float), [0.5], colors=[colour], linewidths=1.3, linestyles=pattern)
     for (x0, y0, x1, y1), colour in zip(boxes, shade, strict=False):
         axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=colour, lw=1.6, ls=pattern))
     for place, name in enumerate(names):
         x, y = boxes[place][:2] if len(boxes) else _corner(masks[place])
+        side = "bottom" if y > pixels.shape[0] / 12 else "top"  # a name above the frame would be cut off
         axis.text(
-            x, y, name, fontsize=7.5, color=ink(shade[place]), va="bottom", clip_on=True,
+            x, y, name, fontsize=7.5, color=ink(shade[place]), va=side, clip_on=True,
             bbox={"facecolor": shade[place], "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
         )  # fmt: skip
     axis.set(xlim=(-0.5, pixels.shape[1] - 0.5), ylim=(pixels.shape[0] - 0.5, -0.5))  # boxes may leave the image
+
+
+def tinted(image: Any, masks: Sequence[NDArray[np.bool_]], shades: Sequence[str], opacity: float) -> NDArray[np.uint8]:
+    """`(H, W, 3)`: an image under masks of one colour each, laid on one by one, the first on top."""
+    picture = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    for mask, shade in list(zip(masks, shades, strict=False))[::-1]:
+        picture = draw_segmentation_masks(picture, torch.from_numpy(np.asarray(mask)), alpha=opacity, colors=shade)
+    pixels: NDArray[np.uint8] = picture.permute(1, 2, 0).numpy()
+    return pixels
 
 
 def _corner(mask: NDArray[np.bool_]) -> tuple[float, float]:
