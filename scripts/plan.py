@@ -9,13 +9,13 @@ import pandas as pd
 
 from samantics.cache import cache_dir
 from samantics.data.classification import scale_data
+from samantics.data.detection import load_data
 from samantics.errors import StudyError
 from samantics.models.encoder import within_reach
 from samantics.models.registry import ENCODERS
 from samantics.models.weights import weight_file
 from samantics.run import start_run
 from samantics.scales import Scale, get_scale
-from samantics.training_free.pipeline import load_data
 
 COCO_IMAGE = 0.163  # MB, the mean of val2017
 CLASSIFIED = {"lite": ("Imagenette, 320 pixels", 342, 690), "paper": ("ImageNet-1k, yours (--data)", 0, 0)}  # MB

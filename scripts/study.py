@@ -82,7 +82,8 @@ def run_study(
     values = {path: parameter_names(path) for path in select_notebooks(chosen)}
     unknown = given.keys() - set().union(*values.values())
     if unknown:
-        raise StudyError(f"no notebook of this run takes --{min(unknown)}: leave it out, or choose others by --only")
+        option = min(unknown).replace("_", "-")
+        raise StudyError(f"no notebook of this run takes --{option}: leave it out, or choose others by --only")
     for variable, place in (("SAMANTICS_FIGURES", figures_dir()), ("SAMANTICS_CACHE", cache_dir())):
         if place.exists() and not place.is_dir():
             raise StudyError(f"{place} is a file and cannot hold results: let {variable} name a folder")

@@ -28,6 +28,7 @@ from notebooks import write_notebook
 from samantics.cache import cache_dir
 from samantics.data import downloads, fetch
 from samantics.data.classification import scale_data
+from samantics.data.detection import load_data
 from samantics.data.downloads import download
 from samantics.data.fetch import chosen_images, coco_subset, imagenette
 from samantics.data.references import ReferenceRule, eligible
@@ -35,7 +36,6 @@ from samantics.errors import StudyError
 from samantics.models.registry import ENCODERS
 from samantics.run import start_run
 from samantics.scales import CocoSubset, get_scale
-from samantics.training_free.pipeline import load_data
 
 SUBSET = CocoSubset(targets=8, references=3)
 RULE = ReferenceRule()

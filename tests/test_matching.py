@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch.nn import functional as F
 
 from samantics.data import coco
@@ -19,7 +18,7 @@ from samantics.data import first_world as mojiworld
 from samantics.data.coco import Rle, box_iou
 from samantics.data.first_world import write_mojiworld
 from samantics.errors import StudyError
-from samantics.models.encoder import Encoder, load_encoder
+from samantics.models.encoder import load_encoder
 from samantics.models.preprocessing import Preprocessing
 from samantics.training_free import matching
 from samantics.training_free.matching import MemoryBank
@@ -37,7 +36,7 @@ def proposals_of(boxes: list[tuple[int, int, int, int]], size: tuple[int, int] =
     masks, count = box_masks(boxes, size), len(boxes)
     quality = np.array(more.get("quality", np.linspace(0.9, 0.8, count)))
     rles = tuple(coco.rles_of(masks)) if count else ()
-    return Proposals(size, rles, np.array(boxes, float).reshape(-1, 4), quality, np.ones(count), np.zeros((count, 2)))
+    return Proposals(size, rles, np.array(boxes, float).reshape(-1, 4), quality, np.ones(count))
 
 
 def test_pooling_is_the_mean_of_the_bilinearly_resized_map() -> None:
@@ -52,24 +51,15 @@ def test_pooling_is_the_mean_of_the_bilinearly_resized_map() -> None:
     assert np.allclose(weights @ tokens.reshape(5, -1).T, expected, atol=1e-5)
 
 
-def test_pooling_respects_padding() -> None:
+def test_pooling_of_padding_odd_sizes_and_tiny_masks() -> None:
     geometry = Preprocessing(64, "pad").geometry(64, 32)  # the lower half of the input is padding
-    masks = box_masks([(0, 0, 64, 32)], (32, 64))
-    weights = matching.token_weights(masks, geometry, (4, 4)).reshape(4, 4)
+    weights = matching.token_weights(box_masks([(0, 0, 64, 32)], (32, 64)), geometry, (4, 4)).reshape(4, 4)
     assert weights[:2].sum() > 0.9 and weights[3].sum() == 0
-
-
-@pytest.mark.parametrize("size", [(1, 1), (50, 10_000)])
-def test_pooling_odd_sizes(size: tuple[int, int]) -> None:
-    geometry = Preprocessing(32, "squash").geometry(size[1], size[0])
-    weights = matching.token_weights(np.ones((1, *size), bool), geometry, (2, 2))
-    assert np.allclose(weights, 0.25, atol=1e-3)
-
-
-def test_a_mask_smaller_than_a_token_keeps_its_place() -> None:
-    masks = box_masks([(50, 40, 51, 41)], (518, 518))
+    for size in ((1, 1), (50, 10_000)):
+        geometry = Preprocessing(32, "squash").geometry(size[1], size[0])
+        assert np.allclose(matching.token_weights(np.ones((1, *size), bool), geometry, (2, 2)), 0.25, atol=1e-3)
     geometry = Preprocessing(518, "squash").geometry(518, 518)
-    weights = matching.token_weights(masks, geometry, (37, 37)).reshape(37, 37)
+    weights = matching.token_weights(box_masks([(50, 40, 51, 41)], (518, 518)), geometry, (37, 37)).reshape(37, 37)
     assert np.isfinite(weights).all() and weights.sum() == pytest.approx(1)
     assert np.unravel_index(weights.argmax(), weights.shape) == (40 * 37 // 518, 50 * 37 // 518)
     with pytest.raises(StudyError, match="a mask to pool over is empty"):
@@ -98,30 +88,23 @@ def small_bank() -> MemoryBank:
     return MemoryBank((10, 20), features, np.array([0, 1, 1]), matching.unit(np.array([[1, 0, 0], [0, 0.8, 0.4]])))
 
 
-@pytest.mark.parametrize("scoring", matching.SCORINGS)
-def test_scores(scoring: str) -> None:
-    bank = small_bank()
-    features = matching.unit(np.array([[1.0, 0.2, 0], [0, 0.6, 0.8], [-1, 0, 0]]))
-    scores = matching.class_scores(bank, features, scoring)
-    assert scores.shape == (3, 2) and (scores >= 0).all() and (scores <= 1 + 1e-6).all()
-    assert scores[:2].argmax(1).tolist() == [0, 1]
-    if scoring == "nearest":
-        assert scores[1, 1] == pytest.approx(1)
-    if scoring == "prototype":
-        assert np.allclose(scores, (features @ bank.prototypes.T).clip(0))
-    if scoring == "softmax":
-        expected = torch.softmax(torch.from_numpy(features @ bank.prototypes.T) / 0.05, 1)
-        assert np.allclose(scores, expected, atol=1e-6)
+def test_scores() -> None:
+    """Each rule on features like the first class's, like a reference of the second, and unlike both."""
+    bank, features = small_bank(), matching.unit(np.array([[1.0, 0.2, 0], [0, 0.6, 0.8], [-1, 0, 0]]))
+    found = {scoring: matching.class_scores(bank, features, scoring) for scoring in matching.SCORINGS}
+    for scores in found.values():
+        assert scores.shape == (3, 2) and (scores >= 0).all() and (scores <= 1 + 1e-6).all()
+        assert scores[:2].argmax(1).tolist() == [0, 1]
+    cosines = features @ bank.prototypes.T
+    assert found["nearest"][1, 1] == pytest.approx(1) and np.allclose(found["prototype"], cosines.clip(0))
+    assert np.allclose(found["softmax"], torch.softmax(torch.from_numpy(cosines) / 0.05, 1), atol=1e-6)
 
 
 def test_centred_scores_do_not_see_a_direction_that_all_features_share() -> None:
     bank, shared = small_bank(), np.array([0, 0, 50.0])
-    features = np.array([[1.0, 0.2, 0], [0, 0.6, 0.8]])
+    features = matching.unit(np.array([[1.0, 0.2, 0], [0, 0.6, 0.8]]) + shared)
     drowned = dataclasses.replace(bank, prototypes=matching.unit(bank.prototypes + shared))
-    plain, centred = (
-        matching.class_scores(drowned, matching.unit(features + shared), scoring)
-        for scoring in ("prototype", "centred")
-    )
+    plain, centred = (matching.class_scores(drowned, features, scoring) for scoring in ("prototype", "centred"))
     assert np.ptp(plain) < 0.01
     assert (centred[[0, 1], [0, 1]] > 0.5).all() and (centred[[0, 1], [1, 0]] == 0).all()
 
@@ -137,9 +120,6 @@ def test_match_takes_the_best_class_and_thins_out_per_class() -> None:
     assert sum(r["category_id"] == 20 for r in found) == 1  # another class does not suppress it
     assert [r["score"] for r in found] == sorted((r["score"] for r in found), reverse=True)
     assert all(r["image_id"] == 7 for r in found)
-    scores, categories = np.linspace(1, 0.7, 4), np.full(4, 10)
-    few = matching.ranked(7, proposals_of(boxes), features, categories, scores, max_detections=1)
-    assert [r["score"] for r in few] == [1.0]
 
 
 def test_nms_keeps_what_a_plain_loop_keeps() -> None:
@@ -163,10 +143,6 @@ def test_nms_keeps_what_a_plain_loop_keeps() -> None:
     assert {(r["category_id"], r["score"]) for r in found} == expected
 
 
-def test_no_proposals_no_results() -> None:
-    assert matching.match(1, proposals_of([]), np.zeros((0, 3), np.float32), small_bank()) == []
-
-
 def test_merging_by_hand() -> None:
     """A part wholly inside a better mask, one half inside, and the same of another class."""
     rles = coco.rles_of(box_masks([(0, 0, 40, 40), (10, 10, 20, 20), (30, 0, 50, 40), (10, 10, 20, 20)], (60, 60)))
@@ -182,48 +158,42 @@ def test_merging_by_hand() -> None:
     assert merged("semantic_soft") == pytest.approx([0.9, 0.8 * 0.4**0.5, 0.7 * 0.5**0.5, 0.6])
 
 
-def test_unknown_settings() -> None:
+def test_nothing_found_and_unknown_settings() -> None:
+    none = np.zeros((0, 3), np.float32)
+    assert matching.match(1, proposals_of([]), none, small_bank()) == []
     with pytest.raises(StudyError, match="merging is 'firm': choose from none, hard"):
-        matching.merged_scores([], np.zeros((0, 3), np.float32), np.empty(0, int), np.empty(0), "firm")
+        matching.merged_scores([], none, np.empty(0, int), np.empty(0), "firm")
     with pytest.raises(StudyError, match="scoring is 'best': choose from prototype"):
-        matching.class_scores(small_bank(), np.zeros((1, 3), np.float32), "best")
+        matching.class_scores(small_bank(), none, "best")
 
 
 def test_features_are_kept_by_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second run encodes nothing, one that was killed only what is missing; other masks have other features."""
     dataset = write_mojiworld(mojiworld.World(image_size=64, seed=1), "kept", 3, tmp_path)
     masks: dict[int, list[Rle]] = {n: [i.rle for i in dataset.by_image[n]] for n in dataset.images}
-    masks[next(iter(masks))] = []
+    masks[min(masks)] = []
     encoders = {name: load_encoder(name, "zoo_random") for name in ("sam", "dinov2")}
+    maps = mock.Mock(wraps=matching.dense_maps)
+    monkeypatch.setattr(matching, "dense_maps", maps)
     monkeypatch.setattr(matching, "PIXELS_AT_ONCE", 1)  # one image at a time
-    encoded: list[str] = []
-    whole = matching.dense_maps
 
-    def told(encoder: Encoder, images: Sequence[Image.Image]) -> NDArray[np.float32]:
-        encoded.append(encoder.name)
-        return whole(encoder, images)
-
-    monkeypatch.setattr(matching, "dense_maps", told)
-
-    def pooled() -> dict[tuple[str, int], NDArray[np.float32]]:
-        encoded.clear()
+    def pooled(encodings: int) -> dict[tuple[str, int], NDArray[np.float32]]:
+        maps.reset_mock()
         found = matching.pooled_features(encoders, dataset, masks, tmp_path / "files")
+        assert maps.call_count == encodings
         return {(name, n): found.of(name, n) for name in encoders for n in masks}
 
-    first = pooled()
-    assert len(encoded) == 6 and [len(first["sam", n]) for n in masks] == [len(rles) for rles in masks.values()]
-    again = pooled()
-    assert not encoded and all(np.array_equal(again[key], values) for key, values in first.items())  # the same files
+    first = pooled(6)
+    assert [len(first["sam", n]) for n in masks] == [len(rles) for rles in masks.values()]
+    again = pooled(0)
+    assert all(np.array_equal(again[key], values) for key, values in first.items())  # the same files
     next((tmp_path / "files").iterdir()).unlink()
-    again = pooled()
-    assert len(encoded) == 2
+    again = pooled(2)
     for key, values in first.items():
         np.testing.assert_allclose(again[key], values, atol=1e-5)  # unit vectors, summed again
     masks[max(masks)] = masks[max(masks)][::-1]
-    turned = pooled()["sam", max(masks)]
-    assert len(encoded) == 2
-    np.testing.assert_allclose(turned, first["sam", max(masks)][::-1], atol=1e-5)
+    np.testing.assert_allclose(pooled(2)["sam", max(masks)], first["sam", max(masks)][::-1], atol=1e-5)
     for path in (tmp_path / "files").iterdir():
         path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(StudyError, match="safetensors is damaged: delete it, and it is computed again"):
-        pooled()
+        pooled(0)

@@ -13,21 +13,14 @@ from pycocotools import mask as mask_tools
 from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 from segment_anything.modeling import Sam
+from segment_anything.utils.amg import build_point_grid
 
 from samantics.data import first_world as mojiworld
 from samantics.errors import StudyError
 from samantics.models import pocket
 from samantics.models.encoder import load_encoder
 from samantics.training_free.decoder import PointDecoder, encode_image, sam2_predictor
-from samantics.training_free.proposals import (
-    Proposals,
-    ProposalSettings,
-    compute_proposals,
-    get_proposals,
-    point_grid,
-    proposals_folder,
-    propose,
-)
+from samantics.training_free.proposals import ProposalSettings, get_proposals, point_grid, proposals_folder, propose
 
 SMALL = mojiworld.World(image_size=96, seed=1)
 
@@ -69,8 +62,7 @@ def package_masks(model: Any, image: Image.Image, settings: ProposalSettings) ->
 
 
 @pytest.mark.parametrize("name", ["sam", "sam2"])
-@pytest.mark.parametrize("size", [(192, 192), (150, 100)])
-@pytest.mark.parametrize("box_nms", [0.7, 1.0])
+@pytest.mark.parametrize(("size", "box_nms"), [((192, 192), 0.7), ((150, 100), 1.0)])
 def test_same_masks_as_the_package(name: str, size: tuple[int, int], box_nms: float) -> None:
     model = decisive(name)
     image = Image.fromarray(mojiworld.scene(mojiworld.World(seed=2), "test", 0).image).resize(size)
@@ -91,32 +83,20 @@ def test_same_masks_as_the_package(name: str, size: tuple[int, int], box_nms: fl
     assert np.allclose(ours.masks.sum((1, 2))[matched], [t["area"] for t in theirs], rtol=0.01)
 
 
-def test_decoder_and_encoder_give_the_package_logits() -> None:
-    model = decisive("sam")
-    side = pocket.DEFAULT.grid
-    for number, block in enumerate(model.image_encoder.blocks):  # official SAM has these, the pocket one does not
-        block.window_size = 0 if number else 5
-        block.attn.use_rel_pos = True
-        for name in ("rel_pos_h", "rel_pos_w"):
-            reach = 2 * (block.window_size or side) - 1
-            setattr(
-                block.attn, name, torch.nn.Parameter(torch.randn(reach, pocket.DEFAULT.width // pocket.DEFAULT.heads))
-            )
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 110, 3), dtype=np.uint8))
+def test_decoder_gives_the_package_logits() -> None:
+    assert np.allclose(point_grid(7, (30, 50)), build_point_grid(7) * (50, 30))
+    model, image = decisive("sam"), np.random.default_rng(0).integers(0, 255, (70, 110, 3), dtype=np.uint8)
     predictor = SamPredictor(model)
-    predictor.set_image(np.asarray(image))
-    encoded = encode_image(model, image)
-    assert torch.allclose(encoded.embedding, predictor.features[0], atol=1e-5)
+    predictor.set_image(image)
     points = np.array([[3.0, 4.0], [60.0, 50.0], [109.0, 0.0]])
-    decoder = PointDecoder(encoded)
+    decoder = PointDecoder(encode_image(model, Image.fromarray(image)))
     decoded = decoder.decode(points)
-    low = decoder.low_logits(decoded, torch.ones(3, 3, dtype=torch.bool)).view(3, 3, 4 * side, 4 * side)
+    low = decoder.low_logits(decoded, torch.ones(3, 3, dtype=torch.bool))
     at = torch.as_tensor(predictor.transform.apply_coords(points, (70, 110)))[:, None]
-    with torch.no_grad():
-        full, iou, theirs = predictor.predict_torch(at, torch.ones(3, 1, dtype=torch.int), return_logits=True)
+    full, iou, theirs = predictor.predict_torch(at, torch.ones(3, 1, dtype=torch.int), return_logits=True)
     assert torch.allclose(decoded.predicted_iou, iou, atol=1e-5)
-    assert torch.allclose(low, theirs, atol=1e-3)
-    assert torch.allclose(encoded.full_logits(low.flatten(0, 1)).transpose(1, 2), full.flatten(0, 1), atol=1e-3)
+    assert torch.allclose(low, theirs.flatten(0, 1), atol=1e-3)
+    assert torch.allclose(decoder.image.full_logits(low), full.flatten(0, 1), atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["sam", "sam2"])
@@ -141,50 +121,25 @@ def test_no_proposal_and_no_decoder() -> None:
         ProposalSettings(0)
 
 
-def test_grid_is_the_package_grid() -> None:
-    from segment_anything.utils.amg import build_point_grid
-
-    assert np.allclose(point_grid(7, (30, 50)), build_point_grid(7) * (50, 30))
-
-
-def equal(first: Proposals, second: Proposals) -> bool:
-    names = ("boxes", "predicted_iou", "stability", "points")
-    return first.rles == second.rles and all(np.array_equal(getattr(first, n), getattr(second, n)) for n in names)
-
-
-def test_store_resumes_and_names_damage(tmp_path: Path) -> None:
+def test_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes share the images; a broken image stops at itself; a rerun makes what is missing; damage is named."""
     dataset = mojiworld.write_mojiworld(SMALL, "test", 3, tmp_path / "scenes")
-    encoder = load_encoder("sam", "zoo_random")
-    settings = ProposalSettings(2, predicted_iou=0.0, stability=0.0)
-    found = get_proposals(encoder, dataset, settings, tmp_path)
+    encoder, settings = load_encoder("sam", "zoo_random"), ProposalSettings(2, predicted_iou=0.0, stability=0.0)
     folder = proposals_folder(encoder, dataset, settings, tmp_path)
-    files = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert len(files) == 3
-    (folder / "2.json").unlink()
-    again = get_proposals(encoder, dataset, settings, tmp_path)
-    assert all(equal(found[n], again[n]) for n in found if n != 2)
-    np.testing.assert_allclose(found[2].predicted_iou, again[2].predicted_iou, atol=1e-4)
-    assert [path.name for path, time in files.items() if path.stat().st_mtime_ns != time] == ["2.json"]
     assert proposals_folder(encoder, dataset, ProposalSettings(3), tmp_path) != folder
-    (folder / "1.json").write_text('{"size": [96')
-    with pytest.raises(StudyError, match=r"1\.json is damaged: delete it"):
-        get_proposals(encoder, dataset, settings, tmp_path)
-
-
-def test_finished_images_survive_a_broken_one(tmp_path: Path) -> None:
-    dataset = mojiworld.write_mojiworld(SMALL, "test", 3, tmp_path / "scenes")
-    (dataset.folder / "00001.png").write_bytes(b"no picture")
-    encoder, settings = load_encoder("sam", "zoo_random"), ProposalSettings(2)
-    with pytest.raises(StudyError, match=r"00001\.png cannot be read"):
-        compute_proposals(encoder, dataset, settings, tmp_path)
-    assert [p.name for p in proposals_folder(encoder, dataset, settings, tmp_path).iterdir()] == ["1.json"]
-
-
-def test_processes_share_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = mojiworld.write_mojiworld(SMALL, "test", 3, tmp_path / "scenes")
-    encoder, settings = load_encoder("sam", "zoo_random"), ProposalSettings(2)
+    picture = dataset.folder / "00002.png"
+    kept = picture.read_bytes()
+    picture.write_bytes(b"no picture" + bytes(len(kept) - 10))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, names in (("0", ["1.json", "3.json"]), ("1", ["1.json", "2.json", "3.json"])):
+    with pytest.raises(StudyError, match=r"00002\.png cannot be read"):
+        get_proposals(encoder, dataset, settings, tmp_path)
+    assert [path.name for path in folder.iterdir()] == ["1.json"]
+    picture.write_bytes(kept)
+    stored = (folder / "1.json").stat().st_mtime_ns
+    for rank, ids in (("0", [1, 3]), ("1", [2])):
         monkeypatch.setenv("RANK", rank)
-        folder = compute_proposals(encoder, dataset, settings, tmp_path)
-        assert sorted(path.name for path in folder.iterdir()) == names
+        assert list(get_proposals(encoder, dataset, settings, tmp_path)) == ids
+    assert len(list(folder.iterdir())) == 3 and (folder / "1.json").stat().st_mtime_ns == stored
+    (folder / "2.json").write_text('{"size": [96')
+    with pytest.raises(StudyError, match=r"2\.json is damaged: delete it"):
+        get_proposals(encoder, dataset, settings, tmp_path)

@@ -201,5 +201,7 @@ def test_help_of_the_script_and_of_the_command_name_the_same_options() -> None:
     run = functools.partial(subprocess.run, check=True, capture_output=True, text=True, cwd="/")
     shown = [run(script).stdout, run(command).stdout]
     assert shown[0].startswith("Does SAM know what it segments?") and "#" not in shown[0]
-    options = [{word for word in text.split() if word.startswith("--") and word.strip("-").isalpha()} for text in shown]
-    assert options[0] == options[1] and len(options[0]) == 11
+    options = [
+        {word for word in text.split() if word.startswith("--") and word.replace("-", "").isalpha()} for text in shown
+    ]
+    assert options[0] == options[1] and len(options[0]) == 15

@@ -17,6 +17,8 @@ from samantics.cache import PROJECT
 from samantics.data import coco
 from samantics.data import first_world as mojiworld
 from samantics.data.coco import CocoDataset
+from samantics.data.detection import load_data, unannotated
+from samantics.data.references import choose_references
 from samantics.errors import StudyError
 from samantics.metrics.coco_ap import Result
 from samantics.run import Run
@@ -58,36 +60,34 @@ def test_targets_of_every_kind_are_predicted(targets: str, tmp_path: Path, pocke
 
 def test_sam_makes_masks_of_references_that_are_boxes(tmp_path: Path, pocket_run: Run) -> None:
     own = started(pocket_run, reader_files(tmp_path, "boxes"))
-    assert not own.data.targets.has_masks
     boxes = {i.id: i for i in own.data.references.instances}
     chosen = [i for group in own.references[0].values() for i in group]
-    assert all(boxes[i.id].box_only for i in chosen)
+    assert not own.data.targets.has_masks and all(boxes[i.id].box_only for i in chosen)
     assert any(i.rle != boxes[i.id].rle for i in chosen)  # an untrained SAM may find nothing in some
 
 
-def test_bad_images_are_refused_before_any_work_or_left_out(tmp_path: Path, pocket_run: Run) -> None:
+def test_bad_images_and_small_references_are_left_out(tmp_path: Path, pocket_run: Run) -> None:
+    with pytest.raises(StudyError, match="has no images: name a folder with some"):
+        unannotated(tmp_path)
     files = reader_files(tmp_path)
     damaged = sorted(tmp_path.glob("targets_*/*.png"))[-1]
     damaged.write_bytes(damaged.read_bytes()[:200])
     with pytest.raises(StudyError, match=rf"{damaged.name} cannot be read .* skip_bad_images leaves them out"):
-        pipelines.load_data(pocket_run, **files)
-    assert len(pipelines.load_data(pocket_run, **files, skip_bad_images=True).targets.images) == 2
-
-
-def test_a_folder_of_targets_needs_images(tmp_path: Path) -> None:
-    with pytest.raises(StudyError, match="has no images: name a folder with some"):
-        pipelines.unannotated(tmp_path)
+        load_data(pocket_run, **files)
+    found = load_data(pocket_run, **files, skip_bad_images=True, min_area=1e9)
+    assert len(found.targets.images) == 2
+    with pytest.raises(StudyError, match=r"no instance can be a reference: .* too small"):
+        choose_references(found.references, 1, rule=found.rule)
 
 
 def test_inputs(pocket_run: Run, tmp_path: Path) -> None:
     none = {"references": "", "targets": "", "images": ""}
-    example = your_data.inputs(pocket_run, "", none)
-    assert example.run.figures == pocket_run.figures
-    assert len(list(Path(example.folder).glob("*/*.png"))) == 48
-    assert len(coco.load_coco(example.files["targets"], example.files["images"]).images) == 8
-    own = your_data.inputs(pocket_run, str(tmp_path), none, "official", shots=3)
-    assert own.run.figures.name == "own_data" and not own.files
-    assert own.run.scale.weights == "official" and own.run.scale.pipeline.shots == 3
+    run, folder, files = your_data.inputs(pocket_run, "", none)
+    assert run.figures == pocket_run.figures and len(list(Path(folder).glob("*/*.png"))) == 48
+    assert len(coco.load_coco(files["targets"], files["images"]).images) == 8
+    run, folder, files = your_data.inputs(pocket_run, str(tmp_path), none, "official", shots=3)
+    assert run.figures.name == "own_data" and folder == str(tmp_path) and not files
+    assert run.scale.weights == "official" and run.scale.pipeline.shots == 3
 
 
 def drawn() -> tuple[CocoDataset, list[Result], dict[int, np.ndarray[Any, Any]]]:
@@ -123,6 +123,7 @@ def test_export(tmp_path: Path) -> None:
     home.mkdir()
     (home / "old.txt").touch()
     best = your_data.top_results(results)
+    assert best == results[::-1] and your_data.top_results(results, 0.6, most=1) == [results[1]]
     made = [str(path.relative_to(home)) for path in your_data.export(best, dataset, dataset.categories, home)]
     endings = {"label_maps": "png", "overlays": "png", "yolo": "txt"}
     images = [f"{kind}/a/x_{n}.{end}" for kind, end in endings.items() for n in (1, 2)]
@@ -139,12 +140,6 @@ def test_export(tmp_path: Path) -> None:
     assert [i.category_id for i in again.instances] == [8, 5]
     overlay = np.asarray(Image.open(home / "overlays" / "a" / "x_1.png"))
     assert (overlay[masks[8]] != 9).any() and (overlay[19] == 9).all()
-
-
-def test_top_results() -> None:
-    results = [{"image_id": n % 2, "score": n / 10} for n in range(10)]
-    assert [r["score"] for r in your_data.top_results(results, 0.3, most=3)] == [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
-    assert your_data.top_results(results, 2.0) == []
 
 
 def test_notebook_on_two_classes_of_five_and_boxes_only(

@@ -83,15 +83,20 @@ def run(
     targets: Annotated[Path | None, typer.Option(help="Your target images, COCO JSON")] = None,
     images: Annotated[Path | None, typer.Option(help="The folder of the images that both name")] = None,
     weights: Annotated[str | None, typer.Option(help="Others than the scale's: zoo, official or random")] = None,
+    shots: Annotated[int | None, typer.Option(help="Notebook 05: references per class")] = None,
+    min_area: Annotated[float | None, typer.Option(help="Notebook 05: pixels that references exceed")] = None,
+    min_score: Annotated[float | None, typer.Option(help="Notebook 05: no instances below")] = None,
+    skip_bad_images: Annotated[bool, typer.Option("--skip-bad-images", help="Notebook 05: leave them out")] = False,
 ) -> None:
     """Run the notebooks; leave figures, tables and a report (./run_all.sh --help says more)."""
     study, chosen = _script("study"), [*(only or ()), *(more or ())]
     if student:
         print(f"notebooks for students: {study.write_student_notebooks(chosen)}")
         return
-    own = _given(data=data, references=references, targets=targets, images=images)
+    given = _given(data=data, references=references, targets=targets, images=images, seed=seed, weights=weights)
+    given |= _given(shots=shots, min_area=min_area, min_score=min_score, skip_bad_images=skip_bad_images or None)
     try:
-        outcomes = study.run_study(scale, chosen, fresh, own | _given(seed=seed, weights=weights))
+        outcomes = study.run_study(scale, chosen, fresh, given)
     except KeyboardInterrupt as stop:
         print("\nstopped; finished notebooks and caches are kept", file=sys.stderr)
         raise typer.Exit(130) from stop
@@ -177,14 +182,15 @@ def propose(
     given = dict(locals())  # the settings' names are the options'
     from samantics.data.coco import load_coco
     from samantics.models.encoder import load_encoder
-    from samantics.training_free.proposals import ProposalSettings, compute_proposals
+    from samantics.training_free.proposals import ProposalSettings, get_proposals, proposals_folder
 
     if encoder not in ("sam", "sam2"):
         raise typer.BadParameter("only sam and sam2 propose masks")
     fields = [field.name for field in dataclasses.fields(ProposalSettings)]
     settings = ProposalSettings(**_given(**{name: given[name] for name in fields}))
-    model = load_encoder(encoder, weights, _device())
-    print(compute_proposals(model, load_coco(annotations, images), settings))
+    model, dataset = load_encoder(encoder, weights, _device()), load_coco(annotations, images)
+    get_proposals(model, dataset, settings)
+    print(proposals_folder(model, dataset, settings))
 
 
 @app.command()

@@ -20,7 +20,7 @@ from samantics.data import coco
 from samantics.errors import StudyError
 from samantics.models import pocket, weights
 from samantics.models.encoder import load_encoder
-from samantics.training_free.proposals import compute_proposals, get_proposals
+from samantics.training_free.proposals import get_proposals, proposals_folder
 from stub_encoder import MEAN
 
 Kept = dict[str, tuple[Path, Callable[[], Any]]]  # a file that a run keeps, and what is read from it, for ==
@@ -35,7 +35,8 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Kept:
     folder = tmp_path_factory.mktemp("kept")
     store = works.encode(folder / "features")
     dataset, encoder = works.scenes(folder / "scenes", 3), load_encoder("sam", "zoo_random")
-    proposed = compute_proposals(encoder, dataset, works.POINTS, folder / "proposals")
+    proposed = proposals_folder(encoder, dataset, works.POINTS, folder / "proposals")
+    get_proposals(encoder, dataset, works.POINTS, folder / "proposals")
     checkpoint = cache.Checkpoint(folder / "model.ckpt", {"seed": 0})
     checkpoint.save({"step": 9, "model": torch.nn.Linear(5, 5).state_dict()})
     for ending in ("safetensors", "json"):

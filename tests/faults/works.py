@@ -127,7 +127,7 @@ def propose(inputs: Path, results: Path, log: Path) -> None:
         return read(*arguments)
 
     with mock.patch.object(proposals, "read_image", read_image):
-        proposals.compute_proposals(load_encoder("sam", "zoo_random"), scenes(inputs), POINTS, results)
+        proposals.get_proposals(load_encoder("sam", "zoo_random"), scenes(inputs), POINTS, results)
 
 
 def proposed(folder: Path) -> Results:

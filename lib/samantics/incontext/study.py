@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from samantics.cache import Checkpoint, hash_value, kept
 from samantics.data import first_world as mojiworld
 from samantics.data.coco import CocoDataset
+from samantics.data.detection import load_data
 from samantics.data.first_world import write_mojiworld
 from samantics.errors import StudyError
 from samantics.incontext.evaluation import Draw, DrawDetections, class_embeddings, detect_draws
@@ -35,7 +36,6 @@ from samantics.models.encoder import Encoder, load_encoder
 from samantics.run import Run, own_data, start_run
 from samantics.scales import InContextSettings
 from samantics.training_free.matching import reference_features
-from samantics.training_free.pipeline import load_data
 
 FORMAT = 1  # of what is cached; raised when the same settings would give other numbers
 PER_CATEGORY = 40  # reference objects of a category whose class structure is measured

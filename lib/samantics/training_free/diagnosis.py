@@ -15,10 +15,10 @@ from pycocotools import mask as mask_tools
 
 from samantics.data.coco import CocoDataset, Instance, Rle, box_iou, read_image
 from samantics.metrics.coco_ap import IOU_TYPES, Result, ap_gain, evaluate, perfect_results
-from samantics.metrics.intervals import bootstrap_statistic
+from samantics.metrics.intervals import Interval, bootstrap_statistic
 from samantics.training_free.matching import match, pooled_features, ranked, result_of
 from samantics.training_free.pipeline import Pipeline, Variant, ap_row
-from samantics.training_free.proposals import Proposals, ProposalSettings, get_proposals, objects_of, propose
+from samantics.training_free.proposals import Proposals, get_proposals, objects_of, propose
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 FOREGROUND, BACKGROUND = 0.5, 0.1  # IoU, as TIDE sets them (arXiv 2008.08115)
@@ -55,9 +55,8 @@ def oracle_table(pipeline: Pipeline, variant: Variant) -> pd.DataFrame:
     }
     rows = [{"oracle": name} | ap_row(targets, runs, t) for name, runs in outcomes.items() for t in IOU_TYPES]
     for iou_type in IOU_TYPES:
-        best = covered(targets, found, iou_type)
-        low, high = recall_interval(best)
-        rows.append({"oracle": "recall_ceiling", "iou_type": iou_type, "AR100": recall(best), "low": low, "high": high})
+        ceiling, low, high = recall(covered(targets, found, iou_type))
+        rows.append({"oracle": "recall_ceiling", "iou_type": iou_type, "AR100": ceiling, "low": low, "high": high})
     return pd.DataFrame(rows)[["oracle", "iou_type", "AP", "AR100", "low", "high"]]
 
 
@@ -82,11 +81,12 @@ def best_masks(dataset: CocoDataset, proposals: Mapping[int, Proposals]) -> list
     results = []
     for image_id, found in proposals.items():
         iou = overlaps(dataset, image_id, found.rles)
-        for column, instance in enumerate(objects_of(dataset, image_id)):
-            row = int(iou[:, column].argmax()) if len(found) else -1
-            if row >= 0 and iou[row, column] > 0:
-                box = found.boxes[row]
-                results.append(result_of(image_id, instance.category_id, found.rles[row], box, iou[row, column]))
+        for instance, values in zip(objects_of(dataset, image_id), iou.T, strict=True):
+            if values.max(initial=0) > 0:
+                row = int(values.argmax())
+                results.append(
+                    result_of(image_id, instance.category_id, found.rles[row], found.boxes[row], values[row])
+                )
     return results
 
 
@@ -102,37 +102,27 @@ def covered(dataset: CocoDataset, proposals: Mapping[int, Proposals], iou_type: 
     return pd.DataFrame(rows, columns=["image_id", "share", "iou"])
 
 
-def _hits(objects: pd.DataFrame) -> NDArray[np.float64]:
-    """At how many of COCO's thresholds each object of `covered` has a proposal, as a share."""
-    return (objects["iou"].to_numpy(float)[:, None] >= THRESHOLDS).mean(1)
+def recall(objects: pd.DataFrame) -> Interval:
+    """Percent of the objects of `covered` that a proposal covers, mean over COCO's thresholds, interval over images.
 
-
-def recall(objects: pd.DataFrame) -> float:
-    """Percent of the objects of `covered` that a proposal covers, mean over COCO's thresholds: the ceiling of AR."""
-    return 100 * float(_hits(objects).mean())
-
-
-def recall_interval(objects: pd.DataFrame) -> tuple[float, float]:
-    """95 % interval of `recall`, in percent, over images."""
-    per_image = pd.Series(_hits(objects)).groupby(objects["image_id"].to_numpy()).agg(["sum", "count"]).to_numpy()
+    It is the ceiling of AR.
+    """
+    hits = pd.Series((objects["iou"].to_numpy(float)[:, None] >= THRESHOLDS).mean(1))
+    per_image = hits.groupby(objects["image_id"].to_numpy()).agg(["sum", "count"]).to_numpy()
 
     def statistic(rows: NDArray[np.int64]) -> float:
-        hits, count = per_image[rows].sum(0)
-        return float(hits / count)
+        found, count = per_image[rows].sum(0)
+        return float(found / count)
 
-    _, low, high = bootstrap_statistic(statistic, len(per_image)).times(100)
-    return low, high
+    return bootstrap_statistic(statistic, len(per_image)).times(100)
 
 
 def size_table(pipeline: Pipeline, proposer: str = "sam") -> pd.DataFrame:
     """`size, objects, recall, low, high`: recall of the proposals by an object's share of the image."""
     best = covered(pipeline.data.targets, pipeline.proposals(proposer))
-    rows = []
-    for least, most in itertools.pairwise(SIZES):
-        chosen = best[(best["share"] >= least) & (best["share"] < most)]
-        if len(chosen):
-            name = f"{100 * least:.0f}–{100 * most:.0f} %"
-            rows.append((name, len(chosen), recall(chosen), *recall_interval(chosen)))
+    names = [f"{100 * least:.0f}–{100 * most:.0f} %" for least, most in itertools.pairwise(SIZES)]
+    best["size"] = pd.cut(best["share"], list(SIZES), right=False, labels=names)
+    rows = [(size, len(chosen), *recall(chosen)) for size, chosen in best.groupby("size", observed=True)]
     return pd.DataFrame(rows, columns=["size", "objects", "recall", "low", "high"])
 
 
@@ -145,34 +135,23 @@ def grid_table(pipeline: Pipeline, source: str = "dinov2") -> pd.DataFrame:
     images = dict(list(whole.images.items())[: settings.grid_images])
     instances = tuple(i for i in whole.instances if i.image_id in images)
     targets = dataclasses.replace(whole, images=images, instances=instances)
+    sam, encoder = pipeline.models["sam"], {source: pipeline.models[source]}
     banks = [pipeline.bank(source, settings.shots, seed) for seed in pipeline.references]
-    rows = []
+    timed, rows = [read_image(whole, image_id) for image_id in list(images)[:5]], []
     for per_side in settings.grids:
         sparse = dataclasses.replace(pipeline.proposal_settings, points_per_side=per_side)
-        found = get_proposals(pipeline.models["sam"], targets, sparse, pipeline.run.cache / "proposals")
-        rles = {image_id: p.rles for image_id, p in found.items()}
-        encoder = {source: pipeline.models[source]}
-        features = pooled_features(encoder, targets, rles, pipeline.run.cache / "mask_features")
+        found = get_proposals(sam, targets, sparse, pipeline.run.cache / "proposals")
+        masks = {image_id: p.rles for image_id, p in found.items()}
+        features = pooled_features(encoder, targets, masks, pipeline.run.cache / "mask_features")
         runs = [[r for n, p in found.items() for r in match(n, p, features.of(source, n), b)] for b in banks]
         row = ap_row(targets, runs, "segm")
-        rows.append(
-            {
-                "points_per_side": per_side,
-                "seconds": _seconds(pipeline, sparse, list(images)[:5]),
-                "proposals": np.mean([len(p) for p in found.values()]),
-                "recall": recall(covered(targets, found)),
-                **{name: row[name] for name in ("AP", "low", "high")},
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def _seconds(pipeline: Pipeline, settings: ProposalSettings, image_ids: Sequence[int]) -> float:
-    images = [read_image(pipeline.data.targets, image_id) for image_id in image_ids]
-    started = time.perf_counter()
-    for image in images:
-        propose(pipeline.models["sam"].model, image, settings)
-    return (time.perf_counter() - started) / len(images)
+        started = time.perf_counter()
+        for image in timed:
+            propose(sam.model, image, sparse)
+        seconds = (time.perf_counter() - started) / len(timed)
+        count, ceiling = np.mean([len(p) for p in found.values()]), recall(covered(targets, found)).value
+        rows.append((per_side, seconds, count, ceiling, row["AP"], row["low"], row["high"]))
+    return pd.DataFrame(rows, columns=["points_per_side", "seconds", "proposals", "recall", "AP", "low", "high"])
 
 
 # ----------------------------------------------------------------------------------------------------------- TIDE

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,19 +17,22 @@ from samantics import plots
 from samantics.data.coco import read_image
 from samantics.errors import StudyError
 from samantics.models.encoder import Encoder
+from samantics.training_free import matching
 from samantics.training_free.decoder import MASK_THRESHOLD, PointDecoder, encode_image
-from samantics.training_free.matching import Features, class_scores, dense_maps, token_weights, uncropped, unit
 from samantics.training_free.pipeline import Pipeline
 
 Point = tuple[float, float]
+SOURCES = ("dinov2", "clip", "sam2", "sam")  # whose maps are shown; the first one names the masks
 CELLS = 12  # clickable patches along a side of the image
 
 
-def features_at(encoder: Encoder, image: Image.Image, masks: NDArray[np.bool_]) -> tuple[Features, NDArray[np.float32]]:
+def features_at(
+    encoder: Encoder, image: Image.Image, masks: NDArray[np.bool_]
+) -> tuple[matching.Features, NDArray[np.float32]]:
     """`(N, C)` features of unit length of `(N, height, width)` masks, and the map `(C, h, w)` they are means of."""
-    tokens = dense_maps(encoder, [image])[0]
-    weights = token_weights(masks, uncropped(encoder).preprocess.geometry(*image.size), tokens.shape[1:])
-    return unit(weights @ tokens.reshape(len(tokens), -1).T), tokens
+    tokens, geometry = matching.dense_maps(encoder, [image])[0], matching.uncropped(encoder).preprocess.geometry
+    weights = matching.token_weights(masks, geometry(*image.size), tokens.shape[1:])
+    return matching.unit(weights @ tokens.reshape(len(tokens), -1).T), tokens
 
 
 def likeness_map(encoder: Encoder, image: Image.Image, point: Point) -> NDArray[np.float32]:
@@ -45,45 +47,38 @@ def likeness_map(encoder: Encoder, image: Image.Image, point: Point) -> NDArray[
     here = np.zeros((1, image.height, image.width), bool)
     here[0, int(point[1]), int(point[0])] = True
     clicked, tokens = features_at(encoder, image, here)
-    cosines = torch.from_numpy(unit(tokens.reshape(len(tokens), -1).T) @ clicked[0]).view(1, 1, *tokens.shape[1:])
-    geometry = uncropped(encoder).preprocess.geometry(*image.size)
-    left, top, right, bottom = geometry.seen
-    resized = functools.partial(torch.nn.functional.interpolate, mode="bilinear", align_corners=False)
-    seen = resized(cosines, (geometry.size, geometry.size))[..., top:bottom, left:right]
-    return resized(seen, (image.height, image.width))[0, 0].numpy().clip(0, 1)
+    cosines = (matching.unit(tokens.reshape(len(tokens), -1).T) @ clicked[0]).reshape(tokens.shape[1:])
+    rows, columns = matching.resizing(matching.uncropped(encoder).preprocess.geometry(*image.size), cosines.shape)
+    likeness: NDArray[np.float32] = (rows @ cosines @ columns.T).clip(0, 1)
+    return likeness
 
 
 @torch.inference_mode()
-def click(
-    pipeline: Pipeline, image_id: int, point: Point, source: str = "dinov2"
-) -> tuple[NDArray[np.bool_], pd.DataFrame]:
+def click(pipeline: Pipeline, image_id: int, point: Point) -> tuple[NDArray[np.bool_], pd.DataFrame]:
     """What SAM cuts out at a point (x, y): `(3, height, width)` masks, and `category, score, predicted_iou` of each."""
-    image = read_image(pipeline.data.targets, image_id)
-    encoded = encode_image(pipeline.models["sam"].model, image)
-    decoder = PointDecoder(encoded)
+    image, bank = (
+        read_image(pipeline.data.targets, image_id),
+        pipeline.bank(SOURCES[0], pipeline.run.scale.pipeline.shots),
+    )
+    decoder = PointDecoder(encode_image(pipeline.models["sam"].model, image))
     decoded = decoder.decode(np.array([point]))
     low = decoder.low_logits(decoded, torch.ones_like(decoded.predicted_iou, dtype=torch.bool))
-    masks = (encoded.full_logits(low) > MASK_THRESHOLD).transpose(1, 2).cpu().numpy()
-    bank, filled = pipeline.bank(source, pipeline.run.scale.pipeline.shots), masks.any((1, 2))
-    scores = np.zeros((len(masks), len(bank.category_ids)), np.float32)
+    masks = (decoder.image.full_logits(low) > MASK_THRESHOLD).cpu().numpy()
+    filled, scores = masks.any((1, 2)), np.zeros((len(masks), len(bank.category_ids)), np.float32)
     if filled.any():
-        scores[filled] = class_scores(bank, features_at(pipeline.models[source], image, masks[filled])[0])
-    names = [pipeline.data.names[bank.category_ids[best]] for best in scores.argmax(1)]
-    table = pd.DataFrame({"category": names, "score": scores.max(1)}).assign(
-        predicted_iou=decoded.predicted_iou[0].cpu().numpy()
-    )
-    table.loc[~filled, "category"] = "empty"
-    return masks, table
+        features, _ = features_at(pipeline.models[SOURCES[0]], image, masks[filled])
+        scores[filled] = matching.class_scores(bank, features)
+    names = np.where(filled, [pipeline.data.names[bank.category_ids[best]] for best in scores.argmax(1)], "empty")
+    quality = decoded.predicted_iou[0].cpu().numpy()
+    return masks, pd.DataFrame({"category": names, "score": scores.max(1), "predicted_iou": quality})
 
 
-def static_view(
-    pipeline: Pipeline, image_id: int, point: Point, sources: Sequence[str] = ("dinov2", "clip", "sam2", "sam")
-) -> tuple[Figure, Figure, pd.DataFrame]:
+def static_view(pipeline: Pipeline, image_id: int, point: Point) -> tuple[Figure, Figure, pd.DataFrame]:
     """The likeness maps of a clicked patch, SAM's three masks at that point, and the table of `click`."""
     image = read_image(pipeline.data.targets, image_id)
-    maps = plots.image_grid({"": [image] * (len(sources) + 1)}, size=2.1)
+    maps = plots.image_grid({"": [image] * (len(SOURCES) + 1)}, size=2.1)
     maps.axes[0].set_title("the clicked patch", fontsize=9)
-    for axis, name in zip(maps.axes[1:], sources, strict=True):
+    for axis, name in zip(maps.axes[1:], SOURCES, strict=True):
         values = likeness_map(pipeline.models[name], image, point)  # a scale for each: models differ in the cosines
         axis.imshow(values, cmap="magma", interpolation="bilinear")
         axis.set_title(f"{plots.LABELS[name]}: {values.min():.2f} to 1", fontsize=9, color=plots.COLOURS[name])
@@ -99,42 +94,34 @@ def static_view(
     return maps, masks, table
 
 
-def explore(pipeline: Pipeline) -> None:
+def explore(pipeline: Pipeline, image_id: int) -> None:
     """Show the widget where somebody can click (Jupyter); do nothing in a run without a reader (papermill)."""
     if "JPY_SESSION_NAME" in os.environ:  # Jupyter's servers set it for the kernels that they start
         from IPython.display import display
 
-        display(widget(pipeline))
+        display(widget(pipeline, image_id))
 
 
-def widget(pipeline: Pipeline) -> object:
+def widget(pipeline: Pipeline, image_id: int) -> object:
     """A mosaic of the image's patches as buttons; a click on one draws `static_view` for its centre."""
     import ipywidgets
     from IPython.display import display
 
-    chooser = ipywidgets.Dropdown(options=list(pipeline.data.targets.images), description="image")
-    mosaic = ipywidgets.GridBox(layout=ipywidgets.Layout(grid_template_columns=f"repeat({CELLS}, 26px)"))
-    output = ipywidgets.Output()
+    image, output = read_image(pipeline.data.targets, image_id), ipywidgets.Output()
 
     def clicked(point: Point, _button: object) -> None:
         with output:
             output.clear_output(wait=True)
-            for figure in static_view(pipeline, chooser.value, point)[:2]:
+            for figure in static_view(pipeline, image_id, point)[:2]:
                 display(figure)
                 plt.close(figure)
 
-    def chosen(_change: object = None) -> None:
-        image = read_image(pipeline.data.targets, chooser.value)
-        colours = np.asarray(image.resize((CELLS, CELLS), Image.Resampling.BOX)).reshape(-1, 3)
-        buttons = []
-        for number, colour in enumerate(colours):
-            point = ((number % CELLS + 0.5) * image.width / CELLS, (number // CELLS + 0.5) * image.height / CELLS)
-            button = ipywidgets.Button(layout=ipywidgets.Layout(width="25px", height="25px", margin="0"))
-            button.style.button_color = "#" + bytes(colour.tolist()).hex()
-            button.on_click(functools.partial(clicked, point))
-            buttons.append(button)
-        mosaic.children = buttons
-
-    chooser.observe(chosen, names="value")
-    chosen()
-    return ipywidgets.VBox([chooser, mosaic, output])
+    colours = np.asarray(image.resize((CELLS, CELLS), Image.Resampling.BOX)).reshape(-1, 3)
+    buttons = []
+    for (row, column), colour in zip(np.ndindex(CELLS, CELLS), colours, strict=True):
+        point = ((column + 0.5) * image.width / CELLS, (row + 0.5) * image.height / CELLS)
+        buttons.append(ipywidgets.Button(layout=ipywidgets.Layout(width="25px", height="25px", margin="0")))
+        buttons[-1].style.button_color = "#" + bytes(colour.tolist()).hex()
+        buttons[-1].on_click(functools.partial(clicked, point))
+    columns = ipywidgets.Layout(grid_template_columns=f"repeat({CELLS}, 26px)")
+    return ipywidgets.VBox([ipywidgets.GridBox(buttons, layout=columns), output])

@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as mask_tools
 from safetensors import safe_open
+from scipy.special import softmax
 from torch import Tensor
 from torchvision.ops import batched_nms
 from tqdm.auto import tqdm
 
 from samantics.cache import cache_dir, hash_value, kept, reading, remove_leftovers
-from samantics.data.coco import CocoDataset, Instance, Rle, mask_of, read_image
+from samantics.data.coco import CocoDataset, Instance, Rle, mask_of, read_image, xywh
 from samantics.errors import StudyError
 from samantics.metrics.coco_ap import Result
 from samantics.models.encoder import PIXELS_AT_ONCE, Encoder
@@ -43,6 +44,12 @@ def unit(vectors: NDArray[Any]) -> Features:
     return np.divide(vectors, lengths, out=np.zeros(vectors.shape, np.float32), where=lengths > 0).astype(np.float32)
 
 
+def resizing(geometry: Geometry, grid: tuple[int, int]) -> tuple[Features, Features]:
+    """`(height, h)` and `(width, w)`: how much each token of a map weighs in each row and column of the image."""
+    rows = _interpolation(geometry.height, geometry.scale_y, geometry.top, geometry.size, grid[0])
+    return rows, _interpolation(geometry.width, geometry.scale_x, geometry.left, geometry.size, grid[1])
+
+
 def token_weights(masks: NDArray[np.bool_], geometry: Geometry, grid: tuple[int, int]) -> NDArray[np.float32]:
     """`(M, h * w)`: the share of each token of a `grid` `(h, w)` in the mean over `(M, height, width)` masks.
 
@@ -51,16 +58,14 @@ def token_weights(masks: NDArray[np.bool_], geometry: Geometry, grid: tuple[int,
     """
     if not masks.any((1, 2)).all():
         raise StudyError("a mask to pool over is empty: leave out objects without visible pixels")
-    rows = _interpolation(geometry.height, geometry.scale_y, geometry.top, geometry.size, grid[0])
-    columns = _interpolation(geometry.width, geometry.scale_x, geometry.left, geometry.size, grid[1])
+    rows, columns = resizing(geometry, grid)
     weights = rows.T @ (masks.astype(np.float32) @ columns)
     return (weights / masks.sum((1, 2), dtype=np.float32)[:, None, None]).reshape(len(masks), grid[0] * grid[1])
 
 
 def _interpolation(pixels: int, scale: float, offset: float, size: int, tokens: int) -> NDArray[np.float32]:
     """`(pixels, tokens)` bilinear weights along one side, token centres half a token from the edge."""
-    at = ((np.arange(pixels) + 0.5) * scale + offset) * tokens / size - 0.5
-    at = at.clip(0, tokens - 1)
+    at = (((np.arange(pixels) + 0.5) * scale + offset) * tokens / size - 0.5).clip(0, tokens - 1)
     below = np.minimum(at.astype(int), max(tokens - 2, 0))
     matrix = np.zeros((pixels, tokens), np.float32)
     np.add.at(matrix, (np.arange(pixels), below), 1 - (at - below))
@@ -128,14 +133,11 @@ def _pooled(
     maps = {name: dense_maps(encoder, list(images.values())) for name, encoder in encoders.items()}
     pooled: dict[str, Tensor] = {}
     for row, (image_id, image) in enumerate(images.items()):
-        weights: dict[tuple[Geometry, tuple[int, int]], NDArray[np.float32]] = {}  # shared by encoders of one geometry
+        weights = functools.cache(functools.partial(_weights, masks[image_id]))  # shared by encoders of one geometry
         for name, encoder in encoders.items():
-            tokens = maps[name][row]
-            key = (uncropped(encoder).preprocess.geometry(*image.size), (tokens.shape[1], tokens.shape[2]))
-            if key not in weights:
-                weights[key] = _weights(masks[image_id], *key)
-            features = unit(weights[key] @ tokens.reshape(len(tokens), -1).T)
-            pooled[f"{name}/{image_id}"] = torch.from_numpy(features)
+            channels, *grid = maps[name].shape[1:]
+            seen = weights(uncropped(encoder).preprocess.geometry(*image.size), tuple(grid))
+            pooled[f"{name}/{image_id}"] = torch.from_numpy(unit(seen @ maps[name][row].reshape(channels, -1).T))
     return pooled
 
 
@@ -156,12 +158,9 @@ def reference_features(
         by_image.setdefault(instance.image_id, []).append(instance)
     rles = {image_id: [i.rle for i in found] for image_id, found in by_image.items()}
     features = pooled_features(encoders, dataset, rles, folder)
+    ids = [instance.id for found in by_image.values() for instance in found]
     return {
-        name: {
-            instance.id: vector
-            for image_id, found in by_image.items()
-            for instance, vector in zip(found, features.of(name, image_id), strict=True)
-        }
+        name: dict(zip(ids, (vector for n in by_image for vector in features.of(name, n)), strict=True))
         for name in encoders
     }
 
@@ -196,12 +195,6 @@ def _nearest(bank: MemoryBank, features: Features) -> Features:
     return np.stack([cosines[:, bank.labels == label].max(1) for label in range(len(bank.category_ids))], axis=1)
 
 
-def _softmax(bank: MemoryBank, features: Features) -> Features:
-    cosines = features @ bank.prototypes.T
-    powers = np.exp((cosines - cosines.max(1, keepdims=True)) / TEMPERATURE)
-    return powers / powers.sum(1, keepdims=True)
-
-
 def _centred(bank: MemoryBank, features: Features) -> Features:
     mean = bank.prototypes.mean(0)
     return unit(features - mean) @ unit(bank.prototypes - mean).T
@@ -210,22 +203,22 @@ def _centred(bank: MemoryBank, features: Features) -> Features:
 SCORINGS: Mapping[str, Callable[[MemoryBank, Features], Features]] = {
     "prototype": lambda bank, features: features @ bank.prototypes.T,  # cosine to the mean of the class
     "nearest": _nearest,  # cosine to the class's nearest reference
-    "softmax": _softmax,  # over classes, of cosines to prototypes
+    "softmax": lambda bank, features: softmax(features @ bank.prototypes.T / TEMPERATURE, axis=1),  # over classes
     "centred": _centred,  # cosine to the prototype, both less the mean of all prototypes
 }
-
-
-def _shrunk(most: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.sqrt((1 - most).clip(min=0))
-
-
 # What a mask's score is multiplied by, from the largest share of it inside a better mask of its class.
 MERGINGS: Mapping[str, Callable[[NDArray[np.float64]], NDArray[Any]]] = {
     "none": np.ones_like,
     "hard": lambda most: most <= 0.5,
-    "soft": _shrunk,
-    "semantic_soft": _shrunk,
+    "soft": lambda most: np.sqrt((1 - most).clip(min=0)),
+    "semantic_soft": lambda most: np.sqrt((1 - most).clip(min=0)),
 }
+
+
+def _chosen(rules: Mapping[str, Any], name: str, what: str) -> Any:
+    if name not in rules:
+        raise StudyError(f"{what} is {name!r}: choose from {', '.join(rules)}")
+    return rules[name]
 
 
 def class_scores(bank: MemoryBank, features: Features, scoring: str = "prototype") -> Features:
@@ -234,9 +227,8 @@ def class_scores(bank: MemoryBank, features: Features, scoring: str = "prototype
     Raises:
         StudyError: no such scoring.
     """
-    if scoring not in SCORINGS:
-        raise StudyError(f"scoring is {scoring!r}: choose from {', '.join(SCORINGS)}")
-    return SCORINGS[scoring](bank, features).clip(min=0)
+    scores: Features = _chosen(SCORINGS, scoring, "scoring")(bank, features).clip(min=0)
+    return scores
 
 
 def merged_scores(
@@ -255,9 +247,7 @@ def merged_scores(
     Raises:
         StudyError: no such merging.
     """
-    if merging not in MERGINGS:
-        raise StudyError(f"merging is {merging!r}: choose from {', '.join(MERGINGS)}")
-    final = scores.astype(np.float64)
+    factor, final = _chosen(MERGINGS, merging, "merging"), scores.astype(np.float64)
     if merging == "none":
         return final  # without asking which mask lies in which
     for category in np.unique(categories):
@@ -266,7 +256,7 @@ def merged_scores(
         inside = np.tril(np.asarray(mask_tools.iou(chosen, chosen, [1] * len(chosen))), -1)  # "crowd": divides by |M_i|
         if merging == "semantic_soft":
             inside = inside * (features[rows] @ features[rows].T).clip(0, 1)
-        final[rows] *= MERGINGS[merging](inside.max(1))
+        final[rows] *= factor(inside.max(1))
     return final
 
 
@@ -302,23 +292,18 @@ def ranked(
     scores: NDArray[Any],
     merging: str = "none",
     nms: float = 0.5,
-    max_detections: int = 100,
 ) -> list[Result]:
-    """COCO results of proposals with categories and scores `(N,)`, after per-class NMS and merging, best first."""
-    quality = torch.as_tensor(proposals.predicted_iou)
-    alone = batched_nms(torch.as_tensor(proposals.boxes), quality, torch.as_tensor(categories), nms).numpy()
+    """COCO results of proposals with categories and scores `(N,)`, the best 100 after per-class NMS and merging."""
+    boxes, *others = (torch.as_tensor(v) for v in (proposals.boxes, proposals.predicted_iou, categories))
+    alone = batched_nms(boxes, *others, nms).numpy()
     alone = alone[np.argsort(-scores[alone], kind="stable")]
-    rles = [proposals.rles[row] for row in alone.tolist()]
-    final = merged_scores(rles, features[alone], categories[alone], scores[alone], merging)
-    order = [row for row in np.argsort(-final, kind="stable").tolist() if final[row] > 0][:max_detections]
-    return [
-        result_of(image_id, int(categories[alone[row]]), rles[row], proposals.boxes[alone[row]], final[row])
-        for row in order
-    ]
+    found, categories = proposals.select(alone), categories[alone]
+    final = merged_scores(found.rles, features[alone], categories, scores[alone], merging)
+    order = [row for row in np.argsort(-final, kind="stable").tolist() if final[row] > 0][:100]
+    return [result_of(image_id, int(categories[row]), found.rles[row], found.boxes[row], final[row]) for row in order]
 
 
 def result_of(image_id: int, category_id: int, rle: Rle, box: NDArray[np.float64], score: float) -> Result:
     """One entry of a COCO result file; `box` is x0, y0, x1, y1."""
-    x0, y0, x1, y1 = (float(v) for v in box)
-    xywh = [x0, y0, x1 - x0, y1 - y0]
-    return {"image_id": image_id, "category_id": category_id, "bbox": xywh, "segmentation": rle, "score": float(score)}
+    place = {"image_id": image_id, "category_id": category_id, "bbox": xywh(tuple(box.tolist()))}
+    return {**place, "segmentation": rle, "score": float(score)}

@@ -5,20 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from samantics.cache import hash_value, kept
-from samantics.data import first_world as mojiworld
-from samantics.data.coco import CocoDataset, ImageRecord, Instance, check_images, load_coco
-from samantics.data.fetch import coco_subset
-from samantics.data.first_world import write_mojiworld
-from samantics.data.folders import image_size, readable_endings, visible_files
-from samantics.data.references import ReferenceRule, choose_references, matched_categories, shared_images
-from samantics.errors import StudyError
+from samantics.data.coco import CocoDataset, Instance
+from samantics.data.detection import Data, load_data
+from samantics.data.references import ReferenceRule, choose_references
 from samantics.metrics.coco_ap import IOU_TYPES, METRICS, Result, ap_interval, evaluate, perfect_results
 from samantics.models.encoder import Encoder, load_encoder, within_reach
 from samantics.run import Run
@@ -41,84 +35,6 @@ from samantics.training_free.proposals import (
 
 FORMAT = 1  # of cached tables; raised when the same settings would give other numbers
 PROPOSERS = ("sam", "sam2", "truth")
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """Reference and target images."""
-
-    references: CocoDataset
-    targets: CocoDataset
-    rule: ReferenceRule  # which instances may be references
-    names: dict[int, str]  # of categories, by id
-    notes: tuple[str, ...]  # a line for each thing the reader should know of the files
-
-
-def load_data(
-    run: Run, references: str = "", targets: str = "", images: str = "", skip_bad_images: bool = False
-) -> Data:
-    """The COCO files where given (the targets may be a folder of images), else the scale's own data.
-
-    At `pocket` that is MojiWorld scenes, at `lite` images of COCO val2017, which are fetched.
-
-    Raises:
-        StudyError: only some of the three are given; none are, at a scale that has no data of its own; bad files.
-    """
-    settings = run.scale.pipeline
-    rule = ReferenceRule(min_area=settings.min_reference_area, inset=settings.reference_inset)
-    given = {"references": references, "targets": targets, "images": images}
-    if any(given.values()):
-        lacking = [name for name, value in given.items() if not value]
-        if lacking:
-            raise StudyError(f"own data needs --references, --targets and --images: --{lacking[0]} is missing")
-        asked = unannotated(Path(targets)) if Path(targets).is_dir() else load_coco(targets, images, skip_bad_images)
-        found = (load_coco(references, images, skip_bad_images), asked)
-        datasets = check_images(found[0], skip_bad_images), check_images(found[1], skip_bad_images)
-        rule = ReferenceRule(relative=True)  # a photograph's pixels, at every scale
-    elif settings.target_scenes:
-        world, folder = mojiworld.World(seed=run.seed), run.cache / "scenes"
-        datasets = (
-            write_mojiworld(world, "references", settings.reference_scenes, folder, held_out_share=0.0),
-            write_mojiworld(world, "targets", settings.target_scenes, folder, held_out_share=0.5),
-        )
-    elif run.scale.coco:
-        datasets = coco_subset(run.scale.coco, rule)
-    else:
-        raise StudyError(f"scale {run.scale.name} needs COCO files: give --references, --targets and --images")
-    matched, names, notes = matched_categories(*datasets)
-    every_note = (*matched.notes, *datasets[1].notes, *notes, *shared_images(matched, datasets[1]))
-    run.record("reference_data", matched.hash)
-    run.record("target_data", datasets[1].hash)
-    return Data(matched, datasets[1], rule, names, every_note)
-
-
-def unannotated(folder: Path) -> CocoDataset:
-    """The images of a folder and its sub-folders, as targets that can be predicted and not measured.
-
-    Raises:
-        StudyError: there is none, or one cannot be read.
-    """
-    paths = [path for path in visible_files(folder) if path.suffix.lower() in readable_endings()]
-    if not paths:
-        raise StudyError(f"{folder} has no images: name a folder with some, or a COCO file")
-    sizes = [image_size(path) for path in paths]
-    records = [
-        ImageRecord(n, str(p.relative_to(folder)), *s) for n, (p, s) in enumerate(zip(paths, sizes, strict=True), 1)
-    ]
-    return CocoDataset(folder, folder, {record.id: record for record in records}, {}, (), annotated=False)
-
-
-def load_models(run: Run, weights: str = "") -> dict[str, Encoder]:
-    """The scale's sources of meaning; `sam` and `sam2` also propose. `weights`: others than the scale's."""
-    chosen = weights or run.scale.weights
-    size = run.scale.pipeline.semantic_size if chosen != "zoo" else 0
-    models = {
-        name: load_encoder(name, chosen, run.device, run.seed, image_size=size or None if name == "dinov2" else None)
-        for name in within_reach(run.scale.pipeline.sources, chosen)
-    }
-    for name, model in models.items():
-        run.record(f"weights_{name}", model.weights_hash)
-    return models
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,24 +71,23 @@ class Pipeline:
 
         Where the file has a box and no mask, SAM makes the mask.
         """
-        settings = self.run.scale.pipeline
+        settings, dataset = self.run.scale.pipeline, self.data.references
         most = max(settings.shots, *settings.shot_curve)
-        seeds, dataset = range(settings.reference_seeds), self.data.references
-        chosen = {seed: choose_references(dataset, most, seed, self.data.rule) for seed in seeds}
-        every = {i.id: i for groups in chosen.values() for group in groups.values() for i in group}
+        chosen = [choose_references(dataset, most, seed, self.data.rule) for seed in range(settings.reference_seeds)]
+        every = {i.id: i for groups in chosen for group in groups.values() for i in group}
         masked = masks_from_boxes(self.models["sam"].model, dataset, [i for i in every.values() if i.box_only])
         every |= {instance.id: instance for instance in masked}
         return {
             seed: {category: tuple(every[i.id] for i in group) for category, group in groups.items()}
-            for seed, groups in chosen.items()
+            for seed, groups in enumerate(chosen)
         }
 
     @functools.cached_property
     def reference_features(self) -> dict[str, dict[int, Features]]:
         """`(C,)` features by source and instance id, of the references of all seeds."""
-        groups = [group for chosen in self.references.values() for group in chosen.values()]
-        instances = list({i.id: i for group in groups for i in group}.values())
-        return reference_features(self.models, self.data.references, instances, self.run.cache / "mask_features")
+        every = {i.id: i for groups in self.references.values() for group in groups.values() for i in group}
+        folder = self.run.cache / "mask_features"
+        return reference_features(self.models, self.data.references, list(every.values()), folder)
 
     def bank(self, source: str, shots: int, seed: int = 0) -> MemoryBank:
         """The memory bank of one source, seed and number of shots."""
@@ -218,26 +133,32 @@ def start(
     weights: str = "",
     proposers: Sequence[str] = PROPOSERS,
     skip_bad_images: bool = False,
+    min_area: float = ReferenceRule.min_area,
 ) -> Pipeline:
     """A pipeline on these files or, without any, on the scale's own data.
 
     Args:
-        run: its scale sets grid, thresholds and shots.
-        references, targets: COCO JSON; the targets may be a folder of images.
-        images: the folder of the images that the files name.
+        run: its scale sets sources, grid, thresholds and shots.
+        references, targets, images, skip_bad_images, min_area: see `load_data`.
         weights: of the encoders, others than the scale's.
         proposers: whose masks are classified, a part of `PROPOSERS`.
-        skip_bad_images: leave out images that are missing, damaged or of another size than their entry says.
 
     Raises:
         StudyError: see `load_data`; or a model's weights are missing.
     """
-    settings = run.scale.pipeline
-    data = load_data(run, references, targets, images, skip_bad_images)
+    settings, chosen = run.scale.pipeline, weights or run.scale.weights
+    data = load_data(run, references, targets, images, skip_bad_images, min_area)
+    size = None if chosen == "zoo" else settings.semantic_size or None
+    models = {
+        name: load_encoder(name, chosen, run.device, run.seed, image_size=size if name == "dinov2" else None)
+        for name in within_reach(settings.sources, chosen)
+    }
+    for name, model in models.items():
+        run.record(f"weights_{name}", model.weights_hash)
     limits = ProposalSettings(
         settings.points_per_side, settings.predicted_iou, settings.stability, box_nms=settings.box_nms
     )
-    return Pipeline(run, data, load_models(run, weights), limits, tuple(proposers))
+    return Pipeline(run, data, models, limits, tuple(proposers))
 
 
 def ap_table(pipeline: Pipeline, variants: Iterable[Variant], iou_types: Sequence[str] = IOU_TYPES) -> pd.DataFrame:
@@ -276,11 +197,10 @@ def _key(pipeline: Pipeline, variant: Variant, iou_types: Sequence[str]) -> str:
 def ap_row(targets: CocoDataset, runs: Sequence[Sequence[Result]], iou_type: str) -> dict[str, Any]:
     """COCO's nine figures, averaged over runs (None where no object has that size), and AP's interval."""
     evaluations = [evaluate(targets, results, iou_type) for results in runs]
+    means = pd.DataFrame([e.metrics for e in evaluations], columns=METRICS).astype(float).mean()
     interval = ap_interval(evaluations)
-    columns = {name: [e.metrics[name] for e in evaluations] for name in METRICS}
-    known = {name: [value for value in values if value is not None] for name, values in columns.items()}
-    means = {name: float(np.mean(values)) if values else None for name, values in known.items()}
-    return {"iou_type": iou_type, **means, "low": interval.low, "high": interval.high, "seeds": len(runs)}
+    metrics = means.astype(object).where(means.notna(), None).to_dict()
+    return {"iou_type": iou_type, **metrics, "low": interval.low, "high": interval.high, "seeds": len(runs)}
 
 
 def truth_rows(pipeline: Pipeline) -> pd.DataFrame:

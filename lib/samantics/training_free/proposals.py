@@ -7,7 +7,7 @@ come several times faster: see `decoder`. Masks stay small until their predicted
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
-from torch import Tensor
-from torchvision.ops import nms
+from torchvision.ops import masks_to_boxes, nms
 from tqdm.auto import tqdm
 
-from samantics.cache import cache_dir, hash_value, reading, remove_leftovers, write_json
+from samantics.cache import cache_dir, hash_value, kept, reading, remove_leftovers
 from samantics.data.coco import CocoDataset, Instance, Rle, mask_of, read_image, rles_of
 from samantics.errors import StudyError
 from samantics.models.encoder import Encoder
@@ -32,7 +31,6 @@ from samantics.training_free.decoder import MASK_THRESHOLD, EncodedImage, PointD
 FORMAT = 1  # of the files; raised when the same settings would give other proposals
 TOKENS_AT_ONCE = {"cpu": 4 * 4096, "cuda": 64 * 4096}  # on a CPU, what fits its cache; image tokens over all prompts
 PIXELS_AT_ONCE = 4_000_000
-ARRAYS = ("boxes", "predicted_iou", "stability", "points")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +57,6 @@ class Proposals:
     boxes: NDArray[np.float64]  # (N, 4) x0, y0, x1, y1 in pixels, tight around the masks
     predicted_iou: NDArray[np.float64]  # (N,)
     stability: NDArray[np.float64]  # (N,)
-    points: NDArray[np.float64]  # (N, 2) the prompts, x, y in pixels
 
     def __len__(self) -> int:
         return len(self.rles)
@@ -71,9 +68,8 @@ class Proposals:
 
     def select(self, rows: NDArray[Any]) -> Proposals:
         """The proposals at these positions, in that order."""
-        return Proposals(
-            self.size, tuple(self.rles[int(row)] for row in rows), *(getattr(self, name)[rows] for name in ARRAYS)
-        )
+        rles = tuple(self.rles[int(row)] for row in rows)
+        return Proposals(self.size, rles, self.boxes[rows], self.predicted_iou[rows], self.stability[rows])
 
 
 def point_grid(per_side: int, size: tuple[int, int]) -> NDArray[np.float64]:
@@ -100,57 +96,38 @@ def propose(model: Any, image: Image.Image, settings: ProposalSettings | None = 
 @torch.inference_mode()
 def propose_encoded(image: EncodedImage, settings: ProposalSettings) -> Proposals:
     """`propose` for an image that is encoded already."""
-    decoder = PointDecoder(image)
-    points = point_grid(settings.points_per_side, image.size)
-    tokens = image.embedding.shape[1] * image.embedding.shape[2]
-    batch = max(1, TOKENS_AT_ONCE["cuda" if image.embedding.is_cuda else "cpu"] // tokens)
-    starts = range(0, len(points), batch)
-    parts = [part for start in starts for part in _masks_at(decoder, points[start : start + batch], settings)]
-    whole = _joined(image.size, parts)
+    decoder, points = PointDecoder(image), torch.as_tensor(point_grid(settings.points_per_side, image.size))
+    batch = max(1, TOKENS_AT_ONCE["cuda" if image.embedding.is_cuda else "cpu"] // image.embedding[0].numel())
+    parts = [part for some in points.split(batch) for part in _masks_at(decoder, some.numpy(), settings)]
+    rles, table = [rle for some, _ in parts for rle in some], np.concatenate([np.empty((0, 6)), *(t for _, t in parts)])
+    found = Proposals(image.size, tuple(rles), table[:, :4], table[:, 4], table[:, 5])
     # float32, and boxes whose far sides are the last pixels: as the packages rank and compare them
-    boxes = torch.as_tensor(whole.boxes - (0, 0, 1, 1), dtype=torch.float32)
-    best = nms(boxes, torch.as_tensor(whole.predicted_iou, dtype=torch.float32), settings.box_nms)
-    return whole.select(best.numpy())
+    boxes, quality = (
+        torch.as_tensor(v, dtype=torch.float32) for v in (found.boxes - (0, 0, 1, 1), found.predicted_iou)
+    )
+    return found.select(nms(boxes, quality, settings.box_nms).numpy())
 
 
-def _masks_at(decoder: PointDecoder, points: NDArray[np.float64], settings: ProposalSettings) -> Iterator[Proposals]:
-    """The masks at `(P, 2)` points that pass both thresholds, as many at a time as fit memory at full resolution."""
+def _masks_at(
+    decoder: PointDecoder, points: NDArray[np.float64], settings: ProposalSettings
+) -> Iterator[tuple[list[Rle], NDArray[np.float64]]]:
+    """The masks at `(P, 2)` points that pass both thresholds, as many at a time as fit memory at full resolution.
+
+    Yields run lengths and a table `(M, 6)`: box, predicted IoU, stability.
+    """
     decoded = decoder.decode(points)
     promising = (decoded.predicted_iou > settings.predicted_iou) | (settings.predicted_iou <= 0)
-    low = decoder.low_logits(decoded, promising)
-    predicted_iou = decoded.predicted_iou[promising].cpu().double().numpy()
-    prompts = np.repeat(points, 3, axis=0)[promising.flatten().cpu().numpy()]
-    size = decoder.image.size
-    share = max(1, PIXELS_AT_ONCE // (size[0] * size[1]))
-    for start in range(0, len(low), share):
-        part = slice(start, start + share)
-        rows, rles, boxes, stability = _stable_masks(decoder.image.full_logits(low[part]), settings)
-        yield Proposals(size, tuple(rles), boxes, predicted_iou[part][rows], stability, prompts[part][rows])
-
-
-def _stable_masks(
-    logits: Tensor, settings: ProposalSettings
-) -> tuple[NDArray[np.bool_], list[Rle], NDArray[np.float64], NDArray[np.float64]]:
-    """Of `(M, width, height)` logits: which are stable and not empty `(M,)`; their run lengths, boxes and stability."""
-    inner, outer = (
-        (logits > MASK_THRESHOLD + offset).sum((1, 2))
-        for offset in (settings.stability_offset, -settings.stability_offset)
-    )
-    stability = inner / outer
-    masks = logits > MASK_THRESHOLD
-    columns, rows = masks.any(2), masks.any(1)
-    good = columns.any(1) & ~(stability < settings.stability)
-    sides = [side[good].cpu().numpy() for side in (columns, rows)]
-    ends = [side.argmax(1) for side in sides] + [side.shape[1] - side[:, ::-1].argmax(1) for side in sides]
-    rles = rles_of(masks[good].transpose(1, 2).cpu().numpy())
-    boxes = np.stack(ends, axis=1).astype(np.float64)
-    return good.cpu().numpy(), rles, boxes, stability[good].cpu().double().numpy()
-
-
-def _joined(size: tuple[int, int], parts: Sequence[Proposals]) -> Proposals:
-    none = Proposals(size, (), np.empty((0, 4)), np.empty(0), np.empty(0), np.empty((0, 2)))
-    arrays = (np.concatenate([getattr(part, name) for part in (none, *parts)]) for name in ARRAYS)
-    return Proposals(size, tuple(rle for part in parts for rle in part.rles), *arrays)
+    low, quality = decoder.low_logits(decoded, promising), decoded.predicted_iou[promising]
+    at_once = max(1, PIXELS_AT_ONCE // (decoder.image.size[0] * decoder.image.size[1]))
+    for start in range(0, len(low), at_once):
+        logits, quality_here = decoder.image.full_logits(low[start : start + at_once]), quality[start : start + at_once]
+        masks, offset = logits > MASK_THRESHOLD, settings.stability_offset
+        sums = [(logits > MASK_THRESHOLD + shift).sum((1, 2)) for shift in (offset, -offset)]
+        stability = sums[0] / sums[1]
+        good = masks.any(2).any(1) & ~(stability < settings.stability)
+        boxes = masks_to_boxes(masks[good]).double() + torch.tensor([0, 0, 1, 1], device=masks.device)
+        table = torch.cat([boxes, quality_here[good, None].double(), stability[good, None].double()], dim=1)
+        yield rles_of(masks[good].cpu().numpy()), table.cpu().numpy()
 
 
 @torch.inference_mode()
@@ -178,10 +155,8 @@ def true_masks(dataset: CocoDataset) -> dict[int, Proposals]:
     found = {}
     for image_id, record in dataset.images.items():
         objects = objects_of(dataset, image_id)
-        boxes = np.array([instance.box for instance in objects], np.float64).reshape(-1, 4)
-        ones, centres = np.ones(len(objects)), (boxes[:, :2] + boxes[:, 2:]) / 2
-        rles = tuple(instance.rle for instance in objects)
-        found[image_id] = Proposals((record.height, record.width), rles, boxes, ones, ones, centres)
+        boxes, ones = np.array([i.box for i in objects], np.float64).reshape(-1, 4), np.ones(len(objects))
+        found[image_id] = Proposals((record.height, record.width), tuple(i.rle for i in objects), boxes, ones, ones)
     return found
 
 
@@ -193,46 +168,38 @@ def proposals_folder(
     return (root or cache_dir() / "proposals") / f"{encoder.name}_{settings.points_per_side}_{key}"
 
 
-def compute_proposals(
-    encoder: Encoder, dataset: CocoDataset, settings: ProposalSettings, root: Path | None = None
-) -> Path:
-    """Propose and store for every image that has no stored proposals yet; returns their folder.
-
-    Proposals are stored one file an image, whole or not at all, so a killed run goes on where it stopped. Under
-    `torchrun` each process does its share.
-
-    Raises:
-        StudyError: an image cannot be read; the model has no mask decoder.
-    """
-    folder = proposals_folder(encoder, dataset, settings, root)
-    remove_leftovers(folder)
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    files = {image_id: folder / f"{image_id}.json" for image_id in list(dataset.images)[rank::world]}
-    missing = [(image_id, path) for image_id, path in files.items() if not path.is_file()]
-    for image_id, path in tqdm(missing, desc=f"proposals of {encoder.name}", disable=not missing, mininterval=1):
-        found = propose(encoder.model, read_image(dataset, image_id), settings)
-        arrays = {name: getattr(found, name).tolist() for name in ARRAYS}
-        write_json(path, {"size": found.size, "counts": [rle["counts"] for rle in found.rles], **arrays})
-    return folder
-
-
 def get_proposals(
     encoder: Encoder, dataset: CocoDataset, settings: ProposalSettings, root: Path | None = None
 ) -> dict[int, Proposals]:
     """Proposals of every image by its id: stored ones, and the missing ones computed first.
 
+    Proposals are stored one file an image, whole or not at all, so a killed run goes on where it stopped. Under
+    `torchrun` each process does, and returns, its share.
+
     Raises:
-        StudyError: as `compute_proposals`; a stored file is damaged.
+        StudyError: an image cannot be read; the model has no mask decoder; a stored file is damaged.
     """
-    folder = compute_proposals(encoder, dataset, settings, root)
-    return {image_id: _read(folder / f"{image_id}.json") for image_id in dataset.images}
+    folder = proposals_folder(encoder, dataset, settings, root)
+    remove_leftovers(folder)
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    found = {}
+    for image_id in tqdm(list(dataset.images)[rank::world], f"proposals of {encoder.name}", mininterval=1, leave=False):
+        path = folder / f"{image_id}.json"
+        stored = kept(path, functools.partial(_stored, encoder, dataset, settings, image_id))
+        with reading(path):
+            found[image_id] = _proposals(stored)
+    return found
 
 
-def _read(path: Path) -> Proposals:
-    with reading(path):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        height, width = (int(side) for side in content["size"])
-        arrays = {name: np.array(content[name], np.float64) for name in ARRAYS}
-        arrays |= {"boxes": arrays["boxes"].reshape(-1, 4), "points": arrays["points"].reshape(-1, 2)}
-        rles = tuple({"size": [height, width], "counts": counts} for counts in content["counts"])
-        return Proposals((height, width), rles, **arrays)
+def _stored(encoder: Encoder, dataset: CocoDataset, settings: ProposalSettings, image_id: int) -> dict[str, Any]:
+    """What a file holds: the fields of `Proposals`, of run lengths the counts alone."""
+    found = propose(encoder.model, read_image(dataset, image_id), settings)
+    arrays = {name: getattr(found, name).tolist() for name in ("boxes", "predicted_iou", "stability")}
+    return {"size": found.size, "counts": [rle["counts"] for rle in found.rles], **arrays}
+
+
+def _proposals(stored: dict[str, Any]) -> Proposals:
+    height, width = (int(side) for side in stored["size"])
+    rles = tuple({"size": [height, width], "counts": counts} for counts in stored["counts"])
+    boxes, *rest = (np.array(stored[name], np.float64) for name in ("boxes", "predicted_iou", "stability"))
+    return Proposals((height, width), rles, boxes.reshape(-1, 4), *rest)

@@ -1,0 +1,88 @@
+"""What objects are found in: reference and target images of a scale, or two COCO files of the user's."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from samantics.data import first_world as mojiworld
+from samantics.data.coco import CocoDataset, ImageRecord, check_images, load_coco
+from samantics.data.fetch import coco_subset
+from samantics.data.first_world import write_mojiworld
+from samantics.data.folders import image_size, readable_endings, visible_files
+from samantics.data.references import ReferenceRule, matched_categories, shared_images
+from samantics.errors import StudyError
+from samantics.run import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Reference and target images."""
+
+    references: CocoDataset
+    targets: CocoDataset
+    rule: ReferenceRule  # which instances may be references
+    names: dict[int, str]  # of categories, by id
+    notes: tuple[str, ...]  # a line for each thing the reader should know of the files
+
+
+def load_data(
+    run: Run,
+    references: str = "",
+    targets: str = "",
+    images: str = "",
+    skip_bad_images: bool = False,
+    min_area: float = ReferenceRule.min_area,
+) -> Data:
+    """The COCO files where given (the targets may be a folder of images), else the scale's own data.
+
+    At `pocket` that is MojiWorld scenes, at `lite` images of COCO val2017, which are fetched.
+
+    Args:
+        run: whose scale says what its own data is.
+        references, targets, images: files, and the folder of the images that they name.
+        skip_bad_images: leave out images that are missing, damaged or of another size than their entry says.
+        min_area: of references in files, pixels of a COCO photograph.
+
+    Raises:
+        StudyError: only some of the three are given; none are, at a scale that has no data of its own; bad files.
+    """
+    settings = run.scale.pipeline
+    rule = ReferenceRule(min_area=settings.min_reference_area, inset=settings.reference_inset)
+    given = {"references": references, "targets": targets, "images": images}
+    if any(given.values()):
+        lacking = [name for name, value in given.items() if not value]
+        if lacking:
+            raise StudyError(f"own data needs --references, --targets and --images: --{lacking[0]} is missing")
+        asked = unannotated(Path(targets)) if Path(targets).is_dir() else load_coco(targets, images, skip_bad_images)
+        files = (load_coco(references, images, skip_bad_images), asked)
+        datasets = [check_images(dataset, skip_bad_images) for dataset in files]
+        rule = ReferenceRule(min_area=min_area, relative=True)  # a photograph's pixels, at every scale
+    elif settings.target_scenes:
+        world, folder = mojiworld.World(seed=run.seed), run.cache / "scenes"
+        datasets = [
+            write_mojiworld(world, "references", settings.reference_scenes, folder, held_out_share=0.0),
+            write_mojiworld(world, "targets", settings.target_scenes, folder, held_out_share=0.5),
+        ]
+    elif run.scale.coco:
+        datasets = list(coco_subset(run.scale.coco, rule))
+    else:
+        raise StudyError(f"scale {run.scale.name} needs COCO files: give --references, --targets and --images")
+    matched, names, notes = matched_categories(*datasets)
+    every_note = (*matched.notes, *datasets[1].notes, *notes, *shared_images(matched, datasets[1]))
+    run.record("reference_data", matched.hash)
+    run.record("target_data", datasets[1].hash)
+    return Data(matched, datasets[1], rule, names, every_note)
+
+
+def unannotated(folder: Path) -> CocoDataset:
+    """The images of a folder and its sub-folders, as targets that can be predicted and not measured.
+
+    Raises:
+        StudyError: there is none, or one cannot be read.
+    """
+    paths = [path for path in visible_files(folder) if path.suffix.lower() in readable_endings()]
+    if not paths:
+        raise StudyError(f"{folder} has no images: name a folder with some, or a COCO file")
+    records = {n: ImageRecord(n, str(p.relative_to(folder)), *image_size(p)) for n, p in enumerate(paths, 1)}
+    return CocoDataset(folder, folder, records, {}, (), annotated=False)
