@@ -35,7 +35,8 @@ def test_lock_has_a_fitting_version_of_every_dependency(requirement: Requirement
 
 def test_conda_takes_the_same_python_and_lock() -> None:
     environment = yaml.safe_load((PROJECT / "environment.yml").read_text())
-    python, pip, packages = environment["dependencies"]
+    python, nodejs, pip, packages = environment["dependencies"]
+    assert nodejs == "nodejs", "for npm ci of the drawings"
     assert SpecifierSet(SETTINGS["project"]["requires-python"]).contains(python.removeprefix("python=") + ".0")
     assert pip == "pip" and packages == {"pip": ["-r requirements.lock", "-e ."]}
 
