@@ -25,12 +25,14 @@ from sam2.modeling.sam2_base import SAM2Base
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
+from segment_anything.modeling.image_encoder import get_rel_pos, window_partition, window_unpartition
 from torch import Tensor
 from torch.nn import functional as F
 
 from samantics.errors import StudyError
 
 MASK_THRESHOLD = 0.0  # of logits, in both packages
+LOGITS_AT_ONCE = 2**21  # of attention: 8 MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,34 +45,47 @@ class EncodedImage:
     size: tuple[int, int]  # height and width of the image, pixels
     frame: tuple[int, int]  # height and width that it takes of the model's input (the rest is padding), pixels
 
+    @functools.cached_property
+    def upscaling(self) -> tuple[Tensor, Tensor]:
+        """`(height, 4h)` and `(width, 4w)`: the packages' resizing of mask logits to the image, as two matrices."""
+        identity = torch.eye(4 * self.embedding.shape[1], device=self.embedding.device)[None]
+        sides = [identity, identity]
+        if isinstance(self.model, Sam):  # SAM resizes to its input, cuts the padding off, and resizes to the image
+            sides = [_resized(identity, self.model.image_encoder.img_size)[..., :used] for used in self.frame]
+        rows, columns = (_resized(side, whole)[0].T for side, whole in zip(sides, self.size, strict=True))
+        return rows.contiguous(), columns.contiguous()
+
     def full_logits(self, low: Tensor) -> Tensor:
-        """`(M, height, width)`: logits `(M, 4h, 4w)` resized to the image as the packages do."""
-        if isinstance(self.model, Sam):
-            return self.model.postprocess_masks(low[None], self.frame, self.size)[0]
-        return F.interpolate(low[None], self.size, mode="bilinear", align_corners=False)[0]
+        """`(M, height, width)`: logits `(M, 4h, 4w)` at the image's resolution, stored by columns like run lengths."""
+        rows, columns = self.upscaling
+        return (columns @ (low.transpose(1, 2) @ rows.T)).transpose(1, 2)
+
+
+def _resized(matrix: Tensor, length: int) -> Tensor:
+    return F.interpolate(matrix, length, mode="linear", align_corners=False)
 
 
 @torch.inference_mode()
 def encode_image(model: Any, image: Image.Image) -> EncodedImage:
-    """Encode an RGB image by the package's own predictor.
+    """Encode an RGB image as the package's own predictor does.
 
     Raises:
         StudyError: the model is neither a `Sam` nor a `SAM2Base`, or the image is too narrow for it.
     """
-    size, pixels = (image.height, image.width), np.array(image)  # a copy: torch warns of arrays it may not write to
+    size = (image.height, image.width)
     if isinstance(model, Sam):
         if min(size) * model.image_encoder.img_size / max(size) < 0.5:
             shape = f"{image.width}x{image.height}"
             raise StudyError(f"an image of {shape} pixels is too narrow for SAM: remove or crop it")
-        sam = SamPredictor(model)
-        sam.set_image(pixels)
-        return EncodedImage(model, sam.features[0], (), size, sam.input_size)
+        resized = SamPredictor(model).transform.apply_image(np.asarray(image))
+        pixels = torch.as_tensor(resized, device=model.device).permute(2, 0, 1)[None]
+        return EncodedImage(model, _embedding(model, pixels)[0], (), size, (resized.shape[0], resized.shape[1]))
     if isinstance(model, SAM2Base):
-        sam2 = sam2_predictor(model)
-        sam2.set_image(pixels)
-        high_res = tuple(level[0] for level in sam2._features["high_res_feats"])
-        frame = (model.image_size, model.image_size)
-        return EncodedImage(model, sam2._features["image_embed"][0], high_res, size, frame)
+        predictor = sam2_predictor(model)
+        predictor.set_image(np.array(image))  # a copy: torch warns of arrays that it may not write to
+        maps = predictor._features
+        high_res = tuple(level[0] for level in maps["high_res_feats"])
+        return EncodedImage(model, maps["image_embed"][0], high_res, size, (model.image_size, model.image_size))
     raise StudyError(f"{type(model).__name__} has no mask decoder: propose masks with sam or sam2")
 
 
@@ -80,6 +95,46 @@ def sam2_predictor(model: SAM2Base) -> SAM2ImagePredictor:
     side = model.image_size // model.backbone_stride
     predictor._bb_feat_sizes = [(4 * side, 4 * side), (2 * side, 2 * side), (side, side)]
     return predictor
+
+
+def _embedding(model: Sam, pixels: Tensor) -> Tensor:
+    """`(1, C, h, w)`: SAM's image encoder with its attention computed in parts that fit a processor's cache."""
+    encoder = model.image_encoder
+    x = encoder.patch_embed(model.preprocess(pixels))
+    x = x if encoder.pos_embed is None else x + encoder.pos_embed
+    for block in encoder.blocks:
+        windows, padded = block.norm1(x), x.shape[1:3]
+        if block.window_size:
+            windows, padded = window_partition(windows, block.window_size)
+        windows = _attended(block.attn, windows)
+        if block.window_size:
+            windows = window_unpartition(windows, block.window_size, padded, x.shape[1:3])
+        x = x + windows
+        x = x + block.mlp(block.norm2(x))
+    return encoder.neck(x.permute(0, 3, 1, 2))
+
+
+def _attended(attention: Any, x: Tensor) -> Tensor:
+    """`(B, h, w, C)` after SAM's attention with decomposed relative positions: the package's sums, in small parts."""
+    batch, height, width, _ = x.shape
+    tokens, heads = height * width, attention.num_heads
+    query, key, value = attention.qkv(x).view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).flatten(1, 2)
+    seen = torch.empty_like(query)
+    if attention.use_rel_pos:
+        grid = query.unflatten(1, (height, width))
+        by_row = torch.einsum("bhwc,hkc->bhwk", grid, get_rel_pos(height, height, attention.rel_pos_h)).flatten(1, 2)
+        by_column = torch.einsum("bhwc,wkc->bhwk", grid, get_rel_pos(width, width, attention.rel_pos_w)).flatten(1, 2)
+    some, few = max(1, LOGITS_AT_ONCE // tokens**2), max(1, LOGITS_AT_ONCE // tokens)
+    for i in range(0, len(query), some):
+        for j in range(0, tokens, few):
+            part = (slice(i, i + some), slice(j, j + few))
+            logits = (query[part] * attention.scale) @ key[part[0]].transpose(1, 2)
+            if attention.use_rel_pos:
+                logits = logits.unflatten(2, (height, width)).add_(by_row[part][..., None])
+                logits = logits.add_(by_column[part][..., None, :]).flatten(2)
+            seen[part] = logits.softmax(-1) @ value[part[0]]
+    seen = seen.view(batch, heads, height, width, -1).permute(0, 2, 3, 1, 4).flatten(3)
+    return attention.proj(seen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +163,10 @@ class PointDecoder:
         prompt = self._prompt_tokens(points)
         transformer = self.decoder.transformer
         first, second = transformer.layers
+        queries = _self_attended(first, prompt, prompt)
         whole = self.tokens.expand(len(points), -1, -1)
-        queries, tokens = self._layer(first, prompt, prompt, whole, self._first_projections)
+        queries, tokens = self._layer(first, queries, prompt, whole, self._first_projections)
+        queries = _self_attended(second, queries, prompt)
         queries, tokens = self._layer(second, queries, prompt, tokens, None)
         final = transformer.final_attn_token_to_image
         queries = queries + _read(final, queries + prompt, tokens, tokens + self.positions)
@@ -157,23 +214,24 @@ class PointDecoder:
     def _layer(
         self, layer: Any, queries: Tensor, prompt: Tensor, tokens: Tensor, shared: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, Tensor]:
-        """A two-way block: prompt tokens look at each other, read the image, think, and write to it."""
+        """One two-way block after its self-attention: prompt tokens read the image, think, and write to it."""
         reading, writing = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
-        asked = queries if layer.skip_first_layer_pe else queries + prompt
-        looked = layer.self_attn(q=asked, k=asked, v=queries)
-        queries = layer.norm1(looked if layer.skip_first_layer_pe else queries + looked)
         placed = tokens if shared else tokens + self.positions
-        queries = layer.norm2(queries + _read(reading, queries + prompt, tokens, placed, shared))
+        if shared is None:
+            read = _read(reading, queries + prompt, tokens, placed)
+        else:
+            read = _read_shared(reading, queries + prompt, shared[0], shared[1])
+        queries = layer.norm2(queries + read)
         queries = layer.norm3(queries + layer.mlp(queries))
         keys = _heads(writing.k_proj(queries + prompt), writing)
         keys = keys * keys.shape[-1] ** -0.5
-        if shared:
-            logits = keys @ shared[2].transpose(1, 2)
-        else:
+        if shared is None:
             weight = writing.q_proj.weight.unflatten(0, (writing.num_heads, -1))
             few = (keys @ weight).flatten(1, 2)  # (P, heads * T, C)
             constant = (keys @ writing.q_proj.bias.view(writing.num_heads, -1, 1)).flatten(1, 2)
             logits = torch.baddbmm(constant, few, placed.transpose(1, 2)).unflatten(1, (writing.num_heads, -1))
+        else:
+            logits = keys @ shared[2].transpose(1, 2)
         weights = logits.softmax(dim=2).flatten(1, 2)  # over the T tokens that an image token may read
         outward = writing.out_proj.weight.unflatten(1, (writing.num_heads, -1)).permute(1, 2, 0)
         values = (_heads(writing.v_proj(queries), writing) @ outward).flatten(1, 2)
@@ -198,24 +256,33 @@ def _heads(x: Tensor, attention: Any) -> Tensor:
     return x.unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
 
 
-def _read(
-    attention: Any, queries: Tensor, tokens: Tensor, placed: Tensor, shared: tuple[Tensor, ...] | None = None
-) -> Tensor:
+def _self_attended(layer: Any, queries: Tensor, prompt: Tensor) -> Tensor:
+    if layer.skip_first_layer_pe:
+        return layer.norm1(layer.self_attn(q=queries, k=queries, v=queries))
+    placed = queries + prompt
+    return layer.norm1(queries + layer.self_attn(q=placed, k=placed, v=queries))
+
+
+def _read_shared(attention: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Prompt tokens `(P, T, C)` attend to image tokens that are the same for all prompts."""
+    prompts, tokens = queries.shape[:2]
+    asked = attention.q_proj(queries).flatten(0, 1).unflatten(1, (attention.num_heads, -1)).transpose(0, 1)
+    found = F.scaled_dot_product_attention(asked[None], keys[None], values[None])[0]
+    return attention.out_proj(found.transpose(0, 1).reshape(prompts, tokens, -1))
+
+
+def _read(attention: Any, queries: Tensor, tokens: Tensor, placed: Tensor) -> Tensor:
     """Prompt tokens `(P, T, C)` attend to image tokens `(P, N, C)`, `placed` with their positions added.
 
     The bias of the keys is left out: it is the same for all image tokens, so it cancels in the softmax.
     """
     heads = attention.num_heads
     asked = _heads(attention.q_proj(queries), attention)
-    asked = asked * asked.shape[-1] ** -0.5
-    if shared:  # the keys and values of all prompts
-        found = (asked @ shared[0].transpose(1, 2)).softmax(dim=-1) @ shared[1]
-    else:
-        few = (asked @ attention.k_proj.weight.unflatten(0, (heads, -1))).flatten(1, 2)
-        weights = (few @ placed.transpose(1, 2)).softmax(dim=-1)
-        seen = (weights @ tokens).unflatten(1, (heads, -1)) @ attention.v_proj.weight.unflatten(0, (heads, -1)).mT
-        found = seen + attention.v_proj.bias.view(heads, 1, -1)
-    return attention.out_proj(found.transpose(1, 2).flatten(2))
+    few = (asked * asked.shape[-1] ** -0.5 @ attention.k_proj.weight.unflatten(0, (heads, -1))).flatten(1, 2)
+    weights = (few @ placed.transpose(1, 2)).softmax(dim=-1)
+    seen = (weights @ tokens).unflatten(1, (heads, -1))
+    found = seen @ attention.v_proj.weight.unflatten(0, (heads, -1)).transpose(1, 2)
+    return attention.out_proj(found.transpose(1, 2).flatten(2) + attention.v_proj.bias)
 
 
 def _doubled(x: Tensor, convolution: Any) -> Tensor:
