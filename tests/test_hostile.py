@@ -56,7 +56,6 @@ from samantics.models import pocket, weights
 from samantics.models.encoder import load_encoder
 from samantics.models.registry import ENCODERS
 from samantics.models.weights import WeightFile, read_weights, weight_file
-from samantics.plots import save_table
 from samantics.probing.features import encode_images
 from samantics.run import Run
 from samantics.training_free.matching import pooled_features
@@ -325,7 +324,7 @@ def test_class_folders_and_files_of_any_name_can_be_shown_and_written(tmp_path: 
     assert train.hash != val.hash and train[0].size == val[0].size == PICTURE.size
     names = class_names(train.classes)
     assert set(names) >= {"caf?", "two lines", "<script>alert(1)<", "-rf", "(blank)", "n01440764", "猫", "x" * 255}
-    save_table(pocket_run, pd.DataFrame({"class": names}), "99_classes", names[0])
+    pocket_run.save(None, pd.DataFrame({"class": names}), "99_classes", names[0])
     assert set(pd.read_csv(pocket_run.figures / "99_classes.csv")["class"]) == set(names)
 
 
@@ -520,7 +519,7 @@ def test_any_name_of_a_category_is_shown_and_never_run(tmp_path: Path, pocket_ru
     names = load(tmp_path, data).categories
     assert names == {3: script, 4: "half ? a letter", 5: "5"}
     frame = pd.DataFrame({"category": list(names.values())})
-    save_table(pocket_run, frame, "99_table", f"The category {script}.")
+    pocket_run.save(None, frame, "99_table", f"The category {script}.")
     cell = notebook_cell(frame.to_html(), f"category 3 ({script}) has no reference")
     page = notebook_page(nbformat.v4.new_notebook(cells=[cell]), script)
     for text in (write_report(pocket_run.figures).read_text(), page):

@@ -14,7 +14,6 @@ from browser import CHROMIUM, browser
 from report import notebook_page, write_report
 from samantics import plots as figures
 from samantics.cache import PROJECT
-from samantics.plots import save_figure, save_table
 from samantics.run import Run
 
 COMMITTED = PROJECT / "figures" / "pocket"
@@ -29,9 +28,9 @@ def report(pocket_run: Run) -> Path:
     axes.plot([1, 3, 2])
     table = pd.DataFrame({"encoder": ["sam", "<b>"], "top1": [1.5, None]})
     pocket_run.record("weights", {"sam": "abc123"})
-    save_figure(pocket_run, fig, table, "99_line", 'A line "that" rises & falls.')
+    pocket_run.save(fig, table, "99_line", 'A line "that" rises & falls.')
     plt.close(fig)
-    save_table(pocket_run, table, "99_table", "Only numbers.")
+    pocket_run.save(None, table, "99_table", "Only numbers.")
     picture = (pocket_run.figures / "99_line.png").read_bytes()
     cell = nbformat.v4.new_code_cell("plot(1)", execution_count=1)
     data = {"image/png": base64.b64encode(picture).decode(), "text/plain": "a picture"}

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import pandas as pd
-from matplotlib.figure import Figure
-
 from samantics.plots.images import heat, image_grid, show_instances, tinted
 from samantics.plots.style import COLOURS, CYCLE, LABELS, colours, headline, ink, label, style
 from samantics.plots.tables import bars, dots, end_labels, heatmaps, lines, scatter, stacked
@@ -15,15 +10,3 @@ __all__ = [
     "COLOURS", "CYCLE", "LABELS", "bars", "colours", "dots", "end_labels", "headline", "heat", "heatmaps", "image_grid",
     "ink", "label", "lines", "scatter", "show_instances", "stacked", "style", "tinted",
 ]  # fmt: skip
-
-
-def save_figure(run: Any, fig: Figure, table: pd.DataFrame, name: str, caption: str) -> Any:
-    """`Run.save` under its old name."""
-    run.save(fig, table, name, caption)
-    return run.figures / f"{name}.png"
-
-
-def save_table(run: Any, table: pd.DataFrame, name: str, caption: str = "") -> Any:
-    """`Run.save` without a figure, under its old name."""
-    run.save(None, table, name, caption)
-    return run.figures / f"{name}.csv"
