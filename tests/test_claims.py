@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def write_separability(folder: Path, values: dict[tuple[str, str], float], shuff
 
 
 def test_c3_and_c4_count_what_is_above_shuffled_labels(tmp_path: Path) -> None:
-    values = {("before", "base"): 0.15, ("before", "novel"): 0.15, ("after", "base"): 0.6, ("after", "novel"): 0.3}
+    values = {("before", "base"): 0.15, ("before", "novel"): 0.15, ("after", "base"): 0.6, ("after", "novel"): 0.2}
     write_separability(tmp_path, values, shuffled=0.1)
     assert (row_of(tmp_path, "C3")["verdict"], row_of(tmp_path, "C4")["verdict"]) == ("supported", "supported")
     assert row_of(tmp_path, "C3")["measured"] == pytest.approx(0.45)
@@ -177,6 +178,16 @@ def test_a_comparison_needs_its_whole_intervals_apart() -> None:
     assert not holds(Interval(10, 9, 11), Interval(4.4, 4.2, 4.6), 2)
     assert not holds(Interval(-0.08, -0.09, -0.07), Interval(-0.06, -0.07, -0.05), 2)  # below, and both below nothing
     assert verdict([]) == "not measured"
+
+
+def test_what_another_processor_could_turn_stays_open() -> None:
+    close = Comparison("", Interval(0.015, 0.004, 0.026), Interval(-0.01, -0.02, 0.0), 2.0, "", wobble=0.5)
+    clear = dataclasses.replace(close, more=Interval(0.5, 0.45, 0.55))
+    fails = dataclasses.replace(close, more=Interval(-0.5, -0.55, -0.45))
+    assert close.holds and close.is_open(()) and not dataclasses.replace(close, wobble=0.0).is_open(())
+    assert clear.holds and not clear.is_open(()) and not fails.holds and not fails.is_open(())
+    assert verdict([close, fails]) == "not supported" and verdict([close, clear]) == "partly"
+    assert verdict([close]) == "undecided" and verdict([]) == "not measured"
 
 
 def test_summary_holds_the_judged_numbers(tmp_path: Path) -> None:
