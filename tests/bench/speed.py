@@ -40,7 +40,7 @@ from samantics.data.coco import mask_of, rles_of
 from samantics.models.encoder import load_encoder
 from samantics.models.preprocessing import Preprocessing
 from samantics.probing.features import encode_images
-from samantics.probing.knn import knn_probe
+from samantics.probing.knn import TEMPERATURE, knn_probe
 from samantics.probing.linear import RATES, linear_probe
 from samantics.probing.protocol import paper_probe
 from samantics.training_free import matching
@@ -133,9 +133,9 @@ def neighbours(size: int) -> Pair:
     rng = np.random.default_rng(0)
     y, cut = rng.integers(0, 100, size), size * 4 // 5
     x = (rng.normal(size=(100, 384))[y] + 3 * rng.normal(size=(size, 384))).astype(np.float32)
-    model = KNeighborsClassifier(20, metric="cosine", algorithm="brute")
+    model = KNeighborsClassifier(20, metric="cosine", algorithm="brute", weights=lambda far: np.exp(-far / TEMPERATURE))
     return Pair(
-        lambda: knn_probe(x[:cut], y[:cut], x[cut:], y[cut:], 100, ks=(20,), temperature=None)[20].predictions[0],
+        lambda: knn_probe(x[:cut], y[:cut], x[cut:], y[cut:], 100, k=20).predictions[0],
         lambda: model.fit(x[:cut], y[:cut]).predict(x[cut:]),
     )
 
