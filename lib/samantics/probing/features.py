@@ -34,6 +34,7 @@ from samantics.models.architectures import Readout
 from samantics.models.encoder import PIXELS_AT_ONCE, Encoder
 from samantics.models.preprocessing import Geometry
 
+FEW = 3  # unreadable images that a data set of any size may have
 FORMAT = 1  # of the files below; a store of another format is refused
 SHARD_ROWS = 1024
 PREFETCH = 2  # batches decoded ahead
@@ -212,7 +213,8 @@ def encode_images(
         folder: parent of the stores; default `features` in the cache folder.
         batch_size: images at once; default: 32, or fewer where the encoder's input is large.
         workers: threads that decode and resize.
-        max_unreadable: share of the images that may be unreadable; they are skipped and listed in the store.
+        max_unreadable: images that may be unreadable, which are skipped and listed in the store: below 1 a share of
+            all, but at least `FEW`; from 1 on a count; 0 for none.
         shard_rows: images in a file.
 
     Raises:
@@ -266,8 +268,11 @@ class _Job:
 
     def check_readable(self, reasons: Sequence[str]) -> None:
         limit, count = self.max_unreadable, len(self.images)
-        if len(reasons) > limit * count:
-            message = f"{len(reasons)} of {count} images are unreadable, over the limit of {limit:.1%}"
+        allowed = limit if limit >= 1 or limit == 0 else max(FEW, int(limit * count))
+        if len(reasons) > min(allowed, count - 1):
+            message = (
+                f"{len(reasons)} of {count} images are unreadable, over the limit of {allowed:.0f} (max_unreadable)"
+            )
             raise StudyError(f"{message}: {reasons[0]}")
 
 
