@@ -23,6 +23,7 @@ NEEDS = {  # by a notebook's number: what the scales lite and paper need
     "04": "the tables of 01 to 03",
     "05": "your own images or COCO files",
     "A1": "nothing: it is about the pocket zoo",
+    "A2": "nothing: it is about the instruments, at pocket scale",
 }
 
 
