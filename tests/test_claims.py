@@ -181,10 +181,10 @@ def test_a_comparison_needs_its_whole_intervals_apart() -> None:
 
 
 def test_what_another_processor_could_turn_stays_open() -> None:
-    close = Comparison("", Interval(0.015, 0.004, 0.026), Interval(-0.01, -0.02, 0.0), 2.0, "", wobble=0.5)
+    close = Comparison("", Interval(0.015, 0.004, 0.026), Interval(-0.01, -0.02, 0.0), 2.0, "", tolerance=0.5)
     clear = dataclasses.replace(close, more=Interval(0.5, 0.45, 0.55))
     fails = dataclasses.replace(close, more=Interval(-0.5, -0.55, -0.45))
-    assert close.holds and close.is_open(()) and not dataclasses.replace(close, wobble=0.0).is_open(())
+    assert close.holds and close.is_open(()) and not dataclasses.replace(close, tolerance=0.0).is_open(())
     assert clear.holds and not clear.is_open(()) and not fails.holds and not fails.is_open(())
     assert verdict([close, fails]) == "not supported" and verdict([close, clear]) == "partly"
     assert verdict([close]) == "undecided" and verdict([]) == "not measured"

@@ -7,7 +7,7 @@ end of the interval of `less` times a factor: `MISSING` where the paper says tha
 It is open where an unfit model could have made the outcome. Unfit is a model of the pocket zoo that stays below
 `ENOUGH` of an aim that was set before it was trained; `ENOUGH` was set after the first zoo had been seen and before any
 claim was judged with it. It is open, too, where a value rests on a model that is trained within the run and lies so
-close that another processor could turn it (`WOBBLE`): added after two machines had given different verdicts.
+close that another processor could turn it (`TOLERANCE`): added after two machines had given different verdicts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from samantics.plots import COLOURS, LABELS
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 MISSING, BETTER, ENOUGH = 2.0, 1.0, 0.8
-WOBBLE = 0.5  # of what rests on a model that is trained within the run: kernels sum in another order elsewhere
+TOLERANCE = 0.5  # of what rests on a model that is trained within the run: kernels sum in another order elsewhere
 PAPER_PROBE = {"sam": (11.06, 25.37), "sam2": (23.16, 44.44), "clip": (73.92, 92.89), "dinov2": (77.43, 93.78)}
 """ImageNet-1k top-1 and top-5 in percent, as the paper reports them."""
 
@@ -46,7 +46,7 @@ class Comparison:
         factor: how many times `less` must be exceeded.
         source: the table they come from.
         more_from, less_from: the models that `more` and `less` rest on.
-        wobble: share of an interval's width by which another processor may move either value.
+        tolerance: share of an interval's width by which another processor may move either value.
     """
 
     statement: str
@@ -56,7 +56,7 @@ class Comparison:
     source: str
     more_from: tuple[str, ...] = ()
     less_from: tuple[str, ...] = ()
-    wobble: float = 0.0
+    tolerance: float = 0.0
 
     @property
     def gap(self) -> Interval:
@@ -77,7 +77,7 @@ class Comparison:
     @property
     def is_close(self) -> bool:
         """Whether another processor could turn the outcome."""
-        return self._above(self.wobble) != self._above(-self.wobble)
+        return self._above(self.tolerance) != self._above(-self.tolerance)
 
     def is_open(self, unfit: Collection[str]) -> bool:
         """Whether the weakness of an `unfit` model could have made this outcome, or another processor could turn it."""
@@ -250,9 +250,9 @@ def compare_incontext(table: pd.DataFrame) -> list[Comparison]:
     control = max(_interval(row_with(rows, variant=name, split="base")) for name in UNINFORMATIVE)
     words, source, sam = f"box AP at {table['shots'].max()} shots", _source("02_icl_ap.csv", table), ("sam",)
     return [
-        Comparison(f"{words}: base above novel categories", base, novel, MISSING, source, sam, sam, WOBBLE),
+        Comparison(f"{words}: base above novel categories", base, novel, MISSING, source, sam, sam, TOLERANCE),
         Comparison(
-            f"{words}, base: above references that tell nothing", base, control, MISSING, source, sam, sam, WOBBLE
+            f"{words}, base: above references that tell nothing", base, control, MISSING, source, sam, sam, TOLERANCE
         ),
     ]
 
@@ -265,7 +265,7 @@ def compare_structure(
     for m in sorted(table["metric"].unique(), key=lambda metric: (not metric.startswith("knn"), metric)):
         statement = f"{METRICS.get(m, m)} over shuffled labels, {words}"
         ends = lift(table, *more, m), lift(table, *less, m)
-        found.append(Comparison(statement, *ends, MISSING, source, sam, sam, WOBBLE))
+        found.append(Comparison(statement, *ends, MISSING, source, sam, sam, TOLERANCE))
     return found
 
 
