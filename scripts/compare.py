@@ -108,9 +108,3 @@ def _allowed(old: pd.DataFrame, column: str, widened: float) -> tuple[np.ndarray
             share = np.abs(value) / np.where(known > 0, known, np.inf)
             margin = np.fmax(margin, (0.5 + widened) * (high - low) * np.maximum(share, 1))
     return value - margin, value + margin
-
-
-if __name__ == "__main__":
-    import sys
-
-    sys.exit(not agree(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -52,7 +52,7 @@ class Run:
         figures: folder of this scale's figures and tables.
         cache: folder of what this scale can compute again (``--fresh`` empties it).
         device: ``cuda`` or ``cpu``.
-        started: :func:`time.time` at the start, seconds.
+        started: `time.time` at the start, seconds.
         facts: what :meth:`record` was told.
     """
 
