@@ -217,14 +217,14 @@ def tune(
 def train(
     names: Annotated[list[str], typer.Argument(help="Models of the zoo or its controls, one after the other")],
     out: Annotated[Path | None, typer.Option(help="Folder of the results (default: where the zoo is loaded)")] = None,
-    start_from: Annotated[Path | None, typer.Option(help="Trained weights, for sam_from_dinov2")] = None,
+    start_from: Annotated[Path | None, typer.Option(help="Trained weights of the parent, for sam (of mae) and sam2 (of hiera)")] = None,
     workers: Annotated[int, typer.Option(help="Processes that render (default: all cores)")] = 0,
     image_size: Annotated[int | None, typer.Option(help="Pixels of a side; other sizes do not fit the zoo")] = None,
     images: Annotated[int | None, typer.Option(help="Pictures seen, counted with repetition")] = None,
     pool: Annotated[int | None, typer.Option(help="Different pictures rendered")] = None,
     batch: Number = None, learning_rate: Decimal = None, weight_decay: Decimal = None, warmup: Decimal = None,
     clip: Decimal = None, probe_points: Number = None, checkpoint_every: Number = None,
-    theme_strength: Decimal = None, seed: Number = None,
+    theme_strength: Decimal = None, small: Number = None, growth: Decimal = None, seed: Number = None,
 ) -> None:  # fmt: skip
     """Train models of the pocket zoo; killed? Run it again."""
     given = dict(locals())  # every option is a field of the recipe or an argument of the training

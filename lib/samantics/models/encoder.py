@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from samantics.errors import StudyError
 from samantics.models import pocket
 from samantics.models.architectures import Architecture, Layer, LayerOutput, Readout, capture
 from samantics.models.preprocessing import Preprocessing
-from samantics.models.registry import ENCODERS, SAM, Entry
+from samantics.models.registry import DINOV2, ENCODERS, SAM, Entry
 from samantics.models.weights import filled, read_weights, weight_file
 
 POOLINGS = ("mean", "cls", "object")
@@ -188,7 +189,7 @@ def load_encoder(
 
 def zoo_encoder(name: str, model: nn.Module, weights_hash: str, image_size: int = pocket.DEFAULT.image_size) -> Encoder:
     """A model of the pocket architecture `name` as an encoder, wherever its weights come from."""
-    return _encoder(name, weights_hash, model, Preprocessing(image_size, "squash"))
+    return _encoder(name, weights_hash, _image_encoder(name, model), Preprocessing(image_size, "squash"))
 
 
 def within_reach(names: Sequence[str], weights: str) -> tuple[str, ...]:
@@ -196,8 +197,13 @@ def within_reach(names: Sequence[str], weights: str) -> tuple[str, ...]:
     return tuple(name for name in names if weights != "official" or _entry(name).weights.within_reach)
 
 
+SUPERVISED = dataclasses.replace(
+    DINOV2, architecture=dataclasses.replace(DINOV2.architecture, headline=("final", "mean"))
+)  # the zoo's ceiling: DINOv2's architecture, taught class names by its mean token
+
+
 def _entry(name: str) -> Entry:
-    return SAM if name == "random" else ENCODERS[name]
+    return {"random": SAM, "supervised": SUPERVISED}.get(name) or ENCODERS[name]
 
 
 def _encoder(
@@ -217,9 +223,18 @@ def _pocket_model(name: str, trained: bool, seed: int) -> tuple[nn.Module, str]:
     if name not in (*pocket.NAMES, "random"):
         raise StudyError(f"no pocket encoder is called {name!r}: choose from {', '.join(pocket.NAMES)}, random")
     if trained and name != "random":
-        return pocket.load(name), pocket.verify(name)[:16]
+        return _image_encoder(name, pocket.load(name)), pocket.verify(name)[:16]
     model = pocket.build("sam" if name == "random" else name, seed=seed)
-    return model, hash_model(model)
+    return _image_encoder(name, model), hash_model(model)
+
+
+def _image_encoder(name: str, model: Any) -> nn.Module:
+    """The pocket model without what only its training needs: MAE's decoder and its hiding of tokens."""
+    if name != "mae":
+        return model
+    encoder = copy.deepcopy(model.vit)
+    encoder.config.mask_ratio = 0.0
+    return encoder
 
 
 def _official_model(name: str, weights: str | Path, seed: int) -> tuple[nn.Module, str]:

@@ -1,8 +1,8 @@
 """The pocket zoo: small models of the official packages' own classes, trained on MojiWorld (`zoo.training`).
 
 All of them share one capacity so that only the objective differs: the ViTs are six blocks of width 160 (a little
-under ViT-Tiny's width, at half its depth) on 8x8 tokens of a 128-pixel image, the Hiera has about as many parameters.
-A stem of four stride-2 convolutions stands in for the patch embedding: early convolutions make small-budget training
+under ViT-Tiny's width, at half its depth) on 12x12 tokens of a 96-pixel image, the Hiera has about as many parameters.
+A stem of stride-2 convolutions stands in for the patch embedding: early convolutions make small-budget training
 work (Xiao et al. 2021, arXiv 2106.14881). Change a setting here and retrain; nothing else needs to change.
 """
 
@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,17 +22,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from samantics.cache import hash_file
-from samantics.data import first_world as mojiworld
 from samantics.errors import StudyError
+from samantics.mojiworld import captions
 from samantics.models.preprocessing import MEAN, STD
 
 if TYPE_CHECKING:  # builders import their packages themselves: all together take seconds
     import open_clip
     from sam2.modeling.sam2_base import SAM2Base
     from segment_anything.modeling import Sam
-    from transformers import Dinov2Model
+    from transformers import Dinov2Model, ViTMAEForPreTraining
 
-NAMES = ("sam", "sam2", "clip", "dinov2")
+NAMES = ("mae", "sam", "sam2", "clip", "dinov2", "supervised")
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "zoo"
 
 
@@ -41,8 +40,8 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets" / "zoo"
 class ZooConfig:
     """Sizes of every model of the zoo."""
 
-    image_size: int = mojiworld.World().image_size  # input side, pixels
-    patch_size: int = 16  # pixels of a token's side; the stem halves the image log2(patch_size) times
+    image_size: int = 96  # input side, pixels: that of MojiWorld's pictures
+    patch_size: int = 8  # pixels of a token's side; the stem halves the image log2(patch_size) times
     width: int = 160  # of the ViT trunks, as depth and heads
     depth: int = 6
     heads: int = 5
@@ -121,6 +120,7 @@ def build_sam2(config: ZooConfig = DEFAULT) -> SAM2Base:
         embed_dim=config.hiera_width,
         num_heads=1,
         stages=config.hiera_stages,
+        patch_stride=(config.patch_size // 4,) * 2,  # the mask decoder reads maps of a quarter and a half of the grid
         window_spec=(8, 4, config.grid, config.grid // 2),  # the last two stages see the whole image
         global_att_blocks=(),
         window_pos_embed_bkg_spatial_size=(8, 8),
@@ -195,7 +195,37 @@ def build_dinov2(config: ZooConfig = DEFAULT) -> Dinov2Model:
     return model
 
 
-BUILDERS = {"sam": build_sam, "sam2": build_sam2, "clip": build_clip, "dinov2": build_dinov2}
+def build_mae(config: ZooConfig = DEFAULT) -> ViTMAEForPreTraining:
+    """An untrained pocket MAE: `transformers`' encoder (`.vit`) with a light decoder of half the width."""
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    model = ViTMAEForPreTraining(
+        ViTMAEConfig(
+            hidden_size=config.width,
+            num_hidden_layers=config.depth,
+            num_attention_heads=config.heads,
+            intermediate_size=4 * config.width,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            decoder_hidden_size=config.width // 2,
+            decoder_num_hidden_layers=2,
+            decoder_num_attention_heads=config.heads,
+            decoder_intermediate_size=2 * config.width,
+            norm_pix_loss=True,
+        )
+    )
+    model.vit.embeddings.patch_embeddings.projection = ConvStem(config.width, config.patch_size)
+    return model
+
+
+BUILDERS = {
+    "mae": build_mae,
+    "sam": build_sam,
+    "sam2": build_sam2,
+    "clip": build_clip,
+    "dinov2": build_dinov2,
+    "supervised": build_dinov2,
+}
 
 
 # -------------------------------------------------------------------------------------------------------- weights
@@ -260,47 +290,33 @@ def card(name: str, folder: Path = ASSETS) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------------------------------------- words
 
+STOP_WORDS = {"a", "an", "the", "of", "and", "with", "beside", "picture", "here", "is", "one", "sees", "this", "shows"}
+
 
 class WordTokenizer:
-    """Words of MojiWorld's captions as token ids; the end token is the highest, as `open_clip`'s pooling expects."""
+    """Words of MojiWorld's captions as token ids; the end token is the highest, as `open_clip`'s pooling expects.
+
+    Words that any caption may have are left out: they thin out the words that tell captions apart.
+    """
 
     context_length = 48  # six objects of the longest names
 
     def __init__(self) -> None:
-        names = [*mojiworld.catalogue()["drawing"], *mojiworld.categories()]
-        words = sorted({word for name in names for word in split_words(name)})
+        words = [word for word in captions.caption_words() if word not in STOP_WORDS]
         self.ids = {word: number for number, word in enumerate(words, start=2)}  # 0 pads, 1 begins
         self.end = len(self.ids) + 2
         self.vocab_size = self.end + 1
 
-    def __call__(self, captions: Sequence[str]) -> Tensor:
+    def __call__(self, texts: Sequence[str]) -> Tensor:
         """`(B, context_length)` int64 ids; StudyError where a word is not MojiWorld's or there are too many."""
-        tokens = torch.zeros(len(captions), self.context_length, dtype=torch.int64)
-        for row, caption in zip(tokens, captions, strict=True):
-            words, most = split_words(caption), self.context_length - 2
+        tokens = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
+        for row, text in zip(tokens, texts, strict=True):
+            words = [word for word in captions.split_words(text) if word not in STOP_WORDS]
             unknown = next((word for word in words if word not in self.ids), None)
             if unknown:
-                raise StudyError(f"the pocket CLIP does not know the word {unknown!r} in {caption!r}: use MojiWorld's")
-            if len(words) > most:
-                raise StudyError(f"the caption {caption[:40]!r}... has {len(words)} words: {most} is the limit")
+                raise StudyError(f"the pocket CLIP does not know the word {unknown!r} in {text!r}: use MojiWorld's")
+            if len(words) > self.context_length - 2:
+                most = self.context_length - 2
+                raise StudyError(f"the caption {text[:40]!r}... has {len(words)} words: {most} is the limit")
             row[: len(words) + 2] = torch.tensor([1, *(self.ids[word] for word in words), self.end])
         return tokens
-
-
-STOP_WORDS = {"a", "picture", "of", "and"}  # in every caption: they thin out the words that tell captions apart
-
-
-def split_words(text: str) -> list[str]:
-    """Lower-case words of a caption; signs and STOP_WORDS are dropped."""
-    return [word for word in re.findall(r"[a-z0-9]+", text.lower().replace("'", "")) if word not in STOP_WORDS]
-
-
-def category_prompts() -> list[str]:
-    """One zero-shot prompt for each category, in the order of mojiworld.categories."""
-    return [f"a picture of {category}" for category in mojiworld.categories()]
-
-
-def drawing_prompts() -> list[str]:
-    """One zero-shot prompt for each drawing, worded as the captions are."""
-    table = mojiworld.catalogue()
-    return [f"a picture of {name} a {group}" for name, group in zip(table["drawing"], table["category"], strict=True)]

@@ -104,6 +104,7 @@ STREAMS: Mapping[str, Stream] = {
     stream.name: stream
     for stream in (
         Stream("pretraining", "pretraining", flocks=True),
+        Stream("held out", "pretraining", flocks=True),
         Stream("labels", "labels", ONE_OBJECT, balanced=True),
         Stream("views", "views", ONE_OBJECT, balanced=True),
         Stream("choice", "choice", ONE_OBJECT, balanced=True),

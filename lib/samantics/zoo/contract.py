@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
 from typing_extensions import override
 
 from samantics.models.preprocessing import IMAGENET
@@ -21,11 +24,21 @@ class Batch:
         images: `(B, 3, S, S)` uint8, RGB.
         instances: `(B, S, S)` uint8; 0 is background, `i + 1` marks the visible pixels of object `i`.
         drawings: `(B, MAX_OBJECTS)` int64 rows of the catalogue, -1 where there is no object.
+        side: of the pictures as the model is to see them: S, or fewer pixels at first.
     """
 
     images: Tensor
     instances: Tensor
     drawings: Tensor
+    side: int
+
+    @property
+    def pixels(self) -> Tensor:
+        """`(B, 3, side, side)` normalised."""
+        if self.side == self.images.shape[-1]:
+            return normalised(self.images)
+        floats = self.images.float() / 255
+        return normalised(functional.interpolate(floats, self.side, mode="bilinear", antialias=True))
 
 
 class Objective(nn.Module):
@@ -33,11 +46,11 @@ class Objective(nn.Module):
 
     Attributes:
         model: what is shipped: the official package's own class.
-        changes_at: share of the training at which the loss becomes another one (the two do not compare); 1: never.
+        grows: whether it learns from smaller pictures first (masks need all of their pixels).
     """
 
     model: Any
-    changes_at: float = 1.0
+    grows: bool = True
 
     @override
     def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -55,6 +68,25 @@ class Objective(nn.Module):
         """The model as it is used after the training."""
         model: nn.Module = self.model
         return model
+
+
+def at_size(module: nn.Module, name: str, pixels: Tensor, grid: int) -> Tensor:
+    """A ViT's output for pictures of another size than its own: its table of positions is interpolated.
+
+    Args:
+        module: called with the pixels.
+        name: of the table: `(1, g, g, C)`, or `(1 + g * g, C)` where a class token comes first.
+        pixels: `(B, 3, S, S)`.
+        grid: tokens along a side of these pictures.
+    """
+    table = module.get_parameter(name)
+    square = table if table.ndim == 4 else table[1:].unflatten(0, (math.isqrt(len(table) - 1),) * 2)[None]
+    if square.shape[1] == grid:
+        output: Tensor = module(pixels)
+        return output
+    square = functional.interpolate(square.permute(0, 3, 1, 2), (grid, grid), mode="bicubic").permute(0, 2, 3, 1)
+    fitted = square if table.ndim == 4 else torch.cat([table[:1], square[0].flatten(0, 1)])
+    return functional_call(module, {name: fitted}, (pixels,))
 
 
 def normalised(images: Tensor) -> Tensor:

@@ -15,15 +15,19 @@ from torchvision.ops import masks_to_boxes, sigmoid_focal_loss
 from typing_extensions import override
 
 from samantics.models import pocket
-from samantics.zoo.contract import Batch, Objective, normalised
+from samantics.zoo.contract import Batch, Objective
+
+PROMPTED = 4  # objects of every image
 
 
 class SamObjective(Objective):
     """Masks from clicks and boxes as in SAM (Kirillov et al. 2023, arXiv 2304.02643, sections 3 and A).
 
     Focal and dice loss 20:1, the best of three masks for a single click, a predicted IoU, and one corrective click
-    in the region of error with the last mask as a prompt.
+    in the region of error with the last mask as a prompt. `PROMPTED` objects of every encoded image are asked for.
     """
+
+    grows = False
 
     build: Callable[[pocket.ZooConfig], Any] = staticmethod(pocket.build_sam)
     prompts = operator.attrgetter("prompt_encoder")
@@ -34,10 +38,11 @@ class SamObjective(Objective):
 
     @override
     def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        clicked, boxed = chosen_masks(batch.instances, (batch.drawings >= 0).sum(1)).unbind(1)
-        image, side = self.embed(normalised(batch.images)), clicked.shape[-1]
+        masks = chosen_masks(batch.instances, (batch.drawings >= 0).sum(1))
+        maps = self.embed(batch.pixels)
+        image, side = tuple(level.repeat_interleave(PROMPTED, 0) for level in maps), masks.shape[-1]
         fine = 8 * image[0].shape[-1]  # masks are compared at twice the resolution of the logits
-        target, box_target = shrunk_masks(clicked, fine), shrunk_masks(boxed, fine)
+        target = shrunk_masks(masks, fine)
         points, labels = sampled_clicks(target.bool(), target, side)
         click, click_iou = self.decode(image, points, labels)
         first_loss, first_best = best_of_masks_loss(click[:, 1:], click_iou[:, 1:], target)
@@ -47,9 +52,9 @@ class SamObjective(Objective):
         more_points, more_labels = sampled_clicks(wrong, target, side)
         points, labels = torch.cat([points, more_points], 1), torch.cat([labels, more_labels], 1)
         second, second_iou = self.decode(image, points, labels, prompt=prompt)
-        box, box_iou = self.decode(image, boxes=jittered(masks_to_boxes(boxed)))
+        box, box_iou = self.decode(image, boxes=jittered(masks_to_boxes(masks)))
         second_loss, second_best = best_of_masks_loss(second[:, :1], second_iou[:, :1], target)
-        box_loss, box_best = best_of_masks_loss(box[:, :1], box_iou[:, :1], box_target)
+        box_loss, box_best = best_of_masks_loss(box[:, :1], box_iou[:, :1], target)
         figures = {"iou_click": first_best, "iou_two_clicks": second_best, "iou_box": box_best}
         return first_loss + second_loss + box_loss, figures
 
@@ -85,7 +90,7 @@ class SamObjective(Objective):
     @override
     def start_from(self, parent: Mapping[str, Tensor]) -> None:
         encoder = self.model.image_encoder
-        trunk = trunk_of_dinov2(parent, len(encoder.blocks))
+        trunk = trunk_of_mae(parent, len(encoder.blocks))
         wanted = [key for key in encoder.state_dict() if not key.startswith("neck")]
         encoder.load_state_dict({key: trunk[key] for key in wanted}, strict=False)
 
@@ -95,6 +100,12 @@ class Sam2Objective(SamObjective):
 
     build = staticmethod(pocket.build_sam2)
     prompts = operator.attrgetter("sam_prompt_encoder")
+
+    @override
+    def start_from(self, parent: Mapping[str, Tensor]) -> None:
+        part = "image_encoder."
+        encoder = {key.removeprefix(part): value for key, value in parent.items() if key.startswith(part)}
+        self.model.image_encoder.load_state_dict(encoder)
 
     @override
     def embed(self, pixels: Tensor) -> tuple[Tensor, ...]:
@@ -109,15 +120,15 @@ class Sam2Objective(SamObjective):
 
 
 def chosen_masks(instances: Tensor, counts: Tensor) -> Tensor:
-    """`(B, 2, S, S)` bool masks of two objects of every image, drawn at random; twice the same if there is one.
+    """`(B * PROMPTED, S, S)` bool masks of objects of every image, in turn from a random one on.
 
     Args:
         instances: `(B, S, S)` uint8, 0 for background, i + 1 on object i.
         counts: `(B,)` how many objects each image has.
     """
     first = (torch.rand(len(counts), device=counts.device) * counts).long()
-    chosen = torch.stack([first, (first + 1) % counts], 1) + 1
-    return instances[:, None] == chosen[..., None, None].to(instances.dtype)
+    chosen = (first[:, None] + torch.arange(PROMPTED, device=counts.device)) % counts[:, None] + 1
+    return (instances[:, None] == chosen[..., None, None].to(instances.dtype)).flatten(0, 1)
 
 
 def shrunk_masks(masks: Tensor, side: int) -> Tensor:
@@ -182,28 +193,25 @@ def best_of_masks_loss(logits: Tensor, predicted_iou: Tensor, targets: Tensor) -
     return loss, iou.amax(-1).mean()
 
 
-DINOV2_NAMES = {  # parts of a name in DINOv2's trunk, and in SAM's
-    "embeddings.patch_embeddings.projection": "patch_embed.proj",
-    "encoder.layer.": "blocks.",
+MAE_NAMES = {  # parts of a name in MAE's trunk, and in SAM's
+    "vit.embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "vit.layers.": "blocks.",
     "attention.o_proj": "attn.proj",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
     "mlp.fc": "mlp.lin",
 }
 
 
-def trunk_of_dinov2(weights: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """A pocket DINOv2's trunk under the names of SAM's image encoder; its layer scales go into the weights."""
+def trunk_of_mae(weights: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """A pocket MAE's trunk under the names of SAM's image encoder."""
     trunk = {}
     for name, value in weights.items():
-        for old, new in DINOV2_NAMES.items():
+        for old, new in MAE_NAMES.items():
             name = name.replace(old, new)
         trunk[name] = value
-    positions = weights["embeddings.position_embeddings"][0, 1:]
-    side = math.isqrt(len(positions))
-    trunk["pos_embed"] = positions.reshape(1, side, side, -1)
+    positions = weights["vit.embeddings.position_embeddings"][0, 1:]
+    trunk["pos_embed"] = positions.unflatten(0, (math.isqrt(len(positions)),) * 2)[None]
     for block, kind in itertools.product((f"blocks.{number}." for number in range(depth)), ("weight", "bias")):
-        parts = [trunk[f"{block}attention.{part}_proj.{kind}"] for part in "qkv"]
-        trunk[f"{block}attn.qkv.{kind}"] = torch.cat(parts)
-        for part, scale in (("attn.proj", "layer_scale1"), ("mlp.lin2", "layer_scale2")):
-            scaled = torch.einsum("i,i...->i...", trunk[f"{block}{scale}.lambda1"], trunk[f"{block}{part}.{kind}"])
-            trunk[f"{block}{part}.{kind}"] = scaled
+        trunk[f"{block}attn.qkv.{kind}"] = torch.cat([trunk[f"{block}attention.{part}_proj.{kind}"] for part in "qkv"])
     return trunk

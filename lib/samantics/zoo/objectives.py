@@ -14,7 +14,8 @@ from samantics.errors import StudyError
 from samantics.models import pocket
 from samantics.zoo.contract import Objective
 from samantics.zoo.masks import Sam2Objective, SamObjective
-from samantics.zoo.views import SelfDistillation
+from samantics.zoo.pixels import HieraObjective, MaeObjective
+from samantics.zoo.views import SelfSupervision
 from samantics.zoo.words import ClipObjective, SupervisedObjective
 
 
@@ -36,15 +37,19 @@ class Entry:
 
 
 MASKS = "which pixels belong to the thing under this click, or in this box?"
+PIXELS = "what is behind the hidden squares?"
 VIEWS = "which views are of one picture?"
 OBJECTIVES = {
-    "sam": Entry(SamObjective, "sam", MASKS),
-    "sam2": Entry(Sam2Objective, "sam2", MASKS),
+    "mae": Entry(MaeObjective, "mae", PIXELS),
+    "hiera": Entry(HieraObjective, "sam2", PIXELS),
+    "sam": Entry(SamObjective, "sam", MASKS, parent="mae"),
+    "sam2": Entry(Sam2Objective, "sam2", MASKS, parent="hiera"),
     "clip": Entry(ClipObjective, "clip", "which of these captions belongs to this picture?"),
-    "dinov2": Entry(SelfDistillation, "dinov2", f"{VIEWS} Then: what does your moving average see in the whole view?"),
-    "simclr": Entry(functools.partial(SelfDistillation, changes_at=1.0), "dinov2", VIEWS),
-    "supervised": Entry(SupervisedObjective, "sam", "which drawings does this picture show?"),
-    "sam_from_dinov2": Entry(SamObjective, "sam", MASKS, parent="dinov2"),
+    "dinov2": Entry(SelfSupervision, "dinov2", f"{VIEWS} And: what would your moving average say of a hidden patch?"),
+    "supervised": Entry(SupervisedObjective, "supervised", "which classes does this picture show?"),
+    "simclr": Entry(functools.partial(SelfSupervision, patches=0.0), "dinov2", VIEWS),
+    "sam_scratch": Entry(SamObjective, "sam", MASKS),
+    "sam2_scratch": Entry(Sam2Objective, "sam2", MASKS),
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import functools
+import itertools
 import math
 import os
 import platform
@@ -29,14 +29,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from samantics.cache import Checkpoint, atomic_path, hash_file, remove_leftovers, write_json
-from samantics.data import first_world as mojiworld
 from samantics.errors import StudyError
 from samantics.models import pocket
 from samantics.models.encoder import zoo_encoder
+from samantics.mojiworld.rendered import Pictures, stored_pictures
+from samantics.mojiworld.world import STREAMS, World, visible_drawings
 from samantics.zoo.contract import Batch, Objective, normalised
 from samantics.zoo.objectives import build_objective, entry
 
-LICENCE = "CC BY-SA 4.0 (learned from OpenMoji drawings, CC BY-SA 4.0)"
+LICENCE = "CC BY-SA 4.0 (learned from drawings of six sets: see NOTICE)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,22 +48,25 @@ class Recipe:
         images: pictures seen, counted with repetition.
         pool: different pictures rendered; each is revisited `images / pool` times.
         batch: pictures per step.
-        learning_rate: AdamW's highest; a linear warm-up, then a cosine to zero.
+        small, growth: until this share of the training, pictures are shrunk to `small` pixels, which is faster.
+        learning_rate: the highest of both optimisers; a linear warm-up, then a cosine to zero.
         probe_points: how often the held-out objective and the probes are measured on the way.
         theme_strength: of the world that is learned from.
         seed: of initialisation, order of data, and augmentation.
     """
 
-    images: int = 128_000
-    pool: int = 60_000
-    batch: int = 64
-    learning_rate: float = 1e-3
+    images: int = 256_000
+    pool: int = 256_000
+    batch: int = 128
+    small: int = 64
+    growth: float = 0.875
+    learning_rate: float = 5e-3
     weight_decay: float = 0.05
     warmup: float = 0.05
     clip: float = 1.0
-    probe_points: int = 10
+    probe_points: int = 7
     checkpoint_every: int = 100
-    theme_strength: float = mojiworld.World().theme_strength
+    theme_strength: float = World().theme_strength
     seed: int = 0
 
     @property
@@ -88,19 +92,19 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
-    """What a training reads.
+    """What a training reads, and what its curves are measured on: never a test artist.
 
     Attributes:
         pool: to learn from.
         held_out: never learned from; the objective is measured on them.
-        labelled: of one drawing each, for the probes of the curves.
-        is_test: `(N,)` bool, which of `labelled` the probes are tested on.
+        labelled: one labelled picture of every training drawing, for the probes of the curves.
+        choice: what these probes are tested on: the validation artist's drawings.
     """
 
-    pool: mojiworld.Pictures
-    held_out: mojiworld.Pictures
-    labelled: mojiworld.Pictures
-    is_test: NDArray[np.bool_]
+    pool: Pictures
+    held_out: Pictures
+    labelled: Pictures
+    choice: Pictures
 
 
 def training_data(recipe: Recipe, image_size: int = pocket.DEFAULT.image_size, workers: int = 0) -> TrainingData:
@@ -109,26 +113,26 @@ def training_data(recipe: Recipe, image_size: int = pocket.DEFAULT.image_size, w
     Raises:
         StudyError: tokens do not divide pictures of that size.
     """
-    patch, views, test_views = pocket.DEFAULT.patch_size, 6, 2
+    patch = pocket.DEFAULT.patch_size
     if image_size % patch:
         raise StudyError(f"the image size is {image_size}: choose a multiple of {patch}, a token's side")
-    world = mojiworld.World(image_size)
-    pool = pretraining_pool(mojiworld.World(image_size, recipe.theme_strength), recipe.pool, workers=workers)
-    labelled = mojiworld.classification_pictures(world, views, workers)
-    is_test = np.arange(len(labelled)) % views >= views - test_views
-    return TrainingData(pool, pretraining_pool(world, 256, "held_out", workers), labelled, is_test)
+    pool, held_out, labelled, choice = (STREAMS[name] for name in ("pretraining", "held out", "labels", "choice"))
+    for stream, role in ((pool, "pretraining"), (held_out, "pretraining"), (labelled, "labels"), (choice, "choice")):
+        stream.require(role)
+    world = World(image_size)
+    drawings = [sum(map(len, visible_drawings(stream.role))) for stream in (labelled, choice)]
+    return TrainingData(
+        stored_pictures(World(image_size, recipe.theme_strength), pool, recipe.pool, workers),
+        stored_pictures(world, held_out, 512, workers),
+        stored_pictures(world, labelled, drawings[0], workers),
+        stored_pictures(world, choice, 4 * drawings[1], workers),
+    )
 
 
-def pretraining_pool(
-    world: mojiworld.World, count: int, stream: str = "pretraining", workers: int = 0
-) -> mojiworld.Pictures:
-    """`count` pictures to pretrain on (or, of another stream, to measure on), memory-mapped from the cache folder."""
-    make = functools.partial(mojiworld.pretraining_picture, world, stream=stream)
-    return mojiworld.stored_pictures(make, count, f"{stream}_{world.hash}", workers)
-
-
-def batch_of(pictures: mojiworld.Pictures, rows: NDArray[np.int64], device: torch.device | str = "cpu") -> Batch:
-    """The pictures at `rows`, each mirrored or not, on the device."""
+def batch_of(
+    pictures: Pictures, rows: NDArray[np.int64], device: torch.device | str = "cpu", side: int | None = None
+) -> Batch:
+    """The pictures at `rows`, each mirrored or not, on the device; to be seen at `side` pixels (None: their own)."""
     order = np.sort(rows)  # memory-mapped files like to be read forwards
     images, instances, drawings = (
         torch.from_numpy(np.ascontiguousarray(array[order])).to(device)
@@ -137,7 +141,8 @@ def batch_of(pictures: mojiworld.Pictures, rows: NDArray[np.int64], device: torc
     images = images.permute(0, 3, 1, 2)
     mirrored = torch.rand(len(images), 1, 1, device=device) < 0.5
     images = torch.where(mirrored[..., None], images.flip(3), images)
-    return Batch(images, torch.where(mirrored, instances.flip(2), instances), drawings.long())
+    instances = torch.where(mirrored, instances.flip(2), instances)
+    return Batch(images, instances, drawings.long(), side or images.shape[-1])
 
 
 def rows_of_step(recipe: Recipe, pool: int, step: int) -> NDArray[np.int64]:
@@ -152,16 +157,17 @@ def rows_of_step(recipe: Recipe, pool: int, step: int) -> NDArray[np.int64]:
 
 def measured(name: str, objective: Objective, data: TrainingData, progress: float) -> dict[str, float]:
     """A point of the curves: probes of what would be shipped now, and the objective on held-out pictures."""
-    vectors = probe_vectors(name, objective, data.labelled.images)
-    drawings = data.labelled.drawings[:, 0].astype(np.int64)
-    return probe_scores(vectors, drawings, data.is_test) | held_out_figures(objective, data.held_out, progress)
+    parts = (data.labelled, data.choice)
+    labelled, choice = (probe_vectors(name, objective, part.images) for part in parts)
+    truths = [torch.from_numpy(part.labels).to(labelled.device) for part in parts]
+    return probe_scores(labelled, truths[0], choice, truths[1]) | held_out_figures(objective, data.held_out, progress)
 
 
 def probe_vectors(name: str, objective: Objective, images: NDArray[np.uint8]) -> Tensor:
     """`(N, C)` float32 features of `(N, S, S, 3)` images, pooled as the paper does, by what would be shipped now."""
     model, device = copy.deepcopy(objective.shipped()), next(objective.parameters()).device
     encoder = zoo_encoder(entry(name).architecture, model, "", images.shape[1])
-    encoder = dataclasses.replace(encoder, model=model.to(device), device=device)
+    encoder = dataclasses.replace(encoder, model=encoder.model.to(device), device=device)
     parts = []
     for start in range(0, len(images), 256):
         pixels = normalised(torch.from_numpy(np.array(images[start : start + 256])).to(device).permute(0, 3, 1, 2))
@@ -169,30 +175,27 @@ def probe_vectors(name: str, objective: Objective, images: NDArray[np.uint8]) ->
     return torch.cat(parts)
 
 
-def probe_scores(vectors: Tensor, labels: NDArray[np.int64], is_test: NDArray[np.bool_]) -> dict[str, float]:
-    """Percent of test views whose drawing a linear probe and a 10-nearest-neighbour vote name (for the curves).
+def probe_scores(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> dict[str, float]:
+    """Percent of test pictures whose class a linear probe and the nearest labelled picture name (for the curves).
 
     The probe is logistic regression on standardised features, 300 full-batch steps of Adam: enough for a curve, and
     quick on a GPU; the figures that are reported come from `linear_probe` in notebook 01.
     """
-    test, truth = torch.from_numpy(is_test).to(vectors.device), torch.from_numpy(labels).to(vectors.device)
-    classes, unit = int(labels.max()) + 1, functional.normalize(vectors, dim=1)
-    near = truth[~test][(unit[test] @ unit[~test].T).topk(10).indices]
-    votes = functional.one_hot(near, classes).sum(1)
-    standard = (vectors - vectors[~test].mean(0)) / (vectors[~test].std(0) + 1e-6)
+    near = train_labels[(functional.normalize(test, dim=1) @ functional.normalize(train, dim=1).T).argmax(1)]
+    mean, spread = train.mean(0), train.std(0) + 1e-6
     torch.manual_seed(0)
-    layer = nn.Linear(vectors.shape[1], classes).to(vectors.device)
+    layer = nn.Linear(train.shape[1], int(train_labels.max()) + 1).to(train.device)
     optimiser = torch.optim.Adam(layer.parameters(), lr=0.01, weight_decay=1e-4)
     for _ in range(300):
         optimiser.zero_grad()
-        functional.cross_entropy(layer(standard[~test]), truth[~test]).backward()
+        functional.cross_entropy(layer((train - mean) / spread), train_labels).backward()
         optimiser.step()
-    answers = {"probe_top1": layer(standard[test]).argmax(1), "knn_top1": votes.argmax(1)}
-    return {key: 100 * float((found == truth[test]).float().mean()) for key, found in answers.items()}
+    answers = {"probe_top1": layer((test - mean) / spread).argmax(1), "knn_top1": near}
+    return {key: 100 * float((found == test_labels).float().mean()) for key, found in answers.items()}
 
 
 @torch.no_grad()
-def held_out_figures(objective: Objective, pictures: mojiworld.Pictures, progress: float) -> dict[str, float]:
+def held_out_figures(objective: Objective, pictures: Pictures, progress: float) -> dict[str, float]:
     """Mean loss and figures of the objective on pictures never trained on, with fixed random choices."""
     device, batch = next(objective.parameters()).device, min(256, len(pictures))
     objective.eval()
@@ -230,21 +233,21 @@ def train(
     torch.manual_seed(recipe.seed)
     config = dataclasses.replace(pocket.DEFAULT, image_size=data.pool.images.shape[1])
     objective = untrained(name, config, start_from).to(device).to(memory_format=torch.channels_last).train()
-    optimiser = adamw(objective, recipe)
+    optimisers = make_optimisers(objective, recipe)
     remove_leftovers(folder)
     identity = {"model": name} | dataclasses.asdict(recipe) | dataclasses.asdict(config)
     checkpoint = Checkpoint(folder / f"{name}.ckpt", identity)
-    begin, seconds, rows = resumed(checkpoint, objective, optimiser)
+    begin, seconds, rows = resumed(checkpoint, objective, optimisers)
     for step in tqdm(range(begin, recipe.steps + 1), f"{name} (seed {recipe.seed})", initial=begin):
         if step in recipe.probe_steps() and (not rows or rows[-1]["step"] < step):
             place = {"step": step, "images": step * recipe.batch, "seconds": seconds}
             rows.append(place | measured(name, objective, data, step / recipe.steps))
         if step > begin and step % recipe.checkpoint_every == 0:
-            states = {"objective": objective.state_dict(), "optimiser": optimiser.state_dict()}
+            states = {"objective": objective.state_dict(), "optimisers": [one.state_dict() for one in optimisers]}
             checkpoint.save({"step": step, "seconds": seconds, "rows": rows} | states)
         if step < recipe.steps:
             began = time.perf_counter()
-            take_step(objective, optimiser, data.pool, recipe, step)
+            take_step(objective, optimisers, data.pool, recipe, step)
             seconds += time.perf_counter() - began
     export(name, recipe, config, folder, objective, rows)
     checkpoint.path.unlink(missing_ok=True)
@@ -252,14 +255,15 @@ def train(
 
 
 def resumed(
-    checkpoint: Checkpoint, objective: Objective, optimiser: torch.optim.Optimizer
+    checkpoint: Checkpoint, objective: Objective, optimisers: Sequence[torch.optim.Optimizer]
 ) -> tuple[int, float, list[dict[str, Any]]]:
-    """Steps taken, seconds and points of the curve so far; objective and optimiser get their saved states."""
+    """Steps taken, seconds and points of the curve so far; objective and optimisers get their saved states."""
     state = checkpoint.load()
     if state is None:
         return 0, 0.0, []
     objective.load_state_dict(state["objective"])
-    optimiser.load_state_dict(state["optimiser"])
+    for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
+        optimiser.load_state_dict(saved)
     return state["step"], state["seconds"], state["rows"]
 
 
@@ -273,33 +277,48 @@ def untrained(name: str, config: pocket.ZooConfig, start_from: Path | None) -> O
     return objective
 
 
-def adamw(objective: Objective, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW; biases, norms and embeddings (one-dimensional parameters) without weight decay."""
-    trained = [p for p in objective.parameters() if p.requires_grad]
+def make_optimisers(objective: Objective, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for matrices inside the network (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982), AdamW for the rest.
+
+    Muon's steps are scaled to AdamW's size, so that both share one rate. Biases, norms and embeddings have no weight
+    decay.
+    """
+    trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    matrices = [p for name, p in trained.items() if p.ndim == 2 and not is_table(name)]
+    other = [p for name, p in trained.items() if p.ndim != 2 or is_table(name)]
     groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in other if p.ndim == 4 and len(p) > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in other if not (p.ndim == 4 and len(p) > 1)], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=trained[0].is_cuda)
+    options: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    muon = torch.optim.Muon(matrices, **options, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=other[0].is_cuda)]
+
+
+def is_table(name: str) -> bool:
+    """Whether a matrix of that name is a table of embeddings, whose rows are looked up one by one."""
+    return any(part in name for part in ("embed", "names", "token", "weight_g", "weight_v", "parametrizations"))
 
 
 def take_step(
-    objective: Objective, optimiser: torch.optim.Optimizer, pool: mojiworld.Pictures, recipe: Recipe, step: int
+    objective: Objective, optimisers: Sequence[torch.optim.Optimizer], pool: Pictures, recipe: Recipe, step: int
 ) -> None:
     """One optimiser step; all of its random numbers follow from the seed and the step."""
     device = next(objective.parameters()).device
     torch.manual_seed(recipe.seed * 1_000_003 + step)
-    for group in optimiser.param_groups:
+    for group in itertools.chain.from_iterable(optimiser.param_groups for optimiser in optimisers):
         group["lr"] = recipe.rate(step)
-    batch = batch_of(pool, rows_of_step(recipe, len(pool), step), device)
+    side = recipe.small if objective.grows and step < recipe.growth * recipe.steps else None
+    batch = batch_of(pool, rows_of_step(recipe, len(pool), step), device, side)
     with mixed_precision(device), attention_kernel(device):
         loss, _ = objective(batch, step / recipe.steps)
-    optimiser.zero_grad(set_to_none=True)
+    objective.zero_grad(set_to_none=True)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(objective.parameters(), recipe.clip)
     if step % 50 == 0 and not bool(torch.isfinite(norm)):  # asked now and then: the answer waits for the GPU
         raise StudyError(f"the loss is not finite at step {step}: lower the learning rate and train again")
-    optimiser.step()
+    for optimiser in optimisers:
+        optimiser.step()
     objective.after_step((step + 1) / recipe.steps)
 
 
@@ -328,7 +347,7 @@ def export(
     with atomic_path(folder / f"{name}.csv") as temporary:
         pd.DataFrame(rows).to_csv(temporary, index=False, float_format="%.5g")
     cpu = f"{platform.machine()} CPU, {os.cpu_count()} cores"
-    world = mojiworld.World(config.image_size, recipe.theme_strength)
+    world = World(config.image_size, recipe.theme_strength)
     card = {
         "model": name,
         "sha256": hash_file(path),

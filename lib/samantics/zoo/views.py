@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 import warnings
 
 import torch
-from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss, NTXentLoss
+from lightly.loss import IBOTPatchLoss, NTXentLoss
 from lightly.loss.swav_loss import sinkhorn
 from lightly.models.modules import DINOProjectionHead, SimCLRProjectionHead
 from lightly.models.utils import update_momentum
@@ -21,88 +20,67 @@ from samantics.models import pocket
 from samantics.zoo.contract import Batch, Objective, normalised
 
 TEACHER_TEMPERATURE = 0.05
-PROTOTYPES = 2048
-LOCAL_VIEWS = 4
+PROTOTYPES = 512
+PATCHES = 0.5  # weight of the masked patches
 
 
-class SelfDistillation(Objective):
-    """DINOv2's objective (Oquab et al. 2023): DINO on the class token, iBOT on masked patches, KoLeo; no labels.
+class SelfSupervision(Objective):
+    """Two views of a picture belong together, and hidden patches are told from the rest; no labels.
 
-    Self-distillation alone starts slowly on small budgets, so until `changes_at` the training is contrastive (SimCLR,
-    Chen et al. 2020); then the student goes on as DINOv2's, and its moving average is its teacher. With 1 the whole
-    training is SimCLR's: the row `simclr`. What is shipped is the teacher, as in DINOv2.
+    From the first step to the last: NT-Xent between the views' class tokens (SimCLR, Chen et al. 2020), and DINOv2's
+    loss of masked patches (iBOT, Zhou et al. 2022), whose targets a moving average of the student gives. It is the
+    moving average that is shipped, as in DINOv2. DINOv2's own loss of class tokens starts too slowly for so short a
+    training. With no weight on patches it is SimCLR's training.
     """
 
-    def __init__(self, config: pocket.ZooConfig = pocket.DEFAULT, changes_at: float = 0.75) -> None:
+    def __init__(self, config: pocket.ZooConfig = pocket.DEFAULT, patches: float = PATCHES, maps: bool = False) -> None:
         super().__init__()
-        self.config, self.changes_at = config, changes_at
+        self.config, self.patches = config, patches
         self.student = pocket.build_dinov2(config)
         self.contrast = SimCLRProjectionHead(config.width, 512, 128)
-        self.heads = self._heads()
+        self.maps = maps
+        self.contrast_map = SimCLRProjectionHead(config.width, 512, 128)
         self.model = copy.deepcopy(self.student).requires_grad_(False)
-        self.teacher_heads = self._heads().requires_grad_(False)  # weight_norm forbids a deep copy
-        self.teacher_heads.load_state_dict(self.heads.state_dict())
         self.contrastive_loss = NTXentLoss(temperature=0.15)
-        still = 1.0  # momentum of a centre that stays 0: the targets come balanced
-        self.dino_loss = DINOLoss(PROTOTYPES, teacher_temp=TEACHER_TEMPERATURE, center_momentum=still)
-        self.ibot_loss = IBOTPatchLoss(PROTOTYPES, teacher_temp=TEACHER_TEMPERATURE, center_momentum=still)
-        self.koleo_loss = KoLeoLoss()
+        if patches:
+            self.head, self.teacher_head = self._head(), self._head().requires_grad_(False)  # no deep copy: weight_norm
+            self.teacher_head.load_state_dict(self.head.state_dict())
+            still = 1.0  # momentum of a centre that stays 0: the targets come balanced
+            self.patch_loss = IBOTPatchLoss(PROTOTYPES, teacher_temp=TEACHER_TEMPERATURE, center_momentum=still)
 
-    def _heads(self) -> nn.ModuleDict:
-        """One head for class tokens (DINO) and one for patches (iBOT).
-
-        With batch norm, as DINO's code offers: without it, and untrained, they answer nearly the same for all pictures,
-        and so small a difference, balanced, is a teacher without preferences.
-        """
+    def _head(self) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # lightly's head uses torch's older weight_norm
-            head = functools.partial(DINOProjectionHead, self.config.width, 512, 128, PROTOTYPES, batch_norm=True)
-            return nn.ModuleDict({"class": head(), "patch": head()})
+            return DINOProjectionHead(self.config.width, 512, 128, PROTOTYPES)
 
     @override
     def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         # DINOv2's large crops begin at 0.32: of these pictures, often of one object, that is too little to share
-        large = [augmented(batch.images, self.config.image_size, (0.5, 1.0)) for _ in range(2)]
-        if progress < self.changes_at or self.changes_at == 1:  # a progress of 1 is measured, too
-            return self.contrastive(large)
-        small = [augmented(batch.images, self.config.image_size // 2, (0.08, 0.32)) for _ in range(LOCAL_VIEWS)]
-        return self.distilled(large, small)
-
-    def contrastive(self, views: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """NT-Xent between the class tokens of two views `(B, 3, S, S)`."""
-        tokens = self.student(torch.cat(views)).last_hidden_state[:, 0]
-        first, second = functional.normalize(self.contrast(tokens).float(), dim=1).chunk(2)
+        views = torch.cat([augmented(batch.images, batch.side, (0.5, 1.0)) for _ in range(2)])
+        masks = block_masks(len(views), batch.side // self.config.patch_size, views.device) if self.patches else None
+        seen = self.student(views, bool_masked_pos=None if masks is None else masks.flatten(1)).last_hidden_state
+        first, second = functional.normalize(self.contrast(seen[:, 0]).float(), dim=1).chunk(2)
         found = (first @ second.T).argmax(1) == torch.arange(len(first), device=first.device)
-        return self.contrastive_loss(first, second), {"retrieval": found.float().mean()}
-
-    def distilled(self, large: list[Tensor], small: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The student sees masked large views and small ones; it matches the teacher, which sees large ones whole."""
-        views, count = torch.cat(large), len(large[0])
-        masks = block_masks(len(views), self.config.grid, views.device)
+        loss, figures = self.contrastive_loss(first, second), {"retrieval": found.float().mean()}
+        if self.maps:
+            one, two = functional.normalize(self.contrast_map(seen[:, 1:].mean(1)).float(), dim=1).chunk(2)
+            loss = loss + self.contrastive_loss(one, two)
+        if masks is None:
+            return loss, figures
+        hidden = masks.flatten(1)
         with torch.no_grad():
-            target = self.model(views).last_hidden_state
-            target_class = balanced(self.teacher_heads["class"](target[:, 0]).float())
-            target_patches = balanced(self.teacher_heads["patch"](target[:, 1:][masks.flatten(1)]).float())
-        seen = self.student(views, bool_masked_pos=masks.flatten(1)).last_hidden_state
-        parts = self.student(torch.cat(small)).last_hidden_state[:, 0]
-        classes = self.heads["class"](torch.cat([seen[:, 0], parts])).float()
-        patches = self.heads["patch"](seen[:, 1:][masks.flatten(1)]).float()
-        dino = self.dino_loss(list(target_class.chunk(2)), list(classes.split(count)))
-        ibot = self.ibot_loss(target_patches, patches, mask=masks)
-        koleo = torch.stack([self.koleo_loss(view) for view in seen[:, 0].float().chunk(2)]).sum()
-        chance = (target_class / TEACHER_TEMPERATURE).softmax(1)
-        unsure = -(chance * chance.clamp(min=1e-12).log()).sum(1).mean()
-        figures = {"dino": dino, "ibot": ibot, "koleo": koleo / 2, "teacher_entropy": unsure}
-        return dino + ibot + 0.1 * koleo, figures
+            whole = self.model(views).last_hidden_state[:, 1:][hidden]
+            target = balanced(self.teacher_head(whole).float())
+        patch_loss = self.patch_loss(target, self.head(seen[:, 1:][hidden]).float(), mask=masks)
+        return loss + self.patches * patch_loss, figures | {"patches": patch_loss}
 
     @override
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        stage = max(0.0, progress - self.changes_at) / max(1 - self.changes_at, 1e-6)
-        late = progress >= self.changes_at
-        momentum = cosine_schedule(int(stage * 1000), 1001, 0.98, 1.0) if late else 0.9
+        momentum = cosine_schedule(int(progress * 1000), 1001, 0.99, 1.0)
         update_momentum(self.student, self.model, momentum)
-        update_momentum(self.heads, self.teacher_heads, momentum)
+        if self.patches:
+            update_momentum(self.head, self.teacher_head, momentum)
 
 
 def balanced(logits: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 
 import numpy as np
@@ -13,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
-from samantics.data import first_world as mojiworld
 from samantics.models import pocket
-from samantics.zoo.contract import Batch, Objective, normalised
+from samantics.mojiworld import catalogue
+from samantics.mojiworld.captions import caption
+from samantics.zoo.contract import Batch, Objective, at_size
 
 
 class ClipObjective(Objective):
@@ -28,7 +28,7 @@ class ClipObjective(Objective):
 
     def __init__(self, config: pocket.ZooConfig = pocket.DEFAULT) -> None:
         super().__init__()
-        self.model = pocket.build_clip(config)
+        self.model, self.patch_size = pocket.build_clip(config), config.patch_size
         self.loss = open_clip.ClipLoss()
         self.tokenizer = pocket.WordTokenizer()
         self.image_statistics, self.text_statistics = (nn.BatchNorm1d(config.dim, affine=False) for _ in range(2))
@@ -37,7 +37,9 @@ class ClipObjective(Objective):
     def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         rng = np.random.default_rng(int(torch.randint(2**31, (1,))))
         tokens = self.tokenizer([caption(rng, row) for row in batch.drawings.tolist()]).to(batch.images.device)
-        image = self.compared(self.image_statistics, self.model.encode_image(normalised(batch.images)))
+        pixels = batch.pixels
+        vectors = at_size(self.model.visual, "positional_embedding", pixels, pixels.shape[-1] // self.patch_size)
+        image = self.compared(self.image_statistics, vectors)
         text = self.compared(self.text_statistics, self.model.encode_text(tokens))
         loss = self.loss(image, text, self.model.logit_scale.exp())
         found = (image @ text.T).argmax(1) == torch.arange(len(image), device=image.device)
@@ -72,43 +74,34 @@ def fold(statistics: nn.BatchNorm1d, norm: nn.LayerNorm, projection: nn.Paramete
     projection.div_((variance + statistics.eps).sqrt())
 
 
-def caption(rng: np.random.Generator, drawings: list[int]) -> str:
-    """A caption that names the objects of a picture, in random order: by drawing and category, or category only."""
-    parts = []
-    for drawing in rng.permutation([d for d in drawings if d >= 0]):
-        name, group = _words()[drawing]
-        parts.append(f"{name} a {group}" if rng.random() < 0.8 else group)
-    return "a picture of " + " and ".join(parts)
-
-
-@functools.cache
-def _words() -> list[tuple[str, str]]:
-    """Name and category of every drawing (looked up very often: a list is faster than the table)."""
-    return list(mojiworld.catalogue()[["drawing", "category"]].itertuples(index=False, name=None))
-
-
 class SupervisedObjective(Objective):
-    """SAM's image encoder taught which drawings an image shows (softmax, its target shared by them).
+    """The ceiling: which classes does this picture show (softmax, its target shared by them)?
 
-    Logits are scaled cosines with a learned vector for each name, as CLIP's are with its captions, of features that are
-    standardised over the batch: without that they collapse to a constant before any name is learned. Also when it is
+    Logits are scaled cosines with a learned vector for each class, as CLIP's are with its captions, of the mean token,
+    standardised over the batch: without that they collapse to a constant before any class is learned. Also when it is
     measured: the features move faster, in the training, than their running averages, and these would be off.
     """
 
     def __init__(self, config: pocket.ZooConfig = pocket.DEFAULT) -> None:
         super().__init__()
-        self.model = pocket.build_sam(config)
-        self.classes = len(mojiworld.catalogue())
-        self.standardise = nn.BatchNorm1d(config.dim, affine=False, track_running_stats=False)
-        self.names = nn.Parameter(0.02 * torch.randn(self.classes, config.dim))
+        self.model = pocket.build_dinov2(config)
+        self.standardise = nn.BatchNorm1d(config.width, affine=False, track_running_stats=False)
+        self.names = nn.Parameter(0.02 * torch.randn(len(catalogue.classes()), config.width))
         self.scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     @override
     def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        shown = torch.zeros(len(batch.images), self.classes + 1, device=batch.images.device)
-        shown = shown.scatter(1, batch.drawings.where(batch.drawings >= 0, self.classes), 1.0)[:, :-1]
-        vectors = self.standardise(self.model.image_encoder(normalised(batch.images)).mean((2, 3)).float())
+        shown = shown_classes(batch.drawings)
+        vectors = self.standardise(self.model(batch.pixels).last_hidden_state[:, 1:].mean(1).float())
         cosines = functional.normalize(vectors, dim=1) @ functional.normalize(self.names, dim=1).T
         logits = self.scale.exp().clamp(max=100) * cosines.float()
         loss = functional.cross_entropy(logits, shown / shown.sum(1, keepdim=True))
         return loss, {"top1": torch.gather(shown, 1, logits.argmax(1, keepdim=True)).mean()}
+
+
+def shown_classes(drawings: Tensor) -> Tensor:
+    """`(B, classes)` float 0/1: which classes pictures show, given their `(B, MAX_OBJECTS)` drawings."""
+    classes = len(catalogue.classes())
+    label = torch.from_numpy(np.append(catalogue.class_of_drawing(), classes)).to(drawings.device)  # -1 is the last
+    shown = torch.zeros(len(drawings), classes + 1, device=drawings.device)
+    return shown.scatter(1, label[drawings], 1.0)[:, :-1]
