@@ -72,6 +72,47 @@ def bootstrap_statistic(
     return _interval(float(statistic(np.arange(size))), drawn)
 
 
+class Difference(NamedTuple):
+    """A paired difference with its 95 % interval, and how likely so large a one would be if there were none."""
+
+    value: float
+    low: float
+    high: float
+    p: float  # two-sided, of the bootstrap; never below 1 / (resamples + 1)
+
+
+def paired_difference(
+    more: ArrayLike, less: ArrayLike, clusters: ArrayLike | None = None, seed: int = 0, samples: int = 2000
+) -> Difference:
+    """Mean of `more - less` where both answered the same items: items and seeds are resampled together.
+
+    Args:
+        more, less: `(items,)` or `(seeds, items)` finite outcomes, in the same order of items and seeds.
+        clusters: `(items,)` what items belong to (a class, a scene): whole clusters are drawn, because items of one
+            are alike; None: every item for itself.
+        seed: of the resampling.
+        samples: resamples.
+
+    Raises:
+        ValueError: shapes differ, nothing is given, or a number is not finite.
+    """
+    first, second = (np.atleast_2d(np.asarray(values, dtype=np.float64)) for values in (more, less))
+    if first.shape != second.shape or first.size == 0 or not np.isfinite(first - second).all():
+        raise ValueError("paired_difference needs two arrays of one shape, with at least one value, all finite")
+    rows, items = first.shape
+    codes = np.arange(items) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
+    sizes = np.bincount(codes)
+    sums = np.stack([np.bincount(codes, row) for row in first - second])
+    rng = np.random.default_rng(seed)
+    drawn = np.empty(samples)
+    for sample in range(samples):
+        weights = _counts(rng, len(sizes))
+        drawn[sample] = (sums @ weights / (sizes @ weights)) @ _counts(rng, rows) / rows
+    value, low, high = _interval(float((first - second).mean()), drawn)
+    tail = 1 + min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
+    return Difference(value, low, high, min(1.0, 2 * tail / (samples + 1)))
+
+
 def across_trainings(found: Sequence[Interval]) -> Interval:
     """The same measurement of models trained alike from other seeds: their mean, with the noise of training.
 
