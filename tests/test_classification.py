@@ -1,4 +1,4 @@
-"""What is classified: no held-out drawing in train, other views in test, a folder as one task."""
+"""What is classified: whose drawings train and test show, which pictures, a folder as one task."""
 
 from __future__ import annotations
 
@@ -9,38 +9,56 @@ import pytest
 from PIL import Image
 
 from samantics.data import classification
-from samantics.data import first_world as mojiworld
 from samantics.errors import StudyError
+from samantics.mojiworld import catalogue, rendered
+from samantics.mojiworld.world import STREAMS, World, visible_drawings
 from samantics.scales import get_scale
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> classification.ClassificationData:
-    def blank(_world, views, _workers=0) -> mojiworld.Pictures:
-        count = views * len(mojiworld.catalogue())
-        empty = np.zeros((count, 1, 1), np.uint8)
-        return mojiworld.Pictures(np.zeros((count, 1, 1, 3), np.uint8), empty, np.zeros((count, 6), np.int16))
+@pytest.fixture
+def rows(monkeypatch) -> dict[str, np.ndarray]:
+    """The drawing of every picture of a stream; the pictures themselves are left blank."""
+    shown = {}
 
-    patch = pytest.MonkeyPatch()
-    patch.setattr(mojiworld, "classification_pictures", blank)
-    found = classification.mojiworld_data(mojiworld.World(), 6, 2)
-    patch.undo()
-    return found
+    def blank(_world, stream, count) -> rendered.Pictures:
+        own = np.concatenate(visible_drawings(stream.role, stream.classes))
+        shown[stream.name] = own[np.arange(count) % len(own)]
+        turn = sum(np.divmod(np.arange(count), len(own)))
+        return rendered.Pictures(
+            np.zeros((count, 1, 1, 3), np.uint8), np.ones((count, 1, 1), np.uint8),
+            shown[stream.name][:, None].astype(np.int16), (turn % 2).astype(np.uint8), np.zeros(count, np.uint8),
+        )  # fmt: skip
 
-
-def test_no_held_out_drawing_is_in_a_train_image_of_the_category_probe(data) -> None:
-    task = data.tasks["category"]
-    drawing = np.repeat(np.arange(626), 6)
-    assert not mojiworld.held_out()[drawing[task.train.rows]].any()
-    assert mojiworld.held_out()[drawing[task.test.rows]].all()
-    assert (task.groups == drawing[task.train.rows]).all()
-    assert (task.train.labels == mojiworld.category_of_drawing()[task.groups]).all()
+    monkeypatch.setattr(classification, "stored_pictures", blank)
+    return shown
 
 
-def test_train_and_test_of_the_drawing_probe_are_other_views_of_all_drawings(data) -> None:
-    task = data.tasks["drawing"]
-    assert not set(task.train.rows) & set(task.test.rows)
-    assert (np.bincount(task.train.labels) == 4).all() and (np.bincount(task.test.labels) == 2).all()
+def test_no_probe_learns_from_a_test_artist_and_settings_are_chosen_on_artists(rows) -> None:
+    tasks = classification.mojiworld_data(World(96), 2, 1, 3).tasks
+    table = catalogue.catalogue()
+    assert list(tasks) == ["view", "artist"] and tasks["view"].train is tasks["artist"].train
+    for name, split in (("labels", "train"), ("views", "train"), ("test", "test")):
+        assert set(table["split"][rows[name]]) == {split}
+    artist = table["artist"][rows["labels"]].to_numpy()
+    groups = tasks["artist"].groups
+    assert groups is not None and len(set(groups)) == len(set(zip(groups, artist, strict=True))) == 6
+    for task, stream in (("view", "views"), ("artist", "test")):
+        part = tasks[task].test
+        assert [tasks[task].classes[label] for label in part.labels[:99]] == list(table["class"][rows[stream][:99]])
+
+
+def test_every_drawing_is_shown_in_a_studio_and_in_a_place(rows) -> None:
+    data = classification.mojiworld_data(World(96), 2, 1, 2)
+    for part, stream in ((data.tasks["view"].train, "labels"), (data.tasks["artist"].test, "test")):
+        assert part.kinds is not None and set(part.kinds) == {"studio", "object"}
+        assert len(set(zip(rows[stream], part.kinds, strict=True))) == len(part.labels)
+        assert len(data.splits[part.split]) == len(data.masks[part.split]) == len(part.labels)
+
+
+def test_a_stream_serves_what_it_is_called(monkeypatch) -> None:
+    monkeypatch.setitem(STREAMS, "labels", dataclasses.replace(STREAMS["test"], name="labels"))
+    with pytest.raises(StudyError, match="must not serve labels"):
+        classification.mojiworld_data(World(96), 2, 1, 2)
 
 
 def test_the_paper_scale_asks_for_its_folder(pocket_run) -> None:
@@ -56,5 +74,5 @@ def test_a_folder_of_ones_own_is_one_task(tmp_path, pocket_run) -> None:
             Image.new("RGB", (8, 8), (number * 40, 0, 0)).save(tmp_path / "own" / label / f"{number}.png")
     found = classification.scale_data(pocket_run, tmp_path / "own")
     task = found.tasks["class"]
-    assert found.name == "own" and task.classes == ("cat", "dog")
+    assert found.name == "own" and task.classes == ("cat", "dog") and task.test.kinds is None
     assert len(task.train.labels) + len(task.test.labels) == 10 and task.chance == 50

@@ -16,13 +16,16 @@ class ProbingSettings:
 
     Attributes:
         probe_seeds: probes trained for each row, with seeds 0, 1, ...
-        views, test_views: MojiWorld images of each drawing, and how many of them are test images at drawing level.
+        image_size: side of MojiWorld's pictures, pixels: what the zoo takes.
+        labels, views, test: MojiWorld pictures of each drawing: to train on, other views, test artists' drawings.
         shots: train images per class of the few-shot curve, as far as there are as many.
     """
 
     probe_seeds: int = 3
-    views: int = 6
-    test_views: int = 2
+    image_size: int = 96
+    labels: int = 2
+    views: int = 1
+    test: int = 2
     shots: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
 
 
@@ -220,12 +223,13 @@ class Scale:
     notebooks: tuple[str, ...] = ()
 
 
+POCKET_ENCODERS = ("sam", "sam2", "mae", "clip", "dinov2", "supervised", "random")
 OFFICIAL_ENCODERS = ("sam", "sam2", "clip", "dinov2", *MORE_ENCODERS, "random")
 STUDY = ("01", "02", "03", "04")  # what needs data and weights that do not come with the project
 SCALES = {
     scale.name: scale
     for scale in (
-        Scale(name="pocket", weights="zoo", incontext=POCKET_INCONTEXT, pipeline=POCKET_PIPELINE),
+        Scale("pocket", "zoo", POCKET_ENCODERS, incontext=POCKET_INCONTEXT, pipeline=POCKET_PIPELINE),
         Scale("lite", "official", OFFICIAL_ENCODERS, coco=CocoSubset(), notebooks=STUDY),
         Scale("paper", "official", OFFICIAL_ENCODERS, notebooks=STUDY),
     )

@@ -1,7 +1,8 @@
-"""What is classified in notebook 01: the images of a scale, and the ways to label and split them.
+"""What is classified in notebook 01: the pictures of a scale, and which of them a probe is trained and tested on.
 
-MojiWorld has two label levels on the same images: the *drawing*, of which train and test show different views, and the
-*category*, of which train and test show different drawings. An image folder (Imagenette, ImageNet, one's own) has one.
+MojiWorld asks two questions of one set of labelled pictures, which show train artists' drawings: does the class show
+in *other views* of these drawings (`view`), and in drawings by *other artists* (`artist`: the headline, as validation
+photographs are to ImageNet)? An image folder (Imagenette, ImageNet, one's own) asks one: `class`.
 """
 
 from __future__ import annotations
@@ -11,31 +12,40 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from samantics.cache import cache_dir
-from samantics.data import first_world as mojiworld
 from samantics.data.fetch import imagenette
 from samantics.data.folders import ImageFolder, Images, class_names, image_folders, writable
 from samantics.errors import StudyError
+from samantics.mojiworld import catalogue
+from samantics.mojiworld.rendered import Pictures, stored_pictures
+from samantics.mojiworld.world import KINDS, STREAMS, World, visible_drawings
 from samantics.run import Run
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The images that a task trains or tests on."""
+    """The images that a task trains or tests on: a whole split.
 
-    split: str  # name of the split that they belong to
-    labels: NDArray[np.int64]  # (N,), one for each of them
-    rows: NDArray[np.int64] | None = None  # (N,) which images of the split; None: all, in order (features can stream)
+    Attributes:
+        split: its name.
+        labels: `(N,)` class labels from 0.
+        kinds: `(N,)` what kind of picture each is (`studio` or `object`); None where there is but one kind.
+    """
+
+    split: str
+    labels: NDArray[np.int64]
+    kinds: NDArray[np.str_] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One way to label the images.
+    """One question that is asked of an encoder's features.
 
     Attributes:
-        name: `drawing`, `category` or `class`.
+        name: `view`, `artist` or `class`.
         classes: names of the labels.
         train, test: the images of each.
         groups: `(N,)` of the train images: what is held out together when a probe chooses its settings.
@@ -61,7 +71,7 @@ class ClassificationData:
         name: of the data, for titles.
         splits: images by split name.
         hashes: identifies each split.
-        tasks: by name.
+        tasks: by name, the headline last.
         masks: `(N, H, W)` bool-like object masks of each split, for object pooling; empty where there are none.
         notes: what the reader should know of the files.
     """
@@ -80,39 +90,43 @@ def scale_data(run: Run, folder: Path | str = "") -> ClassificationData:
     Raises:
         StudyError: `paper` without a folder; a folder that cannot be used.
     """
-    settings = run.scale.probing
     if folder:
         return folder_data(writable(Path(folder).name), image_folders(folder, run.seed))
     if run.scale.name == "pocket":
-        return mojiworld_data(mojiworld.World(), settings.views, settings.test_views)
+        settings = run.scale.probing
+        return mojiworld_data(World(settings.image_size), settings.labels, settings.views, settings.test)
     if run.scale.name == "lite":
         return folder_data("Imagenette", imagenette(cache_dir() / "datasets"))
     raise StudyError("the scale paper needs ImageNet-1k: name its folder (train/ and val/ inside) with --data DIR")
 
 
-def mojiworld_data(world: mojiworld.World, views: int, test_views: int) -> ClassificationData:
-    """`views` object-centric images of every drawing.
+def mojiworld_data(world: World, labels: int, views: int, test: int) -> ClassificationData:
+    """Pictures of one object each, in a studio and in a place by turns.
 
-    Drawing level: the last `test_views` views of every drawing are the test images. Category level: all views of the
-    held-out drawings are the test images, all views of the train drawings the train images.
+    Args:
+        world: what the pictures are made of.
+        labels, views, test: of these streams, pictures of every drawing that they show: what probes learn from, other
+            views of the same drawings, drawings by the test artists.
     """
-    pictures = mojiworld.classification_pictures(world, views)
-    drawing = np.repeat(np.arange(len(mojiworld.catalogue())), views)
-    is_test_view = np.tile(np.arange(views) >= views - test_views, len(mojiworld.catalogue()))
-    category = mojiworld.category_of_drawing()[drawing]
-    is_held_out = mojiworld.held_out()[drawing]
-    names = tuple(mojiworld.catalogue()["drawing"])
-    of_category = _part(category, ~is_held_out), _part(category, is_held_out)
+    counts = {"labels": labels, "views": views, "test": test}
+    found = {name: _pictures(world, name, count) for name, count in counts.items()}
+    part = {name: Part(name, its.labels, np.array(KINDS)[its.kinds]) for name, its in found.items()}
+    artist = pd.factorize(catalogue.catalogue()["artist"])[0][found["labels"].drawings[:, 0]]
+    names = catalogue.classes()
     tasks = {
-        "drawing": Task("drawing", names, _part(drawing, ~is_test_view), _part(drawing, is_test_view)),
-        "category": Task("category", mojiworld.categories(), *of_category, groups=drawing[~is_held_out]),
+        "view": Task("view", names, part["labels"], part["views"]),
+        "artist": Task("artist", names, part["labels"], part["test"], groups=artist),
     }
-    hashes = {"all": f"{world.hash}:{views}"}
-    return ClassificationData("MojiWorld", {"all": pictures.images}, hashes, tasks, {"all": pictures.instances})
+    hashes = {name: f"{world.hash}:{count}" for name, count in counts.items()}
+    images, masks = ({name: vars(its)[what] for name, its in found.items()} for what in ("images", "instances"))
+    return ClassificationData("MojiWorld", images, hashes, tasks, masks)
 
 
-def _part(labels: NDArray[np.int64], chosen: NDArray[np.bool_]) -> Part:
-    return Part("all", labels[chosen], np.flatnonzero(chosen))
+def _pictures(world: World, name: str, count: int) -> Pictures:
+    """`count` pictures of every drawing that the stream shows, which must serve what it is called."""
+    stream = STREAMS[name]
+    stream.require(name)
+    return stored_pictures(world, stream, count * sum(map(len, visible_drawings(stream.role, stream.classes))))
 
 
 def folder_data(name: str, folders: tuple[ImageFolder, ImageFolder]) -> ClassificationData:

@@ -86,7 +86,7 @@ def linear_probe(
         seeds: one probe each: of the held-out part and of the order of the images.
         rates: learning rates in rising order; with a single one nothing is held out or chosen.
         standardise: bring every feature to mean 0 and standard deviation 1 (of train).
-        groups: `(N,)` what is held out together (the drawings, where test images show other drawings).
+        groups: `(N,)` what is held out together (an artist, where test images are by other artists).
         epochs, max_epochs: of the first and at most of the last training.
         batch_size: images in a step.
         device: `cpu` or `cuda`.
@@ -109,13 +109,12 @@ def linear_probe(
 
 
 def held_out_rows(labels: Labels, seed: int, groups: Labels | None = None) -> NDArray[np.bool_]:
-    """`(N,)` True for about a fifth of every class (of its groups, where given): at least one, and never all."""
+    """`(N,)` True for about a fifth of every class, or of all groups where given: at least one, and never all."""
     rng = np.random.default_rng(seed)
     units = np.arange(len(labels)) if groups is None else groups
     held: list[Any] = []
-    for label in np.unique(labels):
-        members = rng.permutation(np.unique(units[labels == label]))
-        held += members[: min(len(members) - 1, max(1, round(HELD_OUT * len(members))))].tolist()
+    for members in [units[labels == label] for label in np.unique(labels)] if groups is None else [np.unique(units)]:
+        held += rng.permutation(members)[: min(len(members) - 1, max(1, round(HELD_OUT * len(members))))].tolist()
     if not held:
         raise StudyError("no class has two train images (or groups), so none can be held out: give one learning rate")
     return np.isin(units, held)

@@ -47,17 +47,9 @@ class Encoded:
     stores: Mapping[str, FeatureStore]
 
     def features(self, part: Part, readout: Readout | None = None) -> tuple[Features, Labels]:
-        """Features and labels of the readable images of a part: streamed where it is a whole split."""
+        """Features, streamed, and labels of the readable images of a part."""
         store = self.stores[part.split]
-        column, readable = store.column(readout or self.headline), np.isin(rows_of(part), store.kept)
-        if part.rows is None:
-            return column, part.labels[readable]
-        return column.take(np.searchsorted(store.kept, part.rows[readable])), part.labels[readable]
-
-    def rows(self, part: Part) -> NDArray[np.int64]:
-        """Which images of the split `features` tells of."""
-        rows = rows_of(part)
-        return rows[np.isin(rows, self.stores[part.split].kept)]
+        return store.column(readout or self.headline), part.labels[store.kept]
 
     def data(self, task: Task, readout: Readout | None = None) -> Data:
         """What every probe takes first: train features and labels, test features and labels, number of classes."""
@@ -66,11 +58,6 @@ class Encoded:
     def dims(self, task: Task) -> dict[Readout, int]:
         """Width of every layer and pooling that is stored."""
         return self.stores[task.train.split].dims
-
-
-def rows_of(part: Part) -> NDArray[np.int64]:
-    """Which images of its split a part has."""
-    return np.arange(len(part.labels)) if part.rows is None else part.rows
 
 
 def encode_all(run: Run, data: ClassificationData, names: Sequence[str]) -> dict[str, Encoded]:
@@ -114,8 +101,7 @@ def _path(features: Sequence[Encoded], task: Task, what: list[Any], kind: str) -
     """Where the outcome of probes is kept: its name says what it depends on."""
     digest = hashlib.sha256()
     for part in (task.train, task.test):
-        for values in (part.labels, part.rows):
-            digest.update(b"all" if values is None else np.ascontiguousarray(values).tobytes())
+        digest.update(part.split.encode() + np.ascontiguousarray(part.labels).tobytes())
     digest.update(b"" if task.groups is None else np.ascontiguousarray(task.groups).tobytes())
     stores = [{split: store.folder.parts[-2:] for split, store in one.stores.items()} for one in features]
     key = hash_value([PROBES, stores, task.name, digest.hexdigest(), what])
