@@ -151,7 +151,8 @@ def test_bootstrap_accumulates_as_cocoeval(seed: int) -> None:
     found = evaluation.evaluate(dataset, results, "segm")
     assert evaluation.ap_interval([found], samples=20).value == pytest.approx(found.metrics["AP"])
     nothing = evaluation.evaluate(dataset, [], "segm")
-    assert evaluation.ap_gain(nothing, found, 0.5, samples=20).value == pytest.approx(found.metrics["AP50"])
+    gain = evaluation.ap_difference([(1, [found]), (-1, [nothing])], 0.5, samples=20)
+    assert gain.value == pytest.approx(found.metrics["AP50"])
     weights = np.array([[2, 0, 1, 3, 0, 0]], np.float32)
     assert evaluation._resampled_ap(found, weights)[0] == pytest.approx(ap_of_copies(dataset, results, weights[0]))
 
@@ -173,6 +174,20 @@ def test_interval_covers_value_and_is_seeded() -> None:
     assert interval.low < interval.value < interval.high
     assert evaluation.ap_interval([found] * 2, samples=300).value == pytest.approx(interval.value)
     assert evaluation.ap_interval([found], samples=300) == pytest.approx(interval)
+
+
+def test_differences_are_paired() -> None:
+    """Of one thing with itself nothing is left; a part and the rest add up to the whole, image by image."""
+    dataset, results = random_data(3, images=40)
+    every, some = (evaluation.evaluate(dataset, chosen, "segm") for chosen in (results, results[::2]))
+    assert evaluation.ap_difference([(1, [every, some]), (-1, [every, some])], samples=50)[:3] == (0, 0, 0)
+    plain = evaluation.ap_difference([(1, [every]), (-1, [some])], samples=300)
+    assert plain.value == pytest.approx((every.metrics["AP"] or 0) - (some.metrics["AP"] or 0))
+    apart = [evaluation.ap_interval([found], samples=300) for found in (every, some)]
+    assert plain.high - plain.low < sum(found.high - found.low for found in apart)
+    twice = evaluation.ap_difference([(1, [every]), (-1, [some]), (1, [every]), (-1, [some])], samples=300)
+    assert twice[:3] == pytest.approx([2 * value for value in plain[:3]])
+    assert twice.p == plain.p
 
 
 def test_results_file_loads_in_pycocotools(tmp_path: Path) -> None:

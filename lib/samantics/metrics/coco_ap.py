@@ -20,7 +20,7 @@ from pycocotools.cocoeval import COCOeval
 
 from samantics.data.coco import CocoDataset, annotation
 from samantics.errors import StudyError
-from samantics.metrics.intervals import Interval
+from samantics.metrics.intervals import Difference, Interval
 
 Result = dict[str, Any]
 IOU_TYPES = ("bbox", "segm")
@@ -135,41 +135,57 @@ def perfect_results(dataset: CocoDataset) -> list[Result]:
 
 
 def ap_interval(evaluations: Sequence[Evaluation], samples: int = 1000, seed: int = 0) -> Interval:
-    """AP in percent with its 95 % bootstrap interval over images, centred on it.
-
-    The envelope that AP takes over its precisions makes it larger on fewer different images, and a resample has but
-    63 % of them: quantiles of resampled APs lie too high. So their spread is laid around the AP of all images.
-
-    Predictions are matched to objects once; each resample only weighs the images by how often they were drawn and
-    accumulates again. Several evaluations of the same images (other references, say) are drawn together: the same
-    images for all of them, because their difficulty is shared, and the evaluations themselves with replacement.
+    """AP in percent with its 95 % bootstrap interval over images (see `ap_difference`).
 
     Args:
-        evaluations: one, or several of the same images.
+        evaluations: one, or several of the same images, whose mean is meant (other references, say).
         samples: resamples.
         seed: of the resampling.
 
     Raises:
         StudyError: there is no object to measure on.
     """
-    rng = np.random.default_rng(seed)
-    weights = _image_weights(rng, evaluations[0], samples)
-    picks = rng.multinomial(len(evaluations), np.full(len(evaluations), 1 / len(evaluations)), size=samples)
-    values, *resampled = np.stack([_resampled_ap(run, weights) for run in evaluations], axis=1)
-    if np.isnan(values).any():
+    found = ap_difference([(1, evaluations)], samples=samples, seed=seed)
+    if np.isnan(found.value):
         raise StudyError(NOTHING)
-    drawn = (np.stack(resampled) * picks).sum(1) / len(evaluations)
-    return _centred(float(values.mean()), drawn).within(0, 100)
+    return Interval(*found[:3]).within(0, 100)
 
 
-def ap_gain(before: Evaluation, after: Evaluation, iou: float, samples: int = 1000) -> Interval:
-    """AP at one IoU of `after` minus that of `before`, the same images drawn for both; else as `ap_interval`.
+def ap_difference(
+    terms: Sequence[tuple[int, Sequence[Evaluation]]], iou: float | None = None, samples: int = 1000, seed: int = 0
+) -> Difference:
+    """A paired difference of APs in points: the sum over terms of their sign times their mean AP.
 
-    Without any object there is no AP, and the gain is 0.
+    Predictions are matched to objects once; each resample only weighs the images by how often they were drawn and
+    accumulates again. The same images are drawn for all terms and evaluations, because their difficulty is shared, and
+    of a term's evaluations the same ones for all terms (the k-th of each is made with the k-th draw of references).
+
+    The envelope that AP takes over its precisions makes it larger on fewer different images, and a resample has but
+    63 % of them: quantiles of resampled APs lie too high. So their spread is laid around the value of all images.
+
+    Args:
+        terms: `[(1, more), (-1, less)]`, or four terms for a difference of differences; each with equally many
+            evaluations, all of the same images (their categories may differ).
+        iou: AP at this threshold alone; None: the mean over COCO's.
+        samples: resamples.
+        seed: of the resampling.
+
+    Returns:
+        The difference; NaN where a term has no object to measure on.
     """
-    weights = _image_weights(np.random.default_rng(0), before, samples)
-    gain = np.nan_to_num(_resampled_ap(after, weights, iou) - _resampled_ap(before, weights, iou))
-    return _centred(float(gain[0]), gain[1:])
+    rng, runs = np.random.default_rng(seed), len(terms[0][1])
+    weights = _image_weights(rng, terms[0][1][0], samples)
+    picks = rng.multinomial(runs, np.full(runs, 1 / runs), size=samples) / runs
+    signed = [sign * np.stack([_resampled_ap(run, weights, iou) for run in evaluations]) for sign, evaluations in terms]
+    values, *resampled = np.sum(signed, axis=0).T  # (1 + samples, runs)
+    drawn = (np.stack(resampled) * picks).sum(1)
+    if np.isnan(values).any():
+        return Difference(np.nan, np.nan, np.nan, 1.0)
+    drawn = drawn[~np.isnan(drawn)]
+    drawn += values.mean() - drawn.mean()
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    tail = 1 + min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
+    return Difference(float(values.mean()), float(low), float(high), min(1.0, 2 * tail / (samples + 1)))
 
 
 def _image_weights(rng: np.random.Generator, evaluation: Evaluation, samples: int) -> NDArray[np.float32]:
@@ -177,12 +193,6 @@ def _image_weights(rng: np.random.Generator, evaluation: Evaluation, samples: in
     images = len(evaluation.coco.params.imgIds)
     drawn = rng.multinomial(images, np.full(images, 1 / images), size=samples)
     return np.concatenate([np.ones((1, images)), drawn]).astype(np.float32)
-
-
-def _centred(value: float, drawn: NDArray[np.float64]) -> Interval:
-    """The spread of resampled values, laid around the value itself."""
-    low, high = np.nanquantile(drawn, [0.025, 0.975]) - np.nanmean(drawn) + value
-    return Interval(value, float(low), float(high))
 
 
 def _resampled_ap(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as mask_tools
 
 from samantics.data.coco import CocoDataset, Instance, Rle, box_iou, read_image
-from samantics.metrics.coco_ap import IOU_TYPES, Result, ap_gain, evaluate, perfect_results
+from samantics.metrics.coco_ap import IOU_TYPES, Result, ap_difference, evaluate, perfect_results
 from samantics.metrics.intervals import Interval, bootstrap_statistic
 from samantics.training_free.matching import match, pooled_features, ranked, result_of
 from samantics.training_free.pipeline import Pipeline, Variant, ap_row
@@ -220,7 +220,8 @@ def error_table(dataset: CocoDataset, results: Sequence[Result], judged: pd.Data
     for number, kind in enumerate(KINDS):
         mended = evaluate(without, results) if kind == "missed" else evaluate(dataset, _mended(results, judged, kind))
         share = bootstrap_statistic(functools.partial(_share, counts, number), counts.shape[1]).times(100)
-        rows.append((kind, int(counts[number].sum()), *share, *ap_gain(base, mended, iou=0.5)))
+        gain = ap_difference([(1, [mended]), (-1, [base])], iou=0.5)[:3]
+        rows.append((kind, int(counts[number].sum()), *share, *np.nan_to_num(gain)))
     columns = ["kind", "count", "share", "share_low", "share_high", "gain", "gain_low", "gain_high"]
     return pd.DataFrame(rows, columns=columns)
 
