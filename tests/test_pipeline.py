@@ -41,7 +41,7 @@ def test_table_has_the_contract_and_is_kept(small: Pipeline, monkeypatch: pytest
     variants = [Variant(source=source, shots=2) for source in ("dinov2", "random")]
     table = pipelines.ap_table(small, variants)
     groups = [group for chosen in small.references.values() for group in chosen.values()]
-    assert groups and not any(instance.held_out for group in groups for instance in group)
+    assert groups and not any(instance.split != "train" for group in groups for instance in group)
     assert list(table.columns) == [*COLUMNS.split(","), "scoring"]
     assert table["seeds"].eq(2).all() and len(table) == 4
     assert ((table["low"] <= table["AP"] + 1e-9) & (table["AP"] <= table["high"] + 1e-9)).all()

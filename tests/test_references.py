@@ -88,7 +88,7 @@ def test_reference_rule() -> None:
         box_instance(5, 5, (20, 20, 80, 80)),  # overlaps the next
         box_instance(6, 5, (20, 20, 80, 60)),
         box_instance(7, 6, (20, 20, 80, 80), crowd=True),
-        box_instance(8, 7, (20, 20, 80, 80), held_out=True),
+        box_instance(8, 7, (20, 20, 80, 80), split="test"),
         box_instance(9, 8, (20, 20, 80, 80)),  # image too long
     )
     dataset = coco.CocoDataset(Path("x.json"), Path(), images, {1: "cat"}, instances, annotated=True)

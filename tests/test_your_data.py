@@ -15,25 +15,27 @@ from pycocotools import mask as mask_tools
 
 from samantics.cache import PROJECT
 from samantics.data import coco
-from samantics.data import first_world as mojiworld
 from samantics.data.coco import CocoDataset
 from samantics.data.detection import load_data, unannotated
 from samantics.data.references import choose_references
 from samantics.errors import StudyError
 from samantics.metrics.coco_ap import Result
+from samantics.mojiworld.rendered import write_scenes
+from samantics.mojiworld.world import Stream, World, picture, visible_drawings
 from samantics.run import Run
 from samantics.training_free import pipeline as pipelines
 from samantics.training_free import your_data
 from samantics.training_free.pipeline import Pipeline, Variant
 
-WORLD = mojiworld.World(image_size=96, seed=3)
+WORLD = World(96, seed=3)
 
 
 def reader_files(folder: Path, targets: str = "masks") -> dict[str, str]:
     """A reader's COCO files: images in sub-folders; targets with `masks`, `boxes`, `none` or as a `folder`."""
     files = {"images": str(folder)}
     for name, count in (("references", 24), ("targets", 3)):
-        scenes = mojiworld.write_mojiworld(WORLD, name, count, folder)
+        stream = Stream(name, name, ("scene",), "novel")
+        scenes = coco.load_coco(*write_scenes(WORLD, stream, count, folder, workers=1))
         records = [dataclasses.replace(r, file=f"{scenes.folder.name}/{r.file}") for r in scenes.images.values()]
         instances = [dataclasses.replace(i, box_only=targets == "boxes") for i in scenes.instances]
         kept = [] if (name, targets) == ("targets", "none") else instances
@@ -146,11 +148,12 @@ def test_notebook_on_two_classes_of_five_and_boxes_only(
     tmp_path: Path, pocket_run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The notebook's cells, one after the other: the smallest folder, and targets that only box AP can measure."""
-    for label, drawing in (("first", 0), ("second", 400)):
+    stream = Stream("own folder", "labels", ("object",))
+    for label, drawing in (("first", 0), ("second", visible_drawings("labels")[0][400])):
         (tmp_path / "folder" / label).mkdir(parents=True)
         for number in range(5):
-            picture = mojiworld.object_picture(WORLD, label, number, drawing)
-            Image.fromarray(picture.image).save(tmp_path / "folder" / label / f"{number}.png")
+            one = picture(WORLD, stream, number, int(drawing))
+            Image.fromarray(one.image).save(tmp_path / "folder" / label / f"{number}.png")
     own: dict[str, Any] = {"data": str(tmp_path / "folder"), "shots": 2}
     own |= reader_files(tmp_path / "coco", "boxes")
     monkeypatch.setattr(plt, "show", lambda: None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from samantics.errors import StudyError
+from samantics.mojiworld.catalogue import instance_classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class InContextSettings:
 
     Attributes:
         novel: names of the categories that never carry a label in tuning; all others are base.
-        train_scenes, test_scenes: how many MojiWorld scenes are written, where the data is MojiWorld.
+        train_scenes: MojiWorld scenes to tune on, where the data is MojiWorld.
         store_features: encode every training image once and keep SAM's maps (4 TB for COCO: there they are not kept).
         trunk_maps: how many of SAM's trunk blocks the DETR sees.
         dim, heads, ffn_width, encoder_layers, decoder_layers, queries, dropout: sizes of the DETR.
@@ -63,7 +64,6 @@ class InContextSettings:
 
     novel: tuple[str, ...] = VOC
     train_scenes: int = 0
-    test_scenes: int = 0
     store_features: bool = False
     trunk_maps: int = 4
     dim: int = 256
@@ -92,20 +92,10 @@ class InContextSettings:
     control_epochs: float = 0
 
 
-# Every third category of the catalogue is novel, which happens to be one of each theme: fixed before any result.
-POCKET_NOVEL = (
-    "marine animal",
-    "sky and weather",
-    "prepared food",
-    "ground transport",
-    "music",
-    "light and video",
-    "office",
-)
+POCKET_NOVEL = tuple(instance_classes().query("part == 'novel'")["class"])  # one of each superclass
 POCKET_INCONTEXT = InContextSettings(
     novel=POCKET_NOVEL,
     train_scenes=3000,
-    test_scenes=150,
     store_features=True,
     trunk_maps=3,
     dim=160,
@@ -169,11 +159,11 @@ class PipelineSettings:
     reference_seeds: int = 3
 
 
-# 128 pixels instead of some 640, and tokens of 16: objects below 12 pixels are smaller than a token
+# 96 pixels instead of some 640: objects take 20-60 % of the side; smaller ones are mostly covered by others
 POCKET_PIPELINE = PipelineSettings(
     sources=("dinov2", "clip", "sam2", "sam", "random"),
-    reference_scenes=400,
-    target_scenes=100,
+    reference_scenes=800,
+    target_scenes=300,
     min_reference_area=12.0**2,
     reference_inset=2.0,
     points_per_side=12,

@@ -80,8 +80,8 @@ class AnnotationEntry(BaseModel):
     bbox: Any = None
     area: Any = None
     iscrowd: bool | None = None
-    drawing: str | None = None
-    held_out: bool = False
+    artist: str = ""
+    split: str = ""
 
 
 # -------------------------------------------------------------------------------------------------------- reading
@@ -308,7 +308,7 @@ def _instance(entry: AnnotationEntry, number: int, image: ImageRecord) -> tuple[
             raise ValueError("no pixel of the mask lies in the image")
     if is_pixel(entry.area) and OUTSIDE not in mended and 0 < entry.area <= image.width * image.height:
         area = float(entry.area)
-    marks = (bool(entry.iscrowd), entry.drawing, entry.held_out, box_only)
+    marks = (bool(entry.iscrowd), entry.artist, entry.split, box_only)
     return Instance(number, image.id, entry.category_id, box, area, rle, *marks), mended
 
 
@@ -322,7 +322,7 @@ def write_coco(
     annotations = [
         annotation(i)
         | ({"segmentation": []} if i.box_only else {})
-        | ({} if i.drawing is None else {"drawing": i.drawing, "held_out": i.held_out})
+        | ({"artist": i.artist, "split": i.split} if i.artist else {})
         for i in instances
     ]
     entries = [{"id": r.id, "file_name": r.file, "width": r.width, "height": r.height} for r in images]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from samantics.data import first_world as mojiworld
 from samantics.data.coco import CocoDataset, ImageRecord, check_images, load_coco
 from samantics.data.fetch import coco_subset
-from samantics.data.first_world import write_mojiworld
 from samantics.data.folders import image_size, readable_endings, visible_files
 from samantics.data.references import ReferenceRule, matched_categories, shared_images
 from samantics.errors import StudyError
+from samantics.models import pocket
+from samantics.mojiworld.rendered import write_scenes
+from samantics.mojiworld.world import STREAMS, World
 from samantics.run import Run
 
 
@@ -59,10 +60,9 @@ def load_data(
         datasets = [check_images(dataset, skip_bad_images) for dataset in files]
         rule = ReferenceRule(min_area=min_area, relative=True)  # a photograph's pixels, at every scale
     elif settings.target_scenes:
-        world, folder = mojiworld.World(seed=run.seed), run.cache / "scenes"
         datasets = [
-            write_mojiworld(world, "references", settings.reference_scenes, folder, held_out_share=0.0),
-            write_mojiworld(world, "targets", settings.target_scenes, folder, held_out_share=0.5),
+            scenes(run, "references", settings.reference_scenes),
+            scenes(run, "targets", settings.target_scenes),
         ]
     elif run.scale.coco:
         datasets = list(coco_subset(run.scale.coco, rule))
@@ -73,6 +73,12 @@ def load_data(
     run.record("reference_data", matched.hash)
     run.record("target_data", datasets[1].hash)
     return Data(matched, datasets[1], rule, names, every_note)
+
+
+def scenes(run: Run, stream: str, count: int) -> CocoDataset:
+    """The first scenes of a stream of MojiWorld (see `STREAMS`), of the pocket models' size, written once."""
+    world = World(pocket.DEFAULT.image_size, seed=run.seed)
+    return load_coco(*write_scenes(world, STREAMS[stream], count, run.cache / "scenes"))
 
 
 def unannotated(folder: Path) -> CocoDataset:

@@ -44,7 +44,7 @@ class Instance:
         rle: the mask; the whole box where `box_only`.
         crowd: the mask stands for a group; evaluation ignores what falls on it and it is never a reference.
         box_only: the file has a box and no mask of it. As a reference it needs a mask made from the box.
-        drawing, held_out: MojiWorld only: which drawing it shows, and whether that drawing never carries a label.
+        artist, split: MojiWorld only: who drew it, and of which split that artist is (`train`, `validation`, `test`).
     """
 
     id: int
@@ -54,8 +54,8 @@ class Instance:
     area: float
     rle: Rle = dataclasses.field(hash=False, repr=False)
     crowd: bool = False
-    drawing: str | None = None
-    held_out: bool = False
+    artist: str = ""
+    split: str = ""
     box_only: bool = False
 
 

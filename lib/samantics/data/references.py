@@ -42,8 +42,8 @@ class ReferenceRule:
         x0, y0, x1, y1 = instance.box
         pixels = image.width * image.height
         scale = min(1.0, pixels / PHOTO) if self.relative else 1.0
-        if instance.crowd or instance.held_out:
-            return "crowds or held out"
+        if instance.crowd or instance.split not in ("", "train"):
+            return "crowds, or drawn by artists who are for tests"
         if not instance.area > self.min_area * scale:
             return "too small (min_area)"
         if not instance.area < self.max_share * pixels:
@@ -59,7 +59,7 @@ class ReferenceRule:
 
 
 def eligible(dataset: CocoDataset, rule: ReferenceRule) -> list[Instance]:
-    """The instances that the rule admits, image by image. Never a crowd, never a held-out drawing.
+    """The instances that the rule admits, image by image. Never a crowd, never a test artist's drawing.
 
     Raises:
         StudyError: there is none; the line counts the reasons.

@@ -23,10 +23,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from samantics.cache import Checkpoint, hash_value, kept
-from samantics.data import first_world as mojiworld
 from samantics.data.coco import CocoDataset
-from samantics.data.detection import load_data
-from samantics.data.first_world import write_mojiworld
+from samantics.data.detection import load_data, scenes
 from samantics.errors import StudyError
 from samantics.incontext.evaluation import Draw, DrawDetections, class_embeddings, detect_draws
 from samantics.incontext.model import InContextModel, build_model
@@ -115,7 +113,10 @@ class InContextStudy:
         instances, objects = self.references.dataset.instances, self.references.objects
         rows = np.flatnonzero(objects.reference_candidates(self.settings.min_reference_area))
         table = pd.DataFrame({"row": rows, "category_id": objects.categories[rows]})
-        table["group"] = [instances[row].drawing or f"image {instances[row].image_id}" for row in rows]
+        table["group"] = [
+            f"{one.category_id} by {one.artist}" if one.artist else f"image {one.image_id}"
+            for one in (instances[row] for row in rows)
+        ]
         table["split"] = np.where(table["category_id"].isin(self.split.base), "base", "novel")
         same = table.groupby("category_id")["row"]
         return table[(same.cumcount() < PER_CATEGORY) & (same.transform("size") > 1)].reset_index(drop=True)
@@ -163,12 +164,11 @@ def load_study(
     data = load_data(run, references, targets, images)
     tuning = data.references
     if settings.train_scenes and not references:
-        world = mojiworld.World(seed=run.seed)
-        tuning = write_mojiworld(world, "tuning", settings.train_scenes, run.cache / "scenes", held_out_share=0.0)
+        tuning = scenes(run, "tuning", settings.train_scenes)
     run.record("tuning_data", tuning.hash)
-    if tuning.categories != data.targets.categories:
+    if not tuning.categories.items() <= data.targets.categories.items():
         raise StudyError(f"{tuning.path} and {data.targets.path} have different categories: use one list in both")
-    split = split_categories(tuning, settings.novel)
+    split = split_categories(data.targets, settings.novel)
     of_tuning = {name: value for name, value in dataclasses.asdict(settings).items() if name not in WITHOUT_EFFECT}
     identity = {
         "format": FORMAT,

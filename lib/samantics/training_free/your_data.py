@@ -20,16 +20,18 @@ from tqdm.auto import tqdm
 
 from samantics import plots
 from samantics.cache import atomic_path, write_json
-from samantics.data import first_world as mojiworld
-from samantics.data.coco import CocoDataset, mask_of, read_image, write_coco
-from samantics.data.first_world import write_mojiworld
+from samantics.data.coco import CocoDataset, load_coco, mask_of, read_image, write_coco
 from samantics.metrics.coco_ap import Result
+from samantics.models import pocket
+from samantics.mojiworld import catalogue as tables
+from samantics.mojiworld.rendered import write_scenes
+from samantics.mojiworld.world import Stream, World, picture, visible_drawings
 from samantics.run import Run, own_data
 
 EXAMPLE = {"classes": 4, "pictures": 12, "references": 80, "targets": 8}  # of each what the example has
 FONT = findfont("DejaVu Sans")
 LEAST_HEIGHT = 12  # pixels of a box whose name is drawn
-WORLD = mojiworld.World(seed=5)
+WORLD = World(pocket.DEFAULT.image_size, seed=5)
 
 
 def inputs(
@@ -58,25 +60,27 @@ def inputs(
 
 
 def _example_folder(folder: Path) -> Path:
-    """Pictures of a few drawings, a sub-folder for each."""
-    names = mojiworld.catalogue()["drawing"]
-    for drawing in range(0, len(names), len(names) // EXAMPLE["classes"])[: EXAMPLE["classes"]]:
+    """Pictures of a few classes by several artists, a sub-folder for each."""
+    drawings, names = visible_drawings("labels", "novel")[0], tables.catalogue()["class"]
+    stream, wanted = Stream("example", "labels", ("object",)), names[drawings].unique()[: EXAMPLE["classes"]]
+    for name in wanted:
+        own = drawings[names[drawings] == name]
         for number in range(EXAMPLE["pictures"]):
-            path = folder / names.iloc[drawing] / f"{number:02d}.png"
+            path = folder / name / f"{number:02d}.png"
             if not path.is_file():
-                picture = mojiworld.object_picture(WORLD, "example", drawing * EXAMPLE["pictures"] + number, drawing)
-                _save(path, picture.image)
+                _save(path, picture(WORLD, stream, number, int(own[number % len(own)])).image)
     return folder
 
 
 def _example_files(home: Path) -> dict[str, str]:
-    """Scenes as COCO files."""
+    """Scenes of the 20 novel classes as COCO files."""
     files = {"images": str(home)}
-    for name in ("references", "targets"):
-        scenes, path = write_mojiworld(WORLD, f"example_{name}", EXAMPLE[name], home), home / f"{name}.json"
+    for role in ("references", "targets"):
+        stream = Stream(f"example {role}", role, ("scene",), "novel")
+        scenes, path = load_coco(*write_scenes(WORLD, stream, EXAMPLE[role], home)), home / f"{role}.json"
         images = [dataclasses.replace(r, file=f"{scenes.folder.name}/{r.file}") for r in scenes.images.values()]
         write_coco(path, images, scenes.categories, scenes.instances)
-        files[name] = str(path)
+        files[role] = str(path)
     return files
 
 
