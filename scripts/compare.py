@@ -15,9 +15,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from samantics.metrics.claims import KEYS
+
 TABLES = {  # the tables whose columns are a promise, and the columns that name a row
-    "01_probe_accuracy": ["encoder", "labels", "probe", "layer", "pooling"],
-    "01_zoos": ["encoder", "labels"],
+    "01_probe_accuracy": ["encoder", "labels", "kind", "probe", "layer", "pooling"],
+    "01_differences": KEYS,
+    "02_differences": KEYS,
+    "03_differences": KEYS,
     "02_icl_ap": ["variant", "split", "shots", "iou_type"],
     "02_separability": ["stage", "split", "metric"],
     "03_pipeline_ap": ["proposals", "source", "merging", "shots", "iou_type"],
@@ -29,6 +33,7 @@ INTERVALS = {  # column of a number: columns of its interval
     "top5": ("top5_low", "top5_high"),
     "AP": ("low", "high"),
     "value": ("low", "high"),
+    "difference": ("low", "high"),
 }
 WIDENED = 0.5  # of the interval's width, on either side
 WIDENED_TRAINED = 2.0  # where a model is trained within the run
@@ -59,6 +64,8 @@ def differences(old: Path, new: Path) -> list[str]:
             found.append(f"{paths[there.index(False)]} is missing")
         elif all(there):
             before, after = (pd.read_csv(path) for path in paths)
+            if name.endswith("differences"):  # the verdicts are those of 04, and a p may move by orders of magnitude
+                before, after = (t.drop(columns=["p", "p_holm", "verdict"], errors="ignore") for t in (before, after))
             if name == "04_findings":  # its numbers are those of the other tables
                 before, after = before[["claim", "verdict"]], after[["claim", "verdict"]]
             widened = WIDENED_TRAINED if name.startswith("02") else WIDENED
@@ -98,8 +105,9 @@ def _allowed(old: pd.DataFrame, column: str, widened: float) -> tuple[np.ndarray
     slack = OF_RANGE * (np.nanmax(value) - np.nanmin(value))
     if column in INTERVALS and INTERVALS[column][0] in old:
         low, high = (old[name].to_numpy(float) for name in INTERVALS[column])
-        margin = np.maximum(widened * (high - low), slack)
-        return low - margin, high + margin
+        margin = np.where(np.isnan(low), RELATIVE * np.abs(value), widened * (high - low))
+        margin = np.maximum(margin, slack)
+        return np.fmin(low, value) - margin, np.fmax(high, value) + margin
     margin = np.maximum(RELATIVE * np.abs(value), slack)
     for measured, bounds in INTERVALS.items():
         if measured in old and bounds[0] in old:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import isnan
 from pathlib import Path
 
 import nbformat
@@ -10,7 +11,7 @@ import pandas as pd
 
 from samantics.cache import PROJECT, atomic_path
 from samantics.errors import StudyError
-from samantics.metrics.claims import PAPER_PROBE, findings, shown
+from samantics.metrics.claims import NOT_MEASURED, PAPER_PROBE, claims, findings, shown
 from samantics.metrics.intervals import Interval
 from samantics.plots import LABELS
 
@@ -52,12 +53,12 @@ def probe_table(figures: Path) -> str:
 
 def findings_table(figures: Path) -> str:
     """The five claims, the paper's figures, this run's and the verdict."""
-    rows = []
+    rows, measures = [], dict(zip(claims()["claim"], claims()["measure"], strict=True))
     for row in findings(figures).to_dict("records"):
-        claim, measure = row["statement"].removesuffix(".").split(" Measured: ")
-        measured = f"{shown(Interval(row['measured'], row['low'], row['high']))}: {measure}"
-        measured = "not measured" if row["verdict"] == "not measured" else measured
-        cells = (row["claim"], claim, row["paper"], measured, f"**{row['verdict']}**")
+        interval = Interval(row["measured"], row["low"], row["high"])
+        measured = "" if isnan(interval.value) else f"{shown(interval)}: {measures[row['claim']]}"
+        measured = NOT_MEASURED if row["verdict"] == NOT_MEASURED else measured
+        cells = (row["claim"], row["statement"].removesuffix("."), row["paper"], measured, f"**{row['verdict']}**")
         rows.append(dict(zip(("", "claim", "paper", "pocket run [95 %]", "verdict"), cells, strict=True)))
     return markdown(rows, "lllll")
 

@@ -105,8 +105,8 @@ def _verdicts(figures: Path) -> dict[str, Any]:
         return {"fault": str(error)}
     claims = []
     for row in verdicts.to_dict("records"):
-        measured = shown(Interval(row["measured"], row["low"], row["high"]))
-        row["this run"] = "–" if row["verdict"] == "not measured" else measured
+        measured = Interval(row["measured"], row["low"], row["high"])
+        row["this run"] = shown(measured) if measured.value == measured.value else "–"  # not where it is not a number
         claims.append({name: str(row[name]) for name in ("claim", "statement", "paper", "this run", "verdict")})
     return {"claims": claims, "comparisons": _table(comparisons)}
 

@@ -58,10 +58,8 @@ def test_links_inside_the_report_lead_to_files(report: Path) -> None:
 
 
 def test_a_table_that_cannot_be_judged_is_named_in_the_report(report: Path) -> None:
-    pd.DataFrame({"encoder": ["sam"], "labels": "drawing", "probe": "linear", "layer": "final"}).to_csv(
-        report.parent / "01_zoos.csv", index=False
-    )
-    assert "There are no verdicts: a table of this run has no row" in write_report(report.parent).read_text()
+    pd.DataFrame({"claim": ["C1"]}).to_csv(report.parent / "01_differences.csv", index=False)
+    assert "01_differences.csv has no column role" in write_report(report.parent).read_text()
 
 
 @needs_chromium
