@@ -217,7 +217,7 @@ def tune(
 def train(
     names: Annotated[list[str], typer.Argument(help="Models of the zoo or its controls, one after the other")],
     out: Annotated[Path | None, typer.Option(help="Folder of the results (default: where the zoo is loaded)")] = None,
-    start_from: Annotated[Path | None, typer.Option(help="Trained weights of the parent, for sam (of mae) and sam2 (of hiera)")] = None,
+    start_from: Annotated[Path | None, typer.Option(help="Weights of the parent: mae for sam, hiera for sam2")] = None,
     workers: Annotated[int, typer.Option(help="Processes that render (default: all cores)")] = 0,
     image_size: Annotated[int | None, typer.Option(help="Pixels of a side; other sizes do not fit the zoo")] = None,
     images: Annotated[int | None, typer.Option(help="Pictures seen, counted with repetition")] = None,
@@ -236,16 +236,11 @@ def train(
 
 
 @app.command()
-def quality() -> None:
-    """Measure the shipped zoo and write its page of model cards."""
-    from samantics.zoo.quality import write_cards
+def quality(
+    names: Annotated[list[str] | None, typer.Argument(help="Only these, on the validation artist (to choose)")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Of their weights (default: where the zoo is loaded)")] = None,
+) -> None:  # fmt: skip
+    """Measure the shipped zoo on test artists and write the table beside its weights."""
+    from samantics.zoo.quality import choice_table, write_quality
 
-    print(write_cards().to_string(index=False))
-
-
-@app.command()
-def controls(folders: Annotated[list[Path], typer.Argument(help="Folders of trained models")]) -> None:
-    """Probe trained controls and seeds and enter them into the zoo's tables."""
-    from samantics.zoo.controls import enter_controls
-
-    print(enter_controls(folders).to_string(index=False))
+    print((choice_table(names, **_given(folder=folder)) if names else write_quality()).to_string(index=False))
