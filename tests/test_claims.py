@@ -47,6 +47,8 @@ FAR, NEAR, NONE = (30.0, 27.0, 33.0), (9.0, 4.9, 13.1), (1.0, -0.5, 2.5)
         ([(-30.0, -33.0, -27.0)], 50.0, "not supported"),  # a difference the other way round
         ([(7.0, 5.5, 8.5)], 50.0, "undecided"),  # above its effect, but not for five claims at once
         ([], 50.0, "not testable"),
+        ([FAR, (np.nan, np.nan, np.nan)], 50.0, "undecided"),  # there was nothing to measure it on
+        ([FAR], np.nan, "not testable"),
     ],
 )
 def test_a_claim_follows_its_rule(comparisons: list[Any], check: float, expected: str) -> None:

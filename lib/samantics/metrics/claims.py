@@ -127,7 +127,7 @@ def _first_verdict(rows: pd.DataFrame, slack: float) -> dict[str, Any]:
     numbers |= {"measured": first["difference"]} | {name: first[name] for name in ("low", "high", "effect_of_interest")}
     if rows.empty:
         return numbers | {"verdict": NOT_MEASURED, "p": 1.0}
-    if not checks or not compared or any(row["difference"] < row["effect_of_interest"] for row in checks):
+    if not checks or not compared or not all(row["difference"] >= row["effect_of_interest"] for row in checks):
         return numbers | {"verdict": "not testable", "p": 1.0}
     above = max(chance(row, 1, slack) for row in compared)
     below = min(1.0, len(compared) * min(chance(row, -1, slack) for row in compared))
@@ -138,12 +138,12 @@ def chance(row: dict[str, Any], side: int, slack: float = 0.0) -> float:
     """Two-sided p of a difference against its smallest effect of interest; 1 on the other side of it.
 
     Below 0.05 just where the 95 % interval, moved by `slack` of its width, ends above (`side` 1) or below (-1) the
-    effect: the half of the interval on that side is taken for 1.96 standard errors.
+    effect: the half of the interval on that side is taken for 1.96 standard errors. 1, too, where nothing was measured.
     """
     distance = side * (row["difference"] - row["effect_of_interest"]) - slack * (row["high"] - row["low"])
     half = row["difference"] - row["low"] if side > 0 else row["high"] - row["difference"]
-    if half <= 0:
-        return float(distance <= 0)
+    if not half > 0:
+        return float(not distance > 0)
     return min(1.0, 2 * float(norm.sf(norm.ppf((1 + COVERAGE) / 2) * distance / half)))
 
 
