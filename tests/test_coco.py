@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from pycocotools import mask as mask_tools
 
 from samantics.data import coco
 from samantics.data.masks import _run_lengths, box_rle
+from samantics.data.references import ReferenceRule, choose_references
 from samantics.errors import StudyError
+from samantics.metrics.coco_ap import IOU_TYPES, ap_interval, evaluate, perfect_results
 
 SQUARE = [10.0, 10.0, 50.0, 10.0, 50.0, 50.0, 10.0, 50.0]
 
@@ -33,7 +36,8 @@ def content() -> dict[str, Any]:
 
 def load(folder: Path, data: Any, **options: Any) -> coco.CocoDataset:
     Image.new("RGB", (100, 80)).save(folder / "a.png")
-    (folder / "x.json").write_text(data if isinstance(data, str) else json.dumps(data))
+    text = data if isinstance(data, (str, bytes)) else json.dumps(data)
+    (folder / "x.json").write_bytes(text.encode() if isinstance(text, str) else text)
     return coco.load_coco(folder / "x.json", folder, **options)
 
 
@@ -55,37 +59,122 @@ def test_reads_instances(tmp_path: Path) -> None:
     assert coco.read_image(dataset, 7).size == (100, 80) and not dataset.notes
 
 
-REFUSED = {
-    "not valid JSON": '{"images": [',
-    "not COCO instance data": [],
-    "it is in labelme's format": {"shapes": [], "imagePath": "a.png"},
-    "lists no images": {**content(), "images": []},
-    "b.png is missing: add it or give its folder (image 7": changed("images", file_name="b.png"),
-    "image id 7 occurs more than once": {**content(), "images": content()["images"] * 2},
-    "category id 3 occurs more than once": {**content(), "categories": content()["categories"] * 2},
-    "category 3: no name": changed("categories", name=...),
-    "image 7: width is 0 (should be greater than 0)": changed("images", width=0),
-    "hostname is missing": changed("images", file_name="/etc/hostname"),
-    "annotation 1: image 8 is not listed": changed("annotations", image_id=8),
-    "annotation 1: category 4 is not listed": changed("annotations", category_id=4),
-    "annotation 1: no image_id": changed("annotations", image_id=...),
-    "annotation 1: no mask and no usable box": changed("annotations", segmentation=[], bbox=[10, 10, 0, 0]),
-    "annotation 1: no usable segmentation (a polygon needs": changed("annotations", segmentation=[[1, 2, 3, 4]]),
-    "(its size is [5, 5]": changed("annotations", segmentation={"size": [5, 5], "counts": [25]}),
-    "(its run lengths do not fill": changed("annotations", segmentation={"size": [80, 100], "counts": [10]}),
-    "(its run lengths break off": changed("annotations", segmentation={"size": [80, 100], "counts": "o"}),
-    "usable segmentation (a polygon ne": changed("annotations", segmentation=[[1, 2, float("nan"), 9, 9, 9]]),
-    "segmentation (a polygon needs": changed("annotations", segmentation=[[1, 2, float("inf"), 9, 9, 9]]),
-}
+RUNS = {"size": [80, 100]}
+NAN, INF = float("nan"), float("inf")
 
 
-@pytest.mark.parametrize("words", REFUSED)
-def test_faults_are_named(tmp_path: Path, words: str) -> None:
+def shaped(segmentation: Any, **fields: Any) -> dict[str, Any]:
+    return changed("annotations", segmentation=segmentation, **fields)
+
+
+REFUSED: list[tuple[str, Any]] = [  # words of the line, what the file holds
+    ("not valid JSON", '{"images": ['),
+    ("not valid JSON (maximum recursion", "[" * 100_000),
+    ("not valid JSON (Extra data", '{"images": []}\n{"images": []}'),
+    ("not valid JSON", '{"images": [%s]}' % ("9" * 5000)),
+    ("not valid JSON ('utf-8'", json.dumps(content()).replace("cat", "chât").encode("latin-1")),
+    ("not valid JSON", json.dumps(content()).encode("utf-16")[:-1]),
+    ("not COCO instance data", []),
+    ("not COCO instance data", None),
+    ("not COCO instance data", NAN),
+    ('no list "images"', {"images": {"a.png": {}}}),
+    ("it is in labelme's format", {"shapes": [], "imagePath": "a.png"}),
+    ("lists no images", {**content(), "images": []}),
+    ("image id 7 occurs more than once", {**content(), "images": content()["images"] * 2}),
+    ("category id 3 occurs more than once", {**content(), "categories": content()["categories"] * 2}),
+    ("category 3: no name", changed("categories", name=...)),
+    ("category [3]: id is [3] (should be a valid integer", changed("categories", id=[3])),
+    ("image 7.0: id is 7.0 (should be a valid integer", changed("images", id=7.0)),
+    ("image True: id is True (should be a valid integer", changed("images", id=True)),
+    ("(should be less than", changed("images", id=2**80)),
+    ("image 7: width is 0 (should be greater than 0)", changed("images", width=0)),
+    ("image 7: width is True (should be a valid integer", changed("images", width=True)),
+    ("image 7: width is '100' (should be a valid integer", changed("images", width="100")),
+    ("image 7 has 131072x131072 pixels, over", changed("images", width=2**17, height=2**17)),
+    ("b.png is missing: add it or give its folder (image 7", changed("images", file_name="b.png")),
+    ("file_name is 5 (should be a valid string", changed("images", file_name=5)),
+    *(
+        ("is missing", changed("images", file_name=name))
+        for name in (
+            "",
+            "..",
+            "a" * 500,
+            "\ud800",
+            "a.png\0.txt",
+            "/etc/hostname",
+            "pipe.png",
+            "folder.png",
+            "loop.png",
+        )
+    ),
+    ("annotation 1: image 8 is not listed", changed("annotations", image_id=8)),
+    ("annotation 1: image_id is '7' (should be a", changed("annotations", image_id="7")),
+    ("annotation 1: category 4 is not listed", changed("annotations", category_id=4)),
+    ("annotation 1: no image_id", changed("annotations", image_id=...)),
+    ("annotation 1: iscrowd is 2 (should be a valid boolean", changed("annotations", iscrowd=2)),
+    ("annotation 1: no mask and no usable box", shaped([], bbox=[10, 10, 0, 0])),
+    *(
+        ("annotation 1: no usable segmentation (a polygon needs three or more x, y pairs", shaped([polygon]))
+        for polygon in ([1, 2, 3, 4], SQUARE[:7], [1, 2, NAN, 9, 9, 9], [1, 2, INF, 9, 9, 9], [[1, 2], [3, 4], [5, 6]])
+    ),
+    *(("annotation 1: no usable segm", shaped(odd)) for odd in ("a mask", [list("abcdef")], [[10**400, *SQUARE[1:]]])),
+    *(
+        ("a million pixels of outline or lies as far", shaped([polygon]))
+        for polygon in ([1e308, -1e308] * 3, [1e7 + n for n in SQUARE], [0, 0, 1e5, 1e5] * 100)
+    ),
+    ("(its size is [5, 5]", shaped({"size": [5, 5], "counts": [25]})),
+    ("no usable segm", shaped({"counts": [8000]})),
+    ("(its run lengths do not fill", shaped({**RUNS, "counts": [10]})),
+    ("(its run lengths do not fill", shaped({**RUNS, "counts": [-9, 8009]})),
+    ("(its run lengths are not all integers", shaped({**RUNS, "counts": [0.5] * 16_000})),
+    ("(its run lengths are not all integers", shaped({**RUNS, "counts": [NAN]})),
+    ("(its run lengths break off", shaped({**RUNS, "counts": "o"})),
+    ("(its run lengths are too large", shaped({**RUNS, "counts": "o" * 10**6})),
+    *(("no usable segm", shaped({**RUNS, "counts": counts})) for counts in ({"a": 8000}, None, "\0é~ 0")),
+]
+
+
+@pytest.mark.parametrize(("words", "data"), REFUSED, ids=[f"{n} {words[:40]}" for n, (words, _) in enumerate(REFUSED)])
+def test_faults_are_named_in_one_line(tmp_path: Path, words: str, data: Any) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
     with pytest.raises(StudyError) as caught:
-        load(tmp_path, REFUSED[words])
+        load(tmp_path, data)
     message = str(caught.value)
-    assert words in message
-    assert str(tmp_path) in message and "\n" not in message
+    assert words in message and str(tmp_path) in message
+    assert message.isprintable() and len(message) < 1000
+
+
+@pytest.mark.parametrize("code", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_json_of_other_programs_is_read(code: str, tmp_path: Path) -> None:
+    more = {**content(), "info": {"rate": NAN, "note": "chât"}, "licenses": None}
+    assert load(tmp_path, json.dumps(more, ensure_ascii=False).encode(code)).hash == load(tmp_path, content()).hash
+
+
+BOXES = (
+    [NAN, 10, 40, 40], [10, 10, INF, 40], [-INF, 10, INF, 40], [50, 50, -40, -40], [10, 10, 0, 0], [900, 900, 40, 40],
+    [10, 10, 40], [10**400, 10, 40, 40], ["10", 10, 40, 40], [True, True, True, True], "box", {}, None,
+)  # fmt: skip
+
+
+def test_an_odd_box_or_area_gives_way_to_the_masks_own(tmp_path: Path) -> None:
+    areas = (NAN, INF, -1, 0, 1e9, 10**400, "1600", True, None)
+    for fields in (*({"bbox": box} for box in BOXES), *({"area": area} for area in areas)):
+        (instance,) = load(tmp_path, changed("annotations", **fields)).instances
+        assert instance.box == (10, 10, 50, 50) and instance.area == 1600, fields
+
+
+def test_ids_below_and_of_zero_count_like_others(tmp_path: Path) -> None:
+    """pycocotools alone takes an object of id 0 for one that nobody found."""
+    data, lowest = content(), -(2**63) + 1
+    data["images"][0]["id"], data["categories"][0]["id"] = -7, lowest
+    data["annotations"][0] |= {"id": 0, "image_id": -7, "category_id": lowest}
+    dataset = load(tmp_path, data)
+    for iou_type in IOU_TYPES:
+        found = evaluate(dataset, perfect_results(dataset), iou_type)
+        assert found.metrics["AP"] == pytest.approx(ap_interval([found], 10).value) == pytest.approx(100)
+    assert [i.id for i in choose_references(dataset, 1, rule=ReferenceRule(inset=1))[lowest]] == [0]
 
 
 def test_missing_json_folder_and_wrong_image_size(tmp_path: Path) -> None:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import hashlib
 import io
 import json
 import os
 import tarfile
-import threading
 import zipfile
-from collections.abc import Iterator, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +20,6 @@ from PIL import Image
 from torchvision import datasets
 
 import plan
-import study
-from notebooks import write_notebook
 from samantics.cache import cache_dir
 from samantics.data import downloads, fetch
 from samantics.data.classification import scale_data
@@ -36,10 +31,11 @@ from samantics.errors import StudyError
 from samantics.models.registry import ENCODERS
 from samantics.run import start_run
 from samantics.scales import CocoSubset, get_scale
+from servers import Server, cut, running, status
 
 SUBSET = CocoSubset(targets=8, references=3)
 RULE = ReferenceRule()
-COCO_ZIP = "/annotations/annotations_trainval2017.zip"
+COCO_ZIP, TGZ = "/annotations/annotations_trainval2017.zip", "/fast-ai-imageclas/imagenette2-320.tgz"
 
 
 def jpeg(number: int, size: tuple[int, int] = (160, 120)) -> bytes:
@@ -88,60 +84,22 @@ def packed() -> bytes:
     return file.getvalue()
 
 
-class Source(ThreadingHTTPServer):
-    """The official servers in one; counts what is asked of it, and can be told to misbehave."""
-
-    daemon_threads = True
-
-    def __init__(self, files: Mapping[str, bytes]) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files = dict(files)
-        self.etags = {path: hashlib.md5(content).hexdigest() for path, content in files.items()}
-        self.asked: list[str] = []
-        self.cut: dict[str, int] = {}  # bytes after which the next answer for a path breaks off
-        self.broken: set[str] = set()  # paths that answer 500
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Source
-
-    def do_GET(self) -> None:
-        start = int((self.headers["Range"] or "bytes=0-").removeprefix("bytes=").rstrip("-"))
-        self.server.asked.append(f"{self.path}@{start}")
-        if self.path not in self.server.files or self.path in self.server.broken:
-            self.send_error(500 if self.path in self.server.broken else 404)
-            return
-        content = self.server.files[self.path]
-        self.send_response(206 if start < len(content) else 416)
-        self.send_header("Content-Length", str(len(content) - start))
-        self.send_header("ETag", f'"{self.server.etags[self.path]}"')
-        self.end_headers()
-        end = start + self.server.cut.pop(self.path, len(content))
-        with contextlib.suppress(OSError):
-            self.wfile.write(content[start:end])
-
-    def log_message(self, *_: Any) -> None: ...
-
-
 @pytest.fixture(scope="session")
 def official() -> dict[str, bytes]:
     images = {f"/val2017/{n:012}.jpg": jpeg(n) for n in range(1, 31)}
-    return {COCO_ZIP: zipped(), "/fast-ai-imageclas/imagenette2-320.tgz": packed(), **images}
+    return {COCO_ZIP: zipped(), TGZ: packed(), **images}
 
 
 @pytest.fixture
-def source(places: Path, monkeypatch: pytest.MonkeyPatch, official: dict[str, bytes]) -> Iterator[Source]:
+def source(places: Path, monkeypatch: pytest.MonkeyPatch, official: dict[str, bytes]) -> Iterator[Server]:
     """A server with tiny official files, whose hashes are the known ones."""
-    tgz = "/fast-ai-imageclas/imagenette2-320.tgz"
-    md5 = hashlib.md5(official[tgz]).hexdigest()
-    monkeypatch.setattr(datasets.Imagenette, "_ARCHIVES", {"320px": (f"https://s3.amazonaws.com{tgz}", md5)})
+    md5 = hashlib.md5(official[TGZ]).hexdigest()
+    monkeypatch.setattr(datasets.Imagenette, "_ARCHIVES", {"320px": (f"https://s3.amazonaws.com{TGZ}", md5)})
     monkeypatch.setattr(fetch, "ANNOTATIONS_MD5", hashlib.md5(official[COCO_ZIP]).hexdigest())
     monkeypatch.setattr(downloads, "WAIT", 0.01)
-    with Source(official) as server:
-        monkeypatch.setenv("SAMANTICS_MIRROR", f"http://127.0.0.1:{server.server_port}/")
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    with running(Server(official)) as server:
+        monkeypatch.setenv("SAMANTICS_MIRROR", server.address + "/")
         yield server
-        server.shutdown()
 
 
 def folder() -> Path:
@@ -166,7 +124,7 @@ def test_targets_are_any_images_and_references_others_with_enough_of_each_class(
     assert chosen_images(content, CocoSubset(8, 3, seed=1), RULE) != chosen
 
 
-def test_the_subset_is_official_data_and_no_more_than_is_needed(source: Source) -> None:
+def test_the_subset_is_official_data_and_no_more_than_is_needed(source: Server) -> None:
     references, targets = coco_subset(SUBSET, RULE)
     chosen = chosen_images(instances(), SUBSET, RULE)
     assert sorted(targets.images) == chosen["targets"] and sorted(references.images) == chosen["references"]
@@ -182,35 +140,37 @@ def test_the_subset_is_official_data_and_no_more_than_is_needed(source: Source) 
 # ----------------------------------------------------------------------------------------------- going on and faults
 
 
-def test_nothing_is_fetched_twice(source: Source) -> None:
+def test_nothing_is_fetched_twice(source: Server) -> None:
     coco_subset(SUBSET, RULE)
     assert max(collections.Counter(source.asked).values()) == 1
     states, before = {p: p.stat().st_mtime_ns for p in folder().rglob("*") if p.is_file()}, list(source.asked)
-    source.broken = set(source.files)
+    source.files = {}
     coco_subset(SUBSET, RULE)
     assert source.asked == before and states == {p: p.stat().st_mtime_ns for p in states}
 
 
-def test_what_broke_off_is_resumed(source: Source) -> None:
-    source.cut[COCO_ZIP] = 60_000
+def test_what_broke_off_is_resumed(source: Server) -> None:
     image = f"/val2017/{chosen_images(instances(), SUBSET, RULE)['targets'][0]:012}.jpg"
-    source.cut[image] = 5_000
+    source.answers = {COCO_ZIP: [cut(60_000)], image: [cut(5_000)], TGZ: [cut(9_000)]}
     coco_subset(SUBSET, RULE)
-    assert [place for place in source.asked if place.startswith(COCO_ZIP)] == [f"{COCO_ZIP}@0", f"{COCO_ZIP}@60000"]
-    assert [place for place in source.asked if place.startswith(image)] == [f"{image}@0", f"{image}@5000"]
+    for _ in range(2):  # fetched once
+        assert [len(part) for part in imagenette(cache_dir() / "datasets")] == [6, 4]
+    assert {path: source.starts(path) for path in source.answers} == {
+        COCO_ZIP: [0, 60_000], image: [0, 5_000], TGZ: [0, 9_000]
+    }  # fmt: skip
 
 
-def test_the_next_run_goes_on_where_one_was_stopped(source: Source) -> None:
+def test_the_next_run_goes_on_where_one_was_stopped(source: Server) -> None:
     chosen = chosen_images(instances(), SUBSET, RULE)
     last = f"/val2017/{chosen['targets'][-1]:012}.jpg"
-    source.broken = {last}
+    source.answers = {last: [status(500)] * downloads.TRIES}
     with pytest.raises(StudyError, match=r"cannot download .*jpg .*500.*put it at .*coco_val2017/images/0") as caught:
         coco_subset(SUBSET, RULE)
     assert "\n" not in str(caught.value) and "incoming" not in str(caught.value)
     done = {path.name for path in (folder() / "images").iterdir()}
-    source.broken, before = set(), len(source.asked)
+    before = len(source.asked)
     coco_subset(SUBSET, RULE)
-    again = {place.split("@")[0].split("/")[-1] for place in source.asked[before:]}
+    again = {path.split("/")[-1] for path, _ in source.asked[before:]}
     assert not again & done and last.split("/")[-1] in again and COCO_ZIP.split("/")[-1] not in again
 
 
@@ -224,7 +184,7 @@ def test_the_next_run_goes_on_where_one_was_stopped(source: Source) -> None:
         ("gone", "answers 404: fetch .* elsewhere and put it at .*/images/"),
     ],
 )
-def test_another_file_is_refused(source: Source, what: str, says: str) -> None:
+def test_another_file_is_refused(source: Server, what: str, says: str) -> None:
     image = f"/val2017/{chosen_images(instances(), SUBSET, RULE)['targets'][0]:012}.jpg"
     if what == "archive":
         source.files[COCO_ZIP] = source.files[COCO_ZIP][:-1] + b"x"
@@ -242,7 +202,7 @@ def test_another_file_is_refused(source: Source, what: str, says: str) -> None:
     assert what != "archive" or not list(folder().rglob("*.zip*"))
 
 
-def test_files_that_are_there_are_used_if_they_are_the_right_ones(source: Source, official: dict[str, bytes]) -> None:
+def test_files_that_are_there_are_used_if_they_are_the_right_ones(source: Server, official: dict[str, bytes]) -> None:
     archive = folder() / "annotations_trainval2017.zip"
     archive.parent.mkdir(parents=True)
     archive.write_bytes(b"another")
@@ -250,7 +210,7 @@ def test_files_that_are_there_are_used_if_they_are_the_right_ones(source: Source
         coco_subset(SUBSET, RULE)
     archive.write_bytes(official[COCO_ZIP])
     coco_subset(SUBSET, RULE)
-    assert not any(place.startswith(COCO_ZIP) for place in source.asked)
+    assert not source.starts(COCO_ZIP)
     next(folder().glob("targets_*.json")).write_text("{")
     with pytest.raises(StudyError, match=r"targets_.*json is damaged: delete it"):
         coco_subset(SUBSET, RULE)
@@ -268,28 +228,17 @@ def test_no_network_is_one_line_with_a_cure(places: Path, monkeypatch: pytest.Mo
         coco_subset(SUBSET, RULE)
 
 
-def test_an_md5_that_the_server_states_is_not_taken_for_another_hash(source: Source, tmp_path: Path) -> None:
+def test_an_md5_that_the_server_states_is_not_taken_for_another_hash(source: Server, tmp_path: Path) -> None:
     path = "/val2017/000000000001.jpg"
     url = f"{os.environ['SAMANTICS_MIRROR']}{path[1:]}"
     source.etags[path] = "0" * 32
     assert download(url, tmp_path / "a.jpg") == hashlib.sha256(source.files[path]).hexdigest()
 
 
-# -------------------------------------------------------------------------------------------------------- Imagenette
-
-
-def test_imagenette_is_fetched_once(source: Source) -> None:
-    tgz = "/fast-ai-imageclas/imagenette2-320.tgz"
-    source.cut[tgz] = 9_000
-    assert [len(part) for part in imagenette(cache_dir() / "datasets")] == [6, 4]
-    assert [len(part) for part in imagenette(cache_dir() / "datasets")] == [6, 4]
-    assert source.asked == [f"{tgz}@0", f"{tgz}@9000"]
-
-
 # ------------------------------------------------------------------------------------------------------ the two scales
 
 
-def test_lite_takes_what_it_fetches(source: Source) -> None:
+def test_lite_takes_what_it_fetches(source: Server) -> None:
     run = start_run("lite", "99_test")
     assert run.scale.coco == CocoSubset(targets=500, references=20)
     run = dataclasses.replace(run, scale=dataclasses.replace(run.scale, coco=SUBSET))
@@ -327,19 +276,6 @@ def test_the_plan_adds_up_and_knows_what_is_given() -> None:
     assert not any("COCO" in what or "Imagenette" in what for what in own)
     assert plan.encoders(lite, ("02", "04")) == ("sam",)
     assert plan.hours("lite", ("01", "04"))["notebook"].tolist() == ["01", "04"]
-
-
-def test_the_study_prepares_before_its_first_notebook(
-    own_notebooks: Path, monkeypatch: pytest.MonkeyPatch, source: Source
-) -> None:
-    for name in ("00_start", "01_probing", "02_context", "03_pipeline", "04_findings", "A1_ablation"):
-        write_notebook(own_notebooks, name, "print(1)")
-    told: list[Any] = []
-    monkeypatch.setattr(study, "prepare", lambda *values: told.append(values))
-    monkeypatch.setattr(study, "execute", lambda path, *_: study.Outcome(path.stem, 0.0, 0.0, 0))
-    assert [outcome.notebook[:2] for outcome in study.run_study("lite")] == ["01", "02", "03", "04"]
-    assert told == [("lite", ["01", "02", "03", "04"], {})]
-    assert len(study.run_study("pocket")) == 6
 
 
 def test_pocket_needs_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,7 +50,7 @@ def test_grey_of_many_bits_is_scaled_to_what_it_uses(bits: int, tmp_path: Path, 
     assert notes == ([] if bits == 16 else [f"16-bit pictures in {tmp_path} hold {bits}-bit values: stretched"])
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("orientation", [*range(10), 65535])
 def test_exif_turns_as_asked_for(orientation: int, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -58,11 +58,36 @@ def test_exif_turns_as_asked_for(orientation: int, tmp_path: Path) -> None:
     with Image.open(path) as raw:
         shown = np.asarray(ImageOps.exif_transpose(raw))
     size = shown.shape[1::-1]
-    assert folders.image_size(path) == size and folders.is_turned(path) == (orientation > 1)
+    assert folders.image_size(path) == size and folders.is_turned(path) == (1 < orientation < 9)
     for wanted in (None, size, (7, 7)):
         assert np.array_equal(np.asarray(folders.open_image(path, wanted)), shown)
     stored = RAMP if size != (40, 30) else shown  # where both fit, as it is shown
     assert np.array_equal(np.asarray(folders.open_image(path, (40, 30))), stored)
+
+
+def encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+PICTURE = Image.fromarray(RAMP)
+JPEG, PALETTE = encoded(PICTURE, "JPEG"), PICTURE.quantize(8)
+ODD_AND_GOOD = {
+    "a JPEG named .png": (JPEG, Image.open(io.BytesIO(JPEG))),
+    "the first frame": (encoded(PALETTE, "GIF", save_all=True, append_images=[PALETTE.rotate(180)]), PALETTE),
+    "a palette with transparent colours": (encoded(PALETTE, "PNG", transparency=b"\0\x80\xff"), PALETTE),
+    "EXIF of noise": (encoded(PICTURE, "PNG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff" + bytes(range(40))), PICTURE),
+    "a colour profile of noise": (encoded(PICTURE, "PNG", icc_profile=bytes(range(200))), PICTURE),
+}
+
+
+@pytest.mark.parametrize("what", ODD_AND_GOOD)
+def test_odd_image_files_that_are_good(what: str, tmp_path: Path) -> None:
+    data, expected = ODD_AND_GOOD[what]
+    path = tmp_path / ("a" * 251 + ".png")  # 255 bytes, all that a name may have
+    path.write_bytes(data)
+    assert np.array_equal(np.asarray(folders.open_image(path)), np.asarray(expected.convert("RGB")))
 
 
 FORMATS = {"jfif": "JPEG", "JPG": "JPEG", "avif": "AVIF", "jp2": "JPEG2000", "qoi": "QOI", "tga": "TGA", "pgm": "PPM"}

@@ -1,35 +1,28 @@
-"""Hostile and odd input through the doors that a user's files come in by: a line that helps, or the right result.
+"""Hostile input through the doors that a user's files come in by: a line that helps, or the right result.
 
-A table for each kind of file: what it is, how it is made, what is said. Refused means ``StudyError`` in one line and
-nothing else: no other exception, no wait without end, no code run, nothing written elsewhere. Below each table stands
-what looks odd and is good. More such cases are in ``test_folders``, ``test_coco``, ``test_weights``, ``test_store``,
-``test_proposals`` and ``test_study``.
+Refused means `StudyError` in one line and nothing else: no other exception, no wait without end, no code run, nothing
+written elsewhere. What is odd rather than hostile stands in `test_folders` and `test_coco`.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import hashlib
-import http.server
 import io
 import json
 import os
 import pickle
-import resource
 import shutil
 import signal
 import socket
 import struct
 import tarfile
-import threading
-import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nbformat
 import numpy as np
@@ -45,11 +38,9 @@ from torchvision import datasets
 import study
 from report import notebook_page, write_report
 from samantics import run as provenance
-from samantics.cache import hash_file, kept
+from samantics.cache import hash_file
 from samantics.data import coco, fetch
-from samantics.data import first_world as mojiworld
 from samantics.data.folders import class_names, image_folders, open_image
-from samantics.data.references import ReferenceRule, choose_references
 from samantics.errors import StudyError
 from samantics.metrics import coco_ap as evaluation
 from samantics.models import pocket, weights
@@ -61,11 +52,9 @@ from samantics.run import Run
 from samantics.training_free.matching import pooled_features
 from samantics.training_free.proposals import ProposalSettings, get_proposals
 from stub_encoder import MEAN, LookUp
-from test_coco import SQUARE, content
-from test_weights import Hostile
+from test_coco import content
 
 FOREVER = 20  # seconds
-SLOW = "SAMANTICS_SLOW" in os.environ
 NAN, INF = float("nan"), float("inf")
 PICTURE = Image.fromarray(np.linspace(0, 255, 40 * 30 * 3).reshape(30, 40, 3).astype(np.uint8))
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow and torch also warn of what is damaged
@@ -80,21 +69,23 @@ def _nothing_waits_for_ever() -> Iterator[None]:
         pytest.fail("it hangs")  # no Exception, so that nobody catches it
 
     signal.signal(signal.SIGALRM, hang)
-    signal.alarm(FOREVER * 30 if SLOW else FOREVER)
+    signal.alarm(FOREVER)
     yield
     signal.alarm(0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """An odd file.
+class Hostile:
+    """Runs a command when it is unpickled."""
 
-    Attributes:
-        what: it is.
-        file: its name.
-        write: makes it.
-        says: words of the message, a pattern.
-    """
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.proof),)
+
+
+class Case(NamedTuple):
+    """An odd file: what it is, its name, what makes it, words of the message (a pattern)."""
 
     what: str
     file: str
@@ -189,40 +180,7 @@ def test_odd_image_files_are_refused(case: Case, tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "proof").exists()
 
 
-def turned(orientation: Any) -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return encoded(PICTURE, "PNG", exif=exif)
-
-
 JPEG = encoded(PICTURE, "JPEG")
-GREY = np.arange(1200, dtype=np.uint16).reshape(30, 40) * 54  # 16 bits
-EIGHT_BITS = Image.fromarray((GREY / 257).round().astype(np.uint8))
-PALETTE = PICTURE.quantize(8)
-ODD_AND_GOOD = {
-    "a JPEG named .png": (JPEG, Image.open(io.BytesIO(JPEG))),
-    "the first frame of an animation": (
-        encoded(PALETTE, "GIF", save_all=True, append_images=[PALETTE.rotate(180)]),
-        PALETTE,
-    ),
-    "16 bits in a TIFF": (encoded(Image.fromarray(GREY), "TIFF"), EIGHT_BITS),
-    "a palette with transparent colours": (encoded(PALETTE, "PNG", transparency=b"\0\x80\xff"), PALETTE),
-    "turned by 0": (turned(0), PICTURE),
-    "turned by 9": (turned(9), PICTURE),
-    "turned by 65535": (turned(65535), PICTURE),
-    "EXIF of noise": (encoded(PICTURE, "PNG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff" + bytes(range(40))), PICTURE),
-    "a colour profile of noise": (encoded(PICTURE, "PNG", icc_profile=bytes(range(200))), PICTURE),
-}
-
-
-@pytest.mark.parametrize("what", ODD_AND_GOOD)
-def test_odd_image_files_that_are_good(what: str, tmp_path: Path) -> None:
-    data, expected = ODD_AND_GOOD[what]
-    path = tmp_path / ("a" * 251 + ".png")  # 255 bytes, all that a name may have
-    path.write_bytes(data)
-    assert np.array_equal(np.asarray(open_image(path)), np.asarray(expected.convert("RGB")))
-
-
 CHANGES = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=8)
 
 
@@ -234,29 +192,12 @@ def damaged(data: bytes, changes: list[tuple[int, int]], keep: float) -> bytes:
     return bytes(changed[: int(keep * len(data))])
 
 
-FORMATS = [
-    encoded(PICTURE, kind)
-    for kind in (
-        "JPEG",
-        "PNG",
-        "GIF",
-        "TIFF",
-        "BMP",
-        "WEBP",
-        "PPM",
-        "JPEG2000",
-        "AVIF",
-        "QOI",
-        "TGA",
-        "SGI",
-        "PCX",
-        "ICO",
-    )
-]
+KINDS = ("JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP", "PPM", "JPEG2000", "AVIF", "QOI", "TGA", "SGI", "PCX", "ICO")
+FORMATS = [encoded(PICTURE, kind) for kind in KINDS]
 
 
-@settings(searched, max_examples=300)
-@given(st.sampled_from([*FORMATS, turned(6)]), CHANGES, st.floats(0.1, 1))
+@settings(searched, max_examples=150)
+@given(st.sampled_from(FORMATS), CHANGES, st.floats(0.1, 1))
 def test_damaged_image_files_open_or_are_named(
     tmp_path: Path, data: bytes, changes: list[tuple[int, int]], keep: float
 ) -> None:
@@ -266,7 +207,7 @@ def test_damaged_image_files_open_or_are_named(
     assert image is None or image.mode == "RGB"
 
 
-@pytest.mark.parametrize("size", [(1, 1), (10_000, 50), (50, 10_000)])
+@pytest.mark.parametrize("size", [(1, 1), (10_000, 120), (120, 10_000)])
 def test_pictures_of_extreme_shape_give_finite_inputs_features_and_masks(size: tuple[int, int], tmp_path: Path) -> None:
     Image.new("RGB", size, (200, 30, 30)).save(tmp_path / "a.png")
     entry = {"id": 7, "file_name": "a.png", "width": size[0], "height": size[1]}
@@ -280,11 +221,6 @@ def test_pictures_of_extreme_shape_give_finite_inputs_features_and_masks(size: t
     assert all(np.isfinite(v).all() and v.any(axis=1).all() for v in vectors)
     for name in ("sam", "sam2", "clip", "dinov2"):
         assert ENCODERS[name].own(open_image(tmp_path / "a.png")).isfinite().all()
-
-
-def test_a_line_of_pixels_is_refused_before_it_fills_the_memory() -> None:
-    line = Image.new("RGB", (10_000, 1))  # its short side to 224 makes the long one 2,240,000
-    refused(lambda: ENCODERS["clip"].own(line), "10000x1 pixels is too narrow to be resized: remove it")
 
 
 # ------------------------------------------------------------------------------------------ class folders, archives
@@ -365,31 +301,6 @@ def test_an_archive_cannot_write_outside_its_folder(what: str, tmp_path: Path, m
     assert [path.name for path in root.iterdir()] == ["imagenette2-320.tgz"] and victim.read_text() == "mine"
 
 
-def test_a_whole_path_in_an_archive_stays_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    victim = tmp_path / "victim"
-    (tmp_path / "data").mkdir()
-    md5 = pack(tmp_path / "data" / "imagenette2-320.tgz", member(str(victim)))
-    monkeypatch.setattr(datasets.Imagenette, "_ARCHIVES", {"320px": ("http://x/imagenette2-320.tgz", md5)})
-    assert [len(part) for part in fetch.imagenette(tmp_path / "data")] == [4, 4]
-    assert not victim.exists()
-
-
-def test_another_archive_than_imagenettes_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pack(tmp_path / "imagenette2-320.tgz")
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/imagenette2-320.tgz"
-        monkeypatch.setattr(datasets.Imagenette, "_ARCHIVES", {"320px": (url, "0" * 32)})
-        refused(
-            lambda: fetch.imagenette(tmp_path / "data"),
-            "sent another file .MD5 .*, not 000000000000.: run again, or put it at",
-            url,
-        )
-        server.shutdown()
-    assert not (tmp_path / "data" / "imagenette2-320").exists()
-
-
 # ------------------------------------------------------------------------------------------------------------- COCO
 
 TEXT = json.dumps(content())
@@ -401,115 +312,7 @@ def load(folder: Path, data: Any) -> coco.CocoDataset:
     return coco.load_coco(folder / "x.json", folder)
 
 
-@table(
-    Case("a list", "x.json", write(b"[1]"), "is not COCO instance data"),
-    Case("null", "x.json", write(b"null"), "is not COCO instance data"),
-    Case("NaN", "x.json", write(b"NaN"), "is not COCO instance data"),
-    Case("images under their names", "x.json", write(b'{"images": {"a.png": {}}}'), 'no list "images"'),
-    Case("annotations in a text", "x.json", write(TEXT.replace("[{", '["', 1).encode()), "is not valid JSON"),
-    Case("nested 100,000 deep", "x.json", write(b"[" * 100_000), "is not valid JSON .*recursion"),
-    Case("one image a line", "x.json", write(b'{"images": []}\n{"images": []}'), "is not valid JSON .*Extra data"),
-    Case("a number of 5,000 digits", "x.json", write(b'{"images": [%s]}' % (b"9" * 5000)), "is not valid JSON"),
-    Case("in Latin-1", "x.json", write(TEXT.replace("cat", "chât").encode("latin-1")), "is not valid JSON .*utf-8"),
-    Case("UTF-16 cut short", "x.json", write(TEXT.encode("utf-16")[:-1]), "is not valid JSON"),
-    Case("a pickle", "x.json", lambda p: p.write_bytes(pickle.dumps(Hostile(p.with_name("proof")))), "not valid JSON"),
-    Case("a folder", "x.json", os.mkdir, "cannot be read .Is a directory.: check the path"),
-)
-def test_odd_json_files_are_refused(case: Case, tmp_path: Path) -> None:
-    case.write(tmp_path / case.file)
-    refused(lambda: coco.load_coco(tmp_path / case.file, tmp_path), case.says, tmp_path / case.file)
-    assert not (tmp_path / "proof").exists()
-
-
-@pytest.mark.parametrize("code", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
-def test_json_of_other_programs_is_read(code: str, tmp_path: Path) -> None:
-    more = {**content(), "info": {"rate": NAN, "note": "chât"}, "licenses": None}
-    assert load(tmp_path, json.dumps(more, ensure_ascii=False).encode(code)).hash == load(tmp_path, content()).hash
-
-
 RUNS = {"size": [80, 100]}
-OUTLINE = [0, 0, 1e5, 1e5] * 100
-ENTRIES = {  # where, what is different there, what is said
-    "an image's id with a fraction": ("images", {"id": 7.0}, "image 7.0: id is 7.0 .should be a valid integer"),
-    "an image's id of true": ("images", {"id": True}, "id is True .should be a valid integer"),
-    "an image's id of 80 bits": ("images", {"id": 2**80}, "id is 1208925819614629174706176 .should be less than"),
-    "a category's id in a list": ("categories", {"id": [3]}, r"category \[3\]: id is \[3\] .should be a valid integer"),
-    "an annotation's image as text": ("annotations", {"image_id": "7"}, "annotation 1: image_id is '7' .should be a"),
-    "width below zero": ("images", {"width": -100}, "image 7: width is -100 .should be greater than 0"),
-    "width of true": ("images", {"width": True}, "image 7: width is True .should be a valid integer"),
-    "width as text": ("images", {"width": "100"}, "image 7: width is '100' .should be a valid integer"),
-    "a size that overflows": ("images", {"width": 2**17, "height": 2**17}, "image 7 has 131072x131072 pixels, over"),
-    "a NUL byte in the name": ("images", {"file_name": "a.png\0.txt"}, r"a.png\\x00.txt. is missing"),
-    "no name": ("images", {"file_name": ""}, "is missing.* .image 7"),
-    "a name of 5,000 letters": ("images", {"file_name": "a" * 500}, "is missing.* .image 7"),
-    "a name that is half a letter": ("images", {"file_name": "\ud800"}, "is missing.* .image 7"),
-    "a name that is a number": ("images", {"file_name": 5}, "image 7: file_name is 5 .should be a valid string"),
-    "a name out of the folder": ("images", {"file_name": "/etc/passwd"}, "passwd is missing.* .image 7"),
-    "the folder above": ("images", {"file_name": ".."}, "is missing.* .image 7"),
-    "a pipe for an image": ("images", {"file_name": "pipe.png"}, "pipe.png is missing.* .image 7"),
-    "a folder for an image": ("images", {"file_name": "folder.png"}, "folder.png is missing.* .image 7"),
-    "a link to itself for an image": ("images", {"file_name": "loop.png"}, "loop.png is missing.* .image 7"),
-    "iscrowd of two": ("annotations", {"iscrowd": 2}, "annotation 1: iscrowd is 2 .should be a valid boolean"),
-    "a polygon of 7 numbers": ("annotations", {"segmentation": [SQUARE[:7]]}, "three or more x, y pairs"),
-    "a polygon of pairs": ("annotations", {"segmentation": [[[1, 2], [3, 4], [5, 6]]]}, "three or more x, y pairs"),
-    "a polygon of letters": ("annotations", {"segmentation": [list("abcdef")]}, "annotation 1: no usable segm"),
-    "a polygon of 1e308": ("annotations", {"segmentation": [[1e308, -1e308] * 3]}, "a million pixels of outline"),
-    "a polygon 10 million pixels away": (
-        "annotations",
-        {"segmentation": [[1e7 + n for n in SQUARE]]},
-        "or lies as far",
-    ),
-    "an outline without end": ("annotations", {"segmentation": [OUTLINE]}, "a million pixels of outline"),
-    "a coordinate of 400 digits": ("annotations", {"segmentation": [[10**400, *SQUARE[1:]]]}, "annotation 1: no us"),
-    "no polygon and no box": ("annotations", {"segmentation": [], "bbox": []}, "no mask and no usable box"),
-    "a mask of a text": ("annotations", {"segmentation": "a mask"}, "annotation 1: no usable segmentation"),
-    "run lengths below zero": ("annotations", {"segmentation": {**RUNS, "counts": [-9, 8009]}}, "do not fill the im"),
-    "run lengths with fractions": ("annotations", {"segmentation": {**RUNS, "counts": [0.5] * 16_000}}, "not all int"),
-    "run lengths of NaN": ("annotations", {"segmentation": {**RUNS, "counts": [NAN]}}, "are not all integers"),
-    "run lengths in a table": ("annotations", {"segmentation": {**RUNS, "counts": {"a": 8000}}}, "no usable segm"),
-    "no run lengths": ("annotations", {"segmentation": {**RUNS, "counts": None}}, "annotation 1: no usable segm"),
-    "a run without end": ("annotations", {"segmentation": {**RUNS, "counts": "o" * 10**6}}, "lengths are too large"),
-    "text that is no run lengths": ("annotations", {"segmentation": {**RUNS, "counts": "\0é~ 0"}}, "no usable segm"),
-    "a mask of no size": ("annotations", {"segmentation": {"counts": [8000]}}, "annotation 1: no usable segm"),
-}
-
-
-@pytest.mark.parametrize("what", ENTRIES)
-def test_odd_entries_are_refused(what: str, tmp_path: Path) -> None:
-    key, fields, says = ENTRIES[what]
-    os.mkfifo(tmp_path / "pipe.png")
-    (tmp_path / "folder.png").mkdir()
-    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
-    data = content()
-    data[key][0] |= fields
-    refused(lambda: load(tmp_path, data), says)
-
-
-BOXES = (
-    [NAN, 10, 40, 40], [10, 10, INF, 40], [-INF, 10, INF, 40], [50, 50, -40, -40], [10, 10, 0, 0], [900, 900, 40, 40],
-    [10, 10, 40], [10**400, 10, 40, 40], ["10", 10, 40, 40], [True, True, True, True], "box", {}, None,
-)  # fmt: skip
-AREAS = (NAN, INF, -1, 0, 1e9, 10**400, "1600", True, None)
-
-
-@pytest.mark.parametrize(
-    "fields", [*({"bbox": box} for box in BOXES), *({"area": area} for area in AREAS)], ids=lambda f: str(f)[:30]
-)
-def test_an_odd_box_or_area_gives_way_to_the_masks_own(fields: dict[str, Any], tmp_path: Path) -> None:
-    data = content()
-    data["annotations"][0] |= fields
-    (instance,) = load(tmp_path, data).instances
-    assert instance.box == (10, 10, 50, 50) and instance.area == 1600
-
-
-def test_a_link_out_of_the_folder_is_followed_to_an_image(tmp_path: Path) -> None:
-    """Folders of links are usual, and only the user can have made them; JSON cannot."""
-    (tmp_path / "images").mkdir()
-    Image.new("RGB", (100, 80), (9, 8, 7)).save(tmp_path / "kept elsewhere.png")
-    (tmp_path / "images" / "a.png").symlink_to(tmp_path / "kept elsewhere.png")
-    (tmp_path / "x.json").write_text(TEXT)
-    dataset = coco.load_coco(tmp_path / "x.json", tmp_path / "images")
-    assert coco.read_image(dataset, 7).getpixel((0, 0)) == (9, 8, 7)
 
 
 def test_any_name_of_a_category_is_shown_and_never_run(tmp_path: Path, pocket_run: Run) -> None:
@@ -520,33 +323,12 @@ def test_any_name_of_a_category_is_shown_and_never_run(tmp_path: Path, pocket_ru
     assert names == {3: script, 4: "half ? a letter", 5: "5"}
     frame = pd.DataFrame({"category": list(names.values())})
     pocket_run.save(None, frame, "99_table", f"The category {script}.")
-    cell = notebook_cell(frame.to_html(), f"category 3 ({script}) has no reference")
+    cell = nbformat.v4.new_code_cell("data.notes")
+    shown = nbformat.v4.new_output("display_data", {"text/html": frame.to_html()})
+    cell.outputs = [shown, nbformat.v4.new_output("stream", name="stdout", text=f"category 3 ({script})")]
     page = notebook_page(nbformat.v4.new_notebook(cells=[cell]), script)
     for text in (write_report(pocket_run.figures).read_text(), page):
         assert script not in text and "&lt;script&gt;alert(1)" in text
-
-
-def notebook_cell(shown: str, printed: str) -> nbformat.NotebookNode:
-    cell = nbformat.v4.new_code_cell("data.notes")
-    cell.outputs = [
-        nbformat.v4.new_output("display_data", {"text/html": shown}),
-        nbformat.v4.new_output("stream", name="stdout", text=printed),
-    ]
-    return cell
-
-
-def test_ids_below_and_of_zero_count_like_others(tmp_path: Path) -> None:
-    """pycocotools alone takes an object of id 0 for one that nobody found."""
-    data = content()
-    data["images"][0] |= {"id": -7, "width": 100}
-    data["categories"][0]["id"] = -(2**63) + 1
-    data["annotations"][0] |= {"id": 0, "image_id": -7, "category_id": -(2**63) + 1, "area": 1600}
-    dataset = load(tmp_path, data)
-    for iou_type in evaluation.IOU_TYPES:
-        found = evaluation.evaluate(dataset, evaluation.perfect_results(dataset), iou_type)
-        assert found.metrics["AP"] == pytest.approx(evaluation.ap_interval([found], 10).value) == pytest.approx(100)
-    rule = ReferenceRule(inset=1)
-    assert [i.id for i in choose_references(dataset, 1, rule=rule)[-(2**63) + 1]] == [0]
 
 
 PREDICTIONS = {  # what is different there, what is said
@@ -626,21 +408,6 @@ def test_a_changed_coco_file_is_refused_or_measured_rightly(tmp_path: Path, data
 @given(CHANGES, st.floats(0.1, 1))
 def test_damaged_json_is_refused_or_read(tmp_path: Path, changes: list[tuple[int, int]], keep: float) -> None:
     unless_refused(lambda: load(tmp_path, damaged(TEXT.encode(), changes, keep)), tmp_path)
-
-
-@pytest.mark.parametrize(
-    "count", [20_000, pytest.param(10**6, marks=pytest.mark.skipif(not SLOW, reason="a minute: set SAMANTICS_SLOW=1"))]
-)
-def test_a_million_tiny_annotations_take_time_and_memory_in_proportion(count: int, tmp_path: Path) -> None:
-    """Measured for a million (127 MB of JSON): 29 s of processor time, 1.4 GB of memory."""
-    entry = '{"id": %d, "image_id": 7, "category_id": 3, "segmentation": [[1, 5, 4, 5, 4, 8]], "bbox": [1, 5, 3, 3]}'
-    head = json.dumps({**content(), "annotations": []}).replace('"annotations": []', '"annotations": [')
-    data = (head.removesuffix("}") + ", ".join(entry % n for n in range(count)) + "]}").encode()
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    dataset = load(tmp_path, data)
-    assert len(dataset.instances) == len(dataset.by_image[7]) == count
-    assert time.process_time() - started < count * 150e-6
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000 + 2 * count  # KiB
 
 
 # ---------------------------------------------------------------------------------------------------------- weights
@@ -792,9 +559,7 @@ def test_odd_settings_of_the_hub_are_named(
 
 @table(
     Case("a list", "sam.json", write(b"[1]"), "sam.json is missing or damaged: restore it"),
-    Case("null", "sam.json", write(b"null"), "sam.json is missing or damaged: restore it"),
     Case("nested 100,000 deep", "sam.json", write(b"[" * 100_000), "sam.json is missing or damaged"),
-    Case("no hash", "sam.json", write(b'{"images": 5}'), "sam.json is missing or damaged"),
     Case("a hash of a number", "sam.json", write(b'{"sha256": 5}'), "sam.json is missing or damaged"),
     Case("the hash of a program", "sam.json", lambda p: card_of(p, hostile(p)), "sam.safetensors does not fit"),
     Case("the hash of noise", "sam.json", lambda p: card_of(p, b"noise" * 99), "sam.safetensors does not fit"),
@@ -811,14 +576,8 @@ def card_of(path: Path, model: bytes) -> None:
     path.write_text(json.dumps({"sha256": hashlib.sha256(model).hexdigest()}))
 
 
-def lying_shape(path: Path) -> None:
-    with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": (10**12,)})
-
-
 @table(
     Case("objects", "", lambda p: p.write_bytes(npy(np.array([Hostile(p.with_name("proof"))] * 10, object))), ""),
-    Case("a shape that lies", "", lying_shape, ""),
     Case("numbers of another kind", "", lambda p: p.write_bytes(npy(np.ones(10))), ""),
     Case("numbers in a table", "", lambda p: p.write_bytes(npy(np.ones((10, 1, 3), np.float16))), ""),
 )
@@ -836,8 +595,6 @@ def test_a_shard_that_is_no_table_of_features_is_refused_and_not_run(case: Case,
 
 @table(
     Case("a list", "00_a.ipynb", write(b"[]"), "is damaged"),
-    Case("null", "00_a.ipynb", write(b"null"), "is damaged"),
-    Case("COCO", "00_a.ipynb", write(TEXT.encode()), "is damaged"),
     Case("of the future", "00_a.ipynb", write(b'{"nbformat": 99, "nbformat_minor": 0, "cells": []}'), "is damaged"),
     Case(
         "cells of nothing", "00_a.ipynb", write(b'{"nbformat": 4, "nbformat_minor": 5, "cells": [null]}'), "is damaged"
@@ -860,12 +617,6 @@ def test_a_notebook_refuses_a_seed_that_numpy_would_not_take() -> None:
         refused(lambda seed=seed: provenance.start_run("pocket", "99_test", seed), f"seed is {seed}")
 
 
-def test_odd_numbers_of_threads_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    for value in ("", "0", "-2", "many", "²", "1e3"):
-        monkeypatch.setenv("OMP_NUM_THREADS", value)
-        assert provenance.available_cores() == len(os.sched_getaffinity(0))
-
-
 @table(
     Case("notes of the user", "01_notes.json", write(b'{"mine": 1}'), "does not belong to a result of the study"),
     Case("a list", "01_list.json", write(b"[1]"), "is damaged: remove it and run its notebook again"),
@@ -875,23 +626,3 @@ def test_odd_numbers_of_threads_are_ignored(monkeypatch: pytest.MonkeyPatch) -> 
 def test_odd_files_among_the_results_are_named(case: Case, tmp_path: Path) -> None:
     case.write(tmp_path / case.file)
     refused(lambda: write_report(tmp_path), case.says, tmp_path / case.file)
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x93NUMPY\x01\x00", b"{", b"\xff\xfe\x00"])
-def test_a_damaged_cache_is_named(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files of notebooks 02 and 03 and of the world, each read where the study reads it."""
-    monkeypatch.setenv("SAMANTICS_CACHE", str(tmp_path))
-    detections, pictures = tmp_path / "detections.npz", tmp_path / "mojiworld" / "kept_2"
-    pictures.mkdir(parents=True)
-    for path in (detections, *(pictures / f"{part}.npy" for part in ("images", "instances", "drawings"))):
-        path.write_bytes(content)
-    again = "is damaged: delete it, and it is computed again"
-    refused(lambda: kept(detections, dict), again, detections)
-    render: Any = None  # never called: the pictures are there
-    refused(lambda: mojiworld.stored_pictures(render, 2, "kept"), again, pictures)
-
-
-def test_a_kept_table_that_is_empty_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "kept.csv"
-    path.write_bytes(b"")
-    refused(lambda: kept(path, pd.DataFrame), "is damaged: delete it", path)
