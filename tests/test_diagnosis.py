@@ -11,7 +11,7 @@ import pytest
 
 from samantics.data import coco
 from samantics.metrics.coco_ap import Result, evaluate
-from samantics.training_free import diagnosis
+from samantics.training_free import diagnosis, oracles
 from samantics.training_free.proposals import Proposals, objects_of, true_masks
 
 BOXES = [(0, 0, 20, 20), (30, 0, 50, 20), (0, 30, 20, 50), (40, 40, 58, 58)]
@@ -92,25 +92,33 @@ def proposals(boxes: list[tuple[int, int, int, int]]) -> Proposals:
 def test_oracles() -> None:
     dataset = scene()
     found = {1: proposals([*BOXES[:3], (40, 40, 58, 52), (5, 5, 15, 15)]), 2: proposals([])}
-    named = diagnosis.with_true_classes(dataset, found)
+    named = oracles.with_true_classes(dataset, found)
     assert [r["category_id"] for r in named] == [1, 1, 2, 2]  # the part of an object below IoU 0.5 is dropped
     assert all(r["score"] > 0 for r in named)
-    best = diagnosis.best_masks(dataset, found)
+    best = oracles.best_masks(dataset, found)
     assert evaluate(dataset, best, "segm").metrics["AP50"] == pytest.approx(100)
     true = true_masks(dataset)
     assert len(true[1]) == 4 and len(true[2]) == 0
-    assert evaluate(dataset, diagnosis.best_masks(dataset, true), "segm").metrics["AP"] == pytest.approx(100)
+    assert evaluate(dataset, oracles.best_masks(dataset, true), "segm").metrics["AP"] == pytest.approx(100)
 
 
 def test_recall_ceiling() -> None:
     dataset = scene()
-    covered = diagnosis.covered(dataset, {1: proposals([*BOXES[:2], (40, 40, 58, 52)]), 2: proposals([])})
+    covered = oracles.covered(dataset, {1: proposals([*BOXES[:2], (40, 40, 58, 52)]), 2: proposals([])})
     assert covered["iou"].tolist() == pytest.approx([1, 1, 0, 12 / 18])
-    recall = diagnosis.recall(covered)
+    recall = oracles.recall(covered)
     assert recall.value == pytest.approx(100 * (1 + 1 + 0 + 0.4) / 4)
     assert recall.low <= 60 <= recall.high
-    boxes = diagnosis.covered(dataset, {1: proposals(BOXES)}, "bbox")
+    boxes = oracles.covered(dataset, {1: proposals(BOXES)}, "bbox")
     assert boxes["iou"].tolist() == pytest.approx([1] * 4)
+
+
+def test_wholes_parts_and_others() -> None:
+    """An object, three fifths of one (still the object), a fifth of one, half beside one, and the whole image."""
+    masks = [BOXES[0], (30, 0, 50, 12), (0, 30, 20, 34), (10, 0, 30, 20), (0, 0, 60, 60)]
+    assert oracles.proposal_kinds(scene(), 1, [rle(box) for box in masks]).tolist() == [2, 1, 2]
+    assert oracles.proposal_kinds(scene(), 1, []).tolist() == [0, 0, 0]
+    assert oracles.proposal_kinds(scene(), 2, [rle(BOXES[0])]).tolist() == [0, 0, 1]
 
 
 def test_best_results_and_order_of_images() -> None:

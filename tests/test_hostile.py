@@ -49,7 +49,7 @@ from samantics.models.registry import ENCODERS
 from samantics.models.weights import WeightFile, read_weights, weight_file
 from samantics.probing.features import encode_images
 from samantics.run import Run
-from samantics.training_free.matching import pooled_features
+from samantics.training_free.mask_features import encode_masks
 from samantics.training_free.proposals import ProposalSettings, get_proposals
 from stub_encoder import MEAN, LookUp
 from test_coco import content
@@ -216,7 +216,7 @@ def test_pictures_of_extreme_shape_give_finite_inputs_features_and_masks(size: t
     encoders = {name: load_encoder(name, "zoo_random") for name in ("sam", "dinov2")}
     found = get_proposals(encoders["sam"], dataset, ProposalSettings(2, 0.0, 0.0), tmp_path)[7]
     assert len(found) and (found.boxes[:, 2:] <= size).all() and (found.boxes[:, 2:] > found.boxes[:, :2]).all()
-    features = pooled_features(encoders, dataset, {7: found.rles})
+    features = encode_masks(encoders, dataset, {7: found.rles})
     vectors = [features.of(name, 7) for name in encoders]
     assert all(np.isfinite(v).all() and v.any(axis=1).all() for v in vectors)
     for name in ("sam", "sam2", "clip", "dinov2"):

@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch.nn import functional as F
 
 from samantics.data import coco
-from samantics.data import first_world as mojiworld
 from samantics.data.coco import Rle, box_iou
-from samantics.data.first_world import write_mojiworld
 from samantics.errors import StudyError
 from samantics.models.encoder import load_encoder
 from samantics.models.preprocessing import Preprocessing
-from samantics.training_free import matching
+from samantics.mojiworld.rendered import write_scenes
+from samantics.mojiworld.world import STREAMS, World
+from samantics.training_free import mask_features, matching
 from samantics.training_free.matching import MemoryBank
 from samantics.training_free.proposals import Proposals
 
@@ -44,7 +45,7 @@ def test_pooling_is_the_mean_of_the_bilinearly_resized_map() -> None:
     tokens = rng.normal(size=(5, 4, 4)).astype(np.float32)
     masks = rng.random((6, 48, 64)) < 0.3
     geometry = Preprocessing(32, "squash").geometry(64, 48)
-    weights = matching.token_weights(masks, geometry, (4, 4))
+    weights = mask_features.token_weights(masks, geometry, (4, 4))
     assert np.allclose(weights.sum(1), 1, atol=1e-5)
     full = F.interpolate(torch.from_numpy(tokens)[None], (48, 64), mode="bilinear", align_corners=False)[0].numpy()
     expected = np.array([full[:, mask].mean(1) for mask in masks])
@@ -53,17 +54,17 @@ def test_pooling_is_the_mean_of_the_bilinearly_resized_map() -> None:
 
 def test_pooling_of_padding_odd_sizes_and_tiny_masks() -> None:
     geometry = Preprocessing(64, "pad").geometry(64, 32)  # the lower half of the input is padding
-    weights = matching.token_weights(box_masks([(0, 0, 64, 32)], (32, 64)), geometry, (4, 4)).reshape(4, 4)
+    weights = mask_features.token_weights(box_masks([(0, 0, 64, 32)], (32, 64)), geometry, (4, 4)).reshape(4, 4)
     assert weights[:2].sum() > 0.9 and weights[3].sum() == 0
     for size in ((1, 1), (50, 10_000)):
         geometry = Preprocessing(32, "squash").geometry(size[1], size[0])
-        assert np.allclose(matching.token_weights(np.ones((1, *size), bool), geometry, (2, 2)), 0.25, atol=1e-3)
+        assert np.allclose(mask_features.token_weights(np.ones((1, *size), bool), geometry, (2, 2)), 0.25, atol=1e-3)
     geometry = Preprocessing(518, "squash").geometry(518, 518)
-    weights = matching.token_weights(box_masks([(50, 40, 51, 41)], (518, 518)), geometry, (37, 37)).reshape(37, 37)
+    weights = mask_features.token_weights(box_masks([(50, 40, 51, 41)], (518, 518)), geometry, (37, 37)).reshape(37, 37)
     assert np.isfinite(weights).all() and weights.sum() == pytest.approx(1)
     assert np.unravel_index(weights.argmax(), weights.shape) == (40 * 37 // 518, 50 * 37 // 518)
     with pytest.raises(StudyError, match="a mask to pool over is empty"):
-        matching.token_weights(np.zeros((1, 518, 518), bool), geometry, (37, 37))
+        mask_features.token_weights(np.zeros((1, 518, 518), bool), geometry, (37, 37))
 
 
 def reference(number: int, category: int) -> coco.Instance:
@@ -85,25 +86,24 @@ def test_unequal_shots_and_empty_classes() -> None:
 
 def small_bank() -> MemoryBank:
     features = np.array([[1, 0, 0], [0, 1, 0], [0, 0.6, 0.8]], np.float32)
-    return MemoryBank((10, 20), features, np.array([0, 1, 1]), matching.unit(np.array([[1, 0, 0], [0, 0.8, 0.4]])))
+    return MemoryBank((10, 20), features, np.array([0, 1, 1]), mask_features.unit(np.array([[1, 0, 0], [0, 0.8, 0.4]])))
 
 
 def test_scores() -> None:
     """Each rule on features like the first class's, like a reference of the second, and unlike both."""
-    bank, features = small_bank(), matching.unit(np.array([[1.0, 0.2, 0], [0, 0.6, 0.8], [-1, 0, 0]]))
+    bank, features = small_bank(), mask_features.unit(np.array([[1.0, 0.2, 0], [0, 0.6, 0.8], [-1, 0, 0]]))
     found = {scoring: matching.class_scores(bank, features, scoring) for scoring in matching.SCORINGS}
     for scores in found.values():
         assert scores.shape == (3, 2) and (scores >= 0).all() and (scores <= 1 + 1e-6).all()
         assert scores[:2].argmax(1).tolist() == [0, 1]
     cosines = features @ bank.prototypes.T
     assert found["nearest"][1, 1] == pytest.approx(1) and np.allclose(found["prototype"], cosines.clip(0))
-    assert np.allclose(found["softmax"], torch.softmax(torch.from_numpy(cosines) / 0.05, 1), atol=1e-6)
 
 
 def test_centred_scores_do_not_see_a_direction_that_all_features_share() -> None:
     bank, shared = small_bank(), np.array([0, 0, 50.0])
-    features = matching.unit(np.array([[1.0, 0.2, 0], [0, 0.6, 0.8]]) + shared)
-    drowned = dataclasses.replace(bank, prototypes=matching.unit(bank.prototypes + shared))
+    features = mask_features.unit(np.array([[1.0, 0.2, 0], [0, 0.6, 0.8]]) + shared)
+    drowned = dataclasses.replace(bank, prototypes=mask_features.unit(bank.prototypes + shared))
     plain, centred = (matching.class_scores(drowned, features, scoring) for scoring in ("prototype", "centred"))
     assert np.ptp(plain) < 0.01
     assert (centred[[0, 1], [0, 1]] > 0.5).all() and (centred[[0, 1], [1, 0]] == 0).all()
@@ -146,7 +146,7 @@ def test_nms_keeps_what_a_plain_loop_keeps() -> None:
 def test_merging_by_hand() -> None:
     """A part wholly inside a better mask, one half inside, and the same of another class."""
     rles = coco.rles_of(box_masks([(0, 0, 40, 40), (10, 10, 20, 20), (30, 0, 50, 40), (10, 10, 20, 20)], (60, 60)))
-    features = matching.unit(np.array([[1.0, 0], [0.6, 0.8], [1, 0], [1, 0]]))
+    features = mask_features.unit(np.array([[1.0, 0], [0.6, 0.8], [1, 0], [1, 0]]))
     categories, scores = np.array([1, 1, 1, 2]), np.array([0.9, 0.8, 0.7, 0.6])
 
     def merged(name: str) -> list[float]:
@@ -167,19 +167,44 @@ def test_nothing_found_and_unknown_settings() -> None:
         matching.class_scores(small_bank(), none, "best")
 
 
+def test_a_cut_out_is_alone_on_grey_in_a_square() -> None:
+    """Also at the image's edge, and for a mask that is no rectangle."""
+    pixels = np.random.default_rng(0).integers(0, 255, (30, 50, 3), dtype=np.uint8)
+    masks = box_masks([(40, 0, 50, 4), (5, 5, 25, 15)], (30, 50))
+    masks[1, 5:10, 5:15] = False
+    for mask, cut in zip(masks, mask_features.cut_outs(Image.fromarray(pixels), masks), strict=True):
+        alone = np.asarray(cut).reshape(-1, 3)
+        object_pixels = alone[(alone != mask_features.GREY).any(1)]
+        assert cut.width == cut.height and max(np.ptp(np.nonzero(mask), axis=1)) < cut.width <= 1.1 * 20 + 4
+        np.testing.assert_array_equal(object_pixels, pixels[mask])  # in the order of the rows: none moved, none lost
+    with pytest.raises(StudyError, match="a mask to pool over is empty"):
+        mask_features.cut_outs(Image.fromarray(pixels), np.zeros((1, 30, 50), bool))
+
+
+def test_features_of_cut_outs_are_the_encoder_s_own(tmp_path: Path) -> None:
+    dataset = coco.load_coco(*write_scenes(World(64, seed=1), STREAMS["targets"], 2, tmp_path, workers=1))
+    masks: dict[int, list[Rle]] = {1: [i.rle for i in dataset.by_image[1]], 2: []}
+    encoder = load_encoder("clip", "zoo_random")
+    found = mask_features.encode_masks({"clip": encoder}, dataset, masks, tmp_path / "files", "cut_out")
+    cut = mask_features.cut_outs(coco.read_image(dataset, 1), np.array([coco.mask_of(rle) for rle in masks[1]]))
+    expected = encoder.encode(encoder.inputs(cut))["final"].cls
+    assert expected is not None and len(found.of("clip", 2)) == 0
+    np.testing.assert_allclose(found.of("clip", 1), mask_features.unit(expected.numpy()), atol=1e-5)
+
+
 def test_features_are_kept_by_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second run encodes nothing, one that was killed only what is missing; other masks have other features."""
-    dataset = write_mojiworld(mojiworld.World(image_size=64, seed=1), "kept", 3, tmp_path)
+    dataset = coco.load_coco(*write_scenes(World(64, seed=1), STREAMS["targets"], 3, tmp_path, workers=1))
     masks: dict[int, list[Rle]] = {n: [i.rle for i in dataset.by_image[n]] for n in dataset.images}
     masks[min(masks)] = []
     encoders = {name: load_encoder(name, "zoo_random") for name in ("sam", "dinov2")}
-    maps = mock.Mock(wraps=matching.dense_maps)
-    monkeypatch.setattr(matching, "dense_maps", maps)
-    monkeypatch.setattr(matching, "PIXELS_AT_ONCE", 1)  # one image at a time
+    maps = mock.Mock(wraps=mask_features.dense_maps)
+    monkeypatch.setattr(mask_features, "dense_maps", maps)
+    monkeypatch.setattr(mask_features, "PIXELS_AT_ONCE", 1)  # one image at a time
 
     def pooled(encodings: int) -> dict[tuple[str, int], NDArray[np.float32]]:
         maps.reset_mock()
-        found = matching.pooled_features(encoders, dataset, masks, tmp_path / "files")
+        found = mask_features.encode_masks(encoders, dataset, masks, tmp_path / "files")
         assert maps.call_count == encodings
         return {(name, n): found.of(name, n) for name in encoders for n in masks}
 

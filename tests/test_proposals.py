@@ -15,14 +15,14 @@ from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 from segment_anything.modeling import Sam
 from segment_anything.utils.amg import build_point_grid
 
-from samantics.data import first_world as mojiworld
+from samantics.data.coco import load_coco
 from samantics.errors import StudyError
 from samantics.models import pocket
 from samantics.models.encoder import load_encoder
+from samantics.mojiworld.rendered import write_scenes
+from samantics.mojiworld.world import STREAMS, World, picture
 from samantics.training_free.decoder import PointDecoder, encode_image, sam2_predictor
 from samantics.training_free.proposals import ProposalSettings, get_proposals, point_grid, proposals_folder, propose
-
-SMALL = mojiworld.World(image_size=96, seed=1)
 
 
 def decisive(name: str) -> Any:
@@ -65,7 +65,7 @@ def package_masks(model: Any, image: Image.Image, settings: ProposalSettings) ->
 @pytest.mark.parametrize(("size", "box_nms"), [((192, 192), 0.7), ((150, 100), 1.0)])
 def test_same_masks_as_the_package(name: str, size: tuple[int, int], box_nms: float) -> None:
     model = decisive(name)
-    image = Image.fromarray(mojiworld.scene(mojiworld.World(seed=2), "test", 0).image).resize(size)
+    image = Image.fromarray(picture(World(128, seed=2), STREAMS["targets"], 0).image).resize(size)
     everything = propose(model, image, ProposalSettings(8, 0.0, 0.0, stability_offset=0.5, box_nms=1.0))
     middle = float(np.median(everything.predicted_iou))
     stable = float(np.quantile(everything.stability[everything.predicted_iou > middle], 0.6))
@@ -100,7 +100,7 @@ def test_decoder_gives_the_package_logits() -> None:
 
 
 @pytest.mark.parametrize("name", ["sam", "sam2"])
-@pytest.mark.parametrize("size", [(1, 1), (10_000, 50), (50, 10_000)])
+@pytest.mark.parametrize("size", [(1, 1), (8_000, 50), (50, 8_000)])
 def test_odd_images(name: str, size: tuple[int, int]) -> None:
     image = Image.new("RGB", size, (200, 30, 30))
     found = propose(decisive(name), image, ProposalSettings(2, predicted_iou=0.0, stability=0.0))
@@ -123,7 +123,7 @@ def test_no_proposal_and_no_decoder() -> None:
 
 def test_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes share the images; a broken image stops at itself; a rerun makes what is missing; damage is named."""
-    dataset = mojiworld.write_mojiworld(SMALL, "test", 3, tmp_path / "scenes")
+    dataset = load_coco(*write_scenes(World(96, seed=1), STREAMS["targets"], 3, tmp_path / "scenes", workers=1))
     encoder, settings = load_encoder("sam", "zoo_random"), ProposalSettings(2, predicted_iou=0.0, stability=0.0)
     folder = proposals_folder(encoder, dataset, settings, tmp_path)
     assert proposals_folder(encoder, dataset, ProposalSettings(3), tmp_path) != folder

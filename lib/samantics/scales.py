@@ -161,7 +161,7 @@ class PipelineSettings:
 
 # 96 pixels instead of some 640: objects take 20-60 % of the side; smaller ones are mostly covered by others
 POCKET_PIPELINE = PipelineSettings(
-    sources=("dinov2", "clip", "sam2", "sam", "random"),
+    sources=("dinov2", "clip", "mae", "supervised", "sam2", "sam", "random"),
     reference_scenes=800,
     target_scenes=300,
     min_reference_area=12.0**2,

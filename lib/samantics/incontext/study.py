@@ -33,7 +33,7 @@ from samantics.incontext.training import BatchSampler, Split, draw_references, s
 from samantics.models.encoder import Encoder, load_encoder
 from samantics.run import Run, own_data, start_run
 from samantics.scales import InContextSettings
-from samantics.training_free.matching import reference_features
+from samantics.training_free.mask_features import reference_features
 
 FORMAT = 1  # of what is cached; raised when the same settings would give other numbers
 PER_CATEGORY = 40  # reference objects of a category whose class structure is measured

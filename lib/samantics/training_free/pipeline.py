@@ -13,18 +13,20 @@ from samantics.cache import hash_value, kept
 from samantics.data.coco import CocoDataset, Instance
 from samantics.data.detection import Data, load_data
 from samantics.data.references import ReferenceRule, choose_references
-from samantics.metrics.coco_ap import IOU_TYPES, METRICS, Result, ap_interval, evaluate, perfect_results
+from samantics.metrics.coco_ap import (
+    IOU_TYPES,
+    METRICS,
+    Result,
+    ap_difference,
+    ap_interval,
+    evaluate,
+    perfect_results,
+)
+from samantics.metrics.intervals import Difference
 from samantics.models.encoder import Encoder, load_encoder, within_reach
 from samantics.run import Run
-from samantics.training_free.matching import (
-    Features,
-    MaskFeatures,
-    MemoryBank,
-    match,
-    pooled_features,
-    reference_features,
-    remember,
-)
+from samantics.training_free.mask_features import Features, MaskFeatures, encode_masks, reference_features
+from samantics.training_free.matching import MemoryBank, match, remember
 from samantics.training_free.proposals import (
     Proposals,
     ProposalSettings,
@@ -33,7 +35,7 @@ from samantics.training_free.proposals import (
     true_masks,
 )
 
-FORMAT = 1  # of cached tables; raised when the same settings would give other numbers
+FORMAT = 2  # of cached tables; raised when the same settings would give other numbers
 PROPOSERS = ("sam", "sam2", "truth")
 
 
@@ -46,6 +48,7 @@ class Variant:
         source: of meaning, a model's name.
         merging, scoring: names of `matching.MERGINGS` and `matching.SCORINGS`.
         shots: references per class.
+        view: of `mask_features.VIEWS`: how the source sees a mask.
     """
 
     proposals: str = "sam"
@@ -53,6 +56,7 @@ class Variant:
     merging: str = "none"
     shots: int = 10
     scoring: str = "prototype"
+    view: str = "map"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,17 +86,10 @@ class Pipeline:
             for seed, groups in enumerate(chosen)
         }
 
-    @functools.cached_property
-    def reference_features(self) -> dict[str, dict[int, Features]]:
-        """`(C,)` features by source and instance id, of the references of all seeds."""
-        every = {i.id: i for groups in self.references.values() for group in groups.values() for i in group}
-        folder = self.run.cache / "mask_features"
-        return reference_features(self.models, self.data.references, list(every.values()), folder)
-
-    def bank(self, source: str, shots: int, seed: int = 0) -> MemoryBank:
+    def bank(self, source: str, shots: int, seed: int = 0, view: str = "map") -> MemoryBank:
         """The memory bank of one source, seed and number of shots."""
         chosen = {category: group[:shots] for category, group in self.references[seed].items()}
-        return remember(chosen, self.reference_features[source])
+        return remember(chosen, self._of_references(self._together(source, view), view)[source])
 
     @functools.cache  # noqa: B019 - one pipeline lives as long as its notebook
     def proposals(self, proposer: str) -> dict[int, Proposals]:
@@ -102,25 +99,39 @@ class Pipeline:
         root = self.run.cache / "proposals"
         return get_proposals(self.models[proposer], self.data.targets, self.proposal_settings, root)
 
-    @functools.cached_property
-    def all_features(self) -> MaskFeatures:
-        """Features of the masks of all proposers, one after another: an image is encoded once for all."""
-        found = [self.proposals(proposer) for proposer in self.proposers]
-        rles = {n: [rle for proposals in found for rle in proposals[n].rles] for n in self.data.targets.images}
-        return pooled_features(self.models, self.data.targets, rles, self.run.cache / "mask_features")
-
-    def features(self, proposer: str, source: str, image_id: int) -> Features:
+    def features(self, proposer: str, source: str, image_id: int, view: str = "map") -> Features:
         """`(N, C)` features of unit length of one image's proposals, by one source."""
-        counts = [len(self.proposals(name)[image_id]) for name in self.proposers]
-        place = self.proposers.index(proposer)
-        return self.all_features.of(source, image_id)[sum(counts[:place]) : sum(counts[: place + 1])]
+        proposers = self.proposers if view == "map" else (proposer,)
+        counts = [len(self.proposals(name)[image_id]) for name in proposers]
+        place = proposers.index(proposer)
+        found = self._of_targets(proposers, self._together(source, view), view).of(source, image_id)
+        return found[sum(counts[:place]) : sum(counts[: place + 1])]
+
+    def _together(self, source: str, view: str) -> tuple[str, ...]:
+        """The sources that are encoded at once: a whole image is read for all; cut-outs take too long for that."""
+        return tuple(self.models) if view == "map" else (source,)
+
+    @functools.cache  # noqa: B019
+    def _of_references(self, sources: tuple[str, ...], view: str) -> dict[str, dict[int, Features]]:
+        every = {i.id: i for groups in self.references.values() for group in groups.values() for i in group}
+        models, folder = {name: self.models[name] for name in sources}, self.run.cache / "mask_features"
+        return reference_features(models, self.data.references, list(every.values()), folder, view)
+
+    @functools.cache  # noqa: B019
+    def _of_targets(self, proposers: tuple[str, ...], sources: tuple[str, ...], view: str) -> MaskFeatures:
+        """Features of the masks of these proposers, one after another."""
+        found = [self.proposals(proposer) for proposer in proposers]
+        rles = {n: [rle for proposals in found for rle in proposals[n].rles] for n in self.data.targets.images}
+        models, folder = {name: self.models[name] for name in sources}, self.run.cache / "mask_features"
+        return encode_masks(models, self.data.targets, rles, folder, view)
 
     def predict(self, variant: Variant, seed: int = 0) -> list[Result]:
         """Classified instances of all targets, as COCO results."""
-        bank, nms = self.bank(variant.source, variant.shots, seed), 1.0 if variant.proposals == "truth" else 0.5
+        proposer, source, view = variant.proposals, variant.source, variant.view
+        bank, nms = self.bank(source, variant.shots, seed, view), 1.0 if proposer == "truth" else 0.5
         results = []
-        for image_id, found in self.proposals(variant.proposals).items():
-            features = self.features(variant.proposals, variant.source, image_id)
+        for image_id, found in self.proposals(proposer).items():
+            features = self.features(proposer, source, image_id, view)
             results += match(image_id, found, features, bank, variant.scoring, variant.merging, nms)
         return results
 
@@ -161,37 +172,50 @@ def start(
     return Pipeline(run, data, models, limits, tuple(proposers))
 
 
+# --------------------------------------------------------------------------------------------------------- tables
+
+
 def ap_table(pipeline: Pipeline, variants: Iterable[Variant], iou_types: Sequence[str] = IOU_TYPES) -> pd.DataFrame:
     """One row per variant and IoU type: means over seeds of references, and the 95 % interval of AP.
 
-    Columns: `proposals, source, merging, shots, iou_type`, COCO's nine figures, `low, high, seeds` and `scoring`. Rows
-    are kept in the run's cache, by everything they depend on.
+    Columns: `proposals, source, merging, shots, iou_type`, COCO's nine figures, `low, high, seeds`, `scoring` and
+    `view`. Rows are kept in the run's cache, by everything they depend on.
     """
-    rows = []
-    for variant in variants:
-        path = pipeline.run.cache / "pipeline" / f"{_key(pipeline, variant, iou_types)}.json"
-        rows += kept(path, functools.partial(_ap_rows, pipeline, variant, iou_types))
-    return pd.DataFrame(rows)
+
+    def rows(variant: Variant) -> list[dict[str, Any]]:
+        runs = [pipeline.predict(variant, seed) for seed in pipeline.references]
+        head = dataclasses.asdict(variant)
+        tail = {name: head.pop(name) for name in ("scoring", "view")}
+        return [head | ap_row(pipeline.data.targets, runs, iou_type) | tail for iou_type in iou_types]
+
+    found = [_kept(pipeline, [variant], list(iou_types), functools.partial(rows, variant)) for variant in variants]
+    return pd.DataFrame([row for rows in found for row in rows])
 
 
-def _ap_rows(pipeline: Pipeline, variant: Variant, iou_types: Sequence[str]) -> list[dict[str, Any]]:
-    runs = [pipeline.predict(variant, seed) for seed in pipeline.references]
-    labels = dataclasses.asdict(variant)
-    scoring = {"scoring": labels.pop("scoring")}
-    return [labels | ap_row(pipeline.data.targets, runs, iou_type) | scoring for iou_type in iou_types]
+def mask_ap_difference(pipeline: Pipeline, more: Variant, less: Variant) -> Difference:
+    """Mask AP of one variant minus that of another, paired over images and seeds of references, in points."""
+
+    def difference() -> Difference:
+        targets = pipeline.data.targets
+        runs = [[evaluate(targets, pipeline.predict(v, s)) for s in pipeline.references] for v in (more, less)]
+        return ap_difference([(1, runs[0]), (-1, runs[1])])
+
+    return Difference(*_kept(pipeline, [more, less], ["difference"], difference))
 
 
-def _key(pipeline: Pipeline, variant: Variant, iou_types: Sequence[str]) -> str:
-    data, proposer = pipeline.data, pipeline.models.get(variant.proposals)
-    return hash_value(
+def _kept(pipeline: Pipeline, variants: Sequence[Variant], what: list[str], make: Any) -> Any:
+    """What `make` returns, from the run's cache where all that it depends on is as it was."""
+    data, models = pipeline.data, pipeline.models
+    names = sorted({name for v in variants for name in (v.source, v.proposals) if name in models})
+    key = hash_value(
         [
             FORMAT,
             [data.references.hash, data.targets.hash, dataclasses.asdict(data.rule)],
-            [proposer and proposer.key, dataclasses.asdict(pipeline.proposal_settings)],
-            [pipeline.models[variant.source].key, dataclasses.asdict(variant), list(iou_types)],
-            pipeline.run.scale.pipeline.reference_seeds,
+            [dataclasses.asdict(pipeline.proposal_settings), pipeline.run.scale.pipeline.reference_seeds],
+            [{name: models[name].key for name in names}, [dataclasses.asdict(v) for v in variants], what],
         ]
     )
+    return kept(pipeline.run.cache / "pipeline" / f"{key}.json", make)
 
 
 def ap_row(targets: CocoDataset, runs: Sequence[Sequence[Result]], iou_type: str) -> dict[str, Any]:
@@ -207,5 +231,4 @@ def truth_rows(pipeline: Pipeline) -> pd.DataFrame:
     """The annotations given as predictions: the evaluation is sound where they score AP 100."""
     targets = pipeline.data.targets
     labels = {"proposals": "truth", "source": "truth", "merging": "none", "shots": 0}
-    rows = [labels | ap_row(targets, [perfect_results(targets)], t) | {"scoring": "none"} for t in IOU_TYPES]
-    return pd.DataFrame(rows)
+    return pd.DataFrame([labels | ap_row(targets, [perfect_results(targets)], t) for t in IOU_TYPES])

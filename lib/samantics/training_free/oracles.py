@@ -1,0 +1,189 @@
+"""Where the points are lost before and after naming: oracles, proposals that are wholes or parts, parts of the data."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from pycocotools import mask as mask_tools
+
+from samantics.data.coco import CocoDataset, Rle, box_iou, read_image
+from samantics.metrics.coco_ap import IOU_TYPES, Result, ap_interval, evaluate, perfect_results
+from samantics.metrics.intervals import Interval, bootstrap_statistic
+from samantics.training_free.mask_features import encode_masks
+from samantics.training_free.matching import match, ranked, result_of
+from samantics.training_free.pipeline import Pipeline, Variant, ap_row
+from samantics.training_free.proposals import Proposals, ProposalSettings, get_proposals, objects_of, propose
+
+THRESHOLDS = np.linspace(0.5, 0.95, 10)
+FOREGROUND = 0.5  # IoU of a mask with the object that it stands for
+INSIDE = 0.8  # of a part's pixels lie in its object
+
+
+def overlaps(dataset: CocoDataset, image_id: int, rles: Sequence[Rle]) -> NDArray[np.float64]:
+    """`(N, G)` mask IoU of `rles` with the image's objects."""
+    objects = [instance.rle for instance in objects_of(dataset, image_id)]
+    if not objects or not rles:
+        return np.zeros((len(rles), len(objects)))
+    return np.asarray(mask_tools.iou(list(rles), objects, [0] * len(objects)))
+
+
+def oracle_table(pipeline: Pipeline, variant: Variant) -> pd.DataFrame:
+    """`oracle, iou_type, AP, AR100, low, high`: what remains when one difficulty after the other is taken away.
+
+    `low` and `high` bound AP. `recall_ceiling` has no AP (proposals have no classes): its AR100 is the recall of all
+    proposals, not only the best hundred, and the interval bounds that.
+    """
+    targets, seeds = pipeline.data.targets, pipeline.references
+    found = pipeline.proposals(variant.proposals)
+    true_masks = dataclasses.replace(variant, proposals="truth")
+    outcomes = {
+        "none": [pipeline.predict(variant, seed) for seed in seeds],
+        "true_masks": [pipeline.predict(true_masks, seed) for seed in seeds],
+        "true_classes": [with_true_classes(targets, found)],
+        "best_mask": [best_masks(targets, found)],
+        "truth": [perfect_results(targets)],
+    }
+    rows = [{"oracle": name} | ap_row(targets, runs, t) for name, runs in outcomes.items() for t in IOU_TYPES]
+    for iou_type in IOU_TYPES:
+        ceiling, low, high = recall(covered(targets, found, iou_type))
+        rows.append({"oracle": "recall_ceiling", "iou_type": iou_type, "AR100": ceiling, "low": low, "high": high})
+    return pd.DataFrame(rows)[["oracle", "iou_type", "AP", "AR100", "low", "high"]]
+
+
+def with_true_classes(dataset: CocoDataset, proposals: Mapping[int, Proposals]) -> list[Result]:
+    """Predicted masks named by the annotation: the class of the object a mask covers best (IoU at least one half).
+
+    Masks that cover none are dropped, and the score is the predicted IoU: what is left are location and duplicates.
+    """
+    results: list[Result] = []
+    for image_id, found in proposals.items():
+        iou = overlaps(dataset, image_id, found.rles)
+        rows = np.flatnonzero(iou.max(1, initial=0) >= FOREGROUND)
+        classes = np.array([instance.category_id for instance in objects_of(dataset, image_id)], int)
+        named = classes[iou[rows].argmax(1)] if len(rows) else np.empty(0, int)
+        scores = found.predicted_iou[rows].clip(min=1e-6)  # a predicted IoU may be below zero, a score may not
+        results += ranked(image_id, found.select(rows), np.zeros((len(rows), 1), np.float32), named, scores)
+    return results
+
+
+def best_masks(dataset: CocoDataset, proposals: Mapping[int, Proposals]) -> list[Result]:
+    """For every object the proposal that covers it best, with its class and the IoU as score: perfect selection."""
+    results = []
+    for image_id, found in proposals.items():
+        iou = overlaps(dataset, image_id, found.rles)
+        for instance, values in zip(objects_of(dataset, image_id), iou.T, strict=True):
+            if values.max(initial=0) > 0:
+                row = int(values.argmax())
+                results.append(
+                    result_of(image_id, instance.category_id, found.rles[row], found.boxes[row], values[row])
+                )
+    return results
+
+
+def covered(dataset: CocoDataset, proposals: Mapping[int, Proposals], iou_type: str = "segm") -> pd.DataFrame:
+    """One row per object: `image_id` and `iou` of its best proposal."""
+    rows = []
+    for image_id, found in proposals.items():
+        boxes = [instance.box for instance in objects_of(dataset, image_id)]
+        iou = overlaps(dataset, image_id, found.rles) if iou_type == "segm" else box_iou(found.boxes, boxes)
+        rows += [(image_id, best) for best in iou.max(0, initial=0)]
+    return pd.DataFrame(rows, columns=["image_id", "iou"])
+
+
+def recall(objects: pd.DataFrame) -> Interval:
+    """Percent of the objects of `covered` that a proposal covers, mean over COCO's thresholds, interval over images.
+
+    It is the ceiling of AR.
+    """
+    hits = pd.Series((objects["iou"].to_numpy(float)[:, None] >= THRESHOLDS).mean(1))
+    per_image = hits.groupby(objects["image_id"].to_numpy()).agg(["sum", "count"]).to_numpy()
+
+    def statistic(rows: NDArray[np.int64]) -> float:
+        found, count = per_image[rows].sum(0)
+        return float(found / count)
+
+    return bootstrap_statistic(statistic, len(per_image)).times(100)
+
+
+# ---------------------------------------------------------------------------------- proposals, and parts of the data
+
+
+def proposal_table(pipeline: Pipeline, settings: Mapping[str, ProposalSettings], source: str) -> pd.DataFrame:
+    """One row per setting of the proposals, on the first targets: what it finds, and what that is worth.
+
+    Columns: `setting`; `seconds` of proposing, encoding included, per image, over five images; `proposals` per image,
+    of which `wholes` (IoU with an object of one half or more), `parts` (not whole, and four fifths inside one object)
+    and `others`; `recall`; mask `AP, low, high`, named by `source`.
+    """
+    scale, whole = pipeline.run.scale.pipeline, pipeline.data.targets
+    targets = first_images(whole, scale.grid_images)
+    sam, encoder, cache = pipeline.models["sam"], {source: pipeline.models[source]}, pipeline.run.cache
+    banks = [pipeline.bank(source, scale.shots, seed) for seed in pipeline.references]
+    timed, rows = [read_image(whole, image_id) for image_id in list(targets.images)[:5]], []
+    for name, setting in settings.items():
+        found = get_proposals(sam, targets, setting, cache / "proposals")
+        masks = {image_id: p.rles for image_id, p in found.items()}
+        features = encode_masks(encoder, targets, masks, cache / "mask_features")
+        runs = [[r for n, p in found.items() for r in match(n, p, features.of(source, n), b)] for b in banks]
+        row = ap_row(targets, runs, "segm")
+        started = time.perf_counter()
+        for image in timed:
+            propose(sam.model, image, setting)
+        seconds = (time.perf_counter() - started) / len(timed)
+        kinds = np.sum([proposal_kinds(targets, n, p.rles) for n, p in found.items()], axis=0) / len(found)
+        ceiling = recall(covered(targets, found)).value
+        rows.append((name, seconds, kinds.sum(), *kinds, ceiling, row["AP"], row["low"], row["high"]))
+    columns = ["setting", "seconds", "proposals", "wholes", "parts", "others", "recall", "AP", "low", "high"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def first_images(dataset: CocoDataset, count: int) -> CocoDataset:
+    """The first so many images of a data set, with their objects."""
+    images = dict(list(dataset.images.items())[:count])
+    return dataclasses.replace(
+        dataset, images=images, instances=tuple(i for i in dataset.instances if i.image_id in images)
+    )
+
+
+def proposal_kinds(dataset: CocoDataset, image_id: int, rles: Sequence[Rle]) -> NDArray[np.int64]:
+    """How many masks are whole objects, parts of one, and neither: `(3,)`."""
+    objects = [instance.rle for instance in objects_of(dataset, image_id)]
+    whole = overlaps(dataset, image_id, rles).max(1, initial=0) >= FOREGROUND
+    inside = np.zeros(len(rles), bool)
+    if objects and rles:  # as if the objects were crowds: pycocotools then divides by the mask's own area
+        inside = np.asarray(mask_tools.iou(list(rles), objects, [1] * len(objects))).max(1) >= INSIDE
+    part = inside & ~whole
+    return np.array([whole.sum(), part.sum(), (~whole & ~part).sum()])
+
+
+def subset_table(pipeline: Pipeline, variants: Iterable[Variant]) -> pd.DataFrame:
+    """`source, subset, AP, low, high`: mask AP on base and novel classes, and on the objects of each split of artists.
+
+    All classes compete for every name. A training-free method has seen none of them: base and novel are 02's. Subsets
+    that the data do not have are left out.
+    """
+    rows = []
+    for variant in variants:
+        runs = [pipeline.predict(variant, seed) for seed in pipeline.references]
+        for name, (dataset, categories) in subsets(pipeline).items():
+            interval = ap_interval([evaluate(dataset, results, "segm", categories) for results in runs])
+            rows.append((variant.source, name, *interval))
+    return pd.DataFrame(rows, columns=["source", "subset", "AP", "low", "high"])
+
+
+def subsets(pipeline: Pipeline) -> dict[str, tuple[CocoDataset, list[int]]]:
+    """Targets and categories of each subset: all but its objects are ignored in the evaluation, as crowds are."""
+    targets, names = pipeline.data.targets, pipeline.run.scale.incontext.novel
+    shown = {i.category_id for i in targets.instances if not i.crowd}
+    novel = [category for category in targets.categories if targets.categories[category] in names]
+    base = [category for category in targets.categories if category not in novel]
+    found = {"base": (targets, base), "novel": (targets, novel)}
+    for split in sorted({i.split for i in targets.instances if i.split}):
+        own = tuple(i if i.split == split else dataclasses.replace(i, crowd=True) for i in targets.instances)
+        found[f"{split} artists"] = (dataclasses.replace(targets, instances=own), list(targets.categories))
+    return {name: (data, chosen) for name, (data, chosen) in found.items() if shown & set(chosen)}
