@@ -23,7 +23,6 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         (["train", "nobody"], 1, "error: no objective is called 'nobody'"),
         (["extract", "nowhere"], 1, "error: nowhere"),
         (["propose", "--annotations", "none.json", "--images", "."], 1, "error: none.json cannot be read"),
-        (["controls", "."], 1, "error: . holds no model's card"),
         (["tune", "--scale", "poket"], 1, "error: no scale is called 'poket'"),
         (["propose", "--annotations", "a", "--images", "b", "--encoder", "clip"], 2, "only sam and sam2 propose masks"),
         (["compare", "old"], 2, "Missing argument"),

@@ -131,10 +131,11 @@ def pooled(encoder: Encoder, images: NDArray[np.uint8]) -> NDArray[np.float32]:
 def class_probes(encoder: Encoder, split: Split, share: float) -> Measures:
     """Class by 20 neighbours and by a linear probe (percent), from two labelled pictures of every training drawing."""
     labelled, asked = (pictures_of(encoder, s, share * twice_each(s)) for s in (STREAMS["labels"], split.pictures))
+    artist = pd.factorize(catalogue.catalogue()["artist"])[0][labelled.drawings[:, 0]]  # held out to choose settings
     data = (pooled(encoder, labelled.images), labelled.labels, pooled(encoder, asked.images), asked.labels)
     classes = len(catalogue.classes())
     near = knn_probe(*data, classes, k=20).top1[0]
-    line = linear_probe(*data, classes, seeds=(0,), groups=labelled.drawings[:, 0]).top1[0]  # held out: an artist
+    line = linear_probe(*data, classes, seeds=(0,), groups=artist).top1[0]
     return {"knn20": (100.0 * near, asked.labels), "linear": (100.0 * line, asked.labels)}
 
 
