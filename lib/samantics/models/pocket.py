@@ -112,6 +112,7 @@ def build_sam2(config: ZooConfig = DEFAULT) -> SAM2Base:
     """An untrained pocket SAM 2 for images: `sam2`'s Hiera, FPN neck and mask decoder; no memory (no video)."""
     from sam2.modeling.backbones.hieradet import Hiera
     from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
+    from sam2.modeling.backbones.utils import PatchEmbed
     from sam2.modeling.position_encoding import PositionEmbeddingSine
     from sam2.modeling.sam.transformer import TwoWayTransformer
     from sam2.modeling.sam2_base import SAM2Base
@@ -120,11 +121,14 @@ def build_sam2(config: ZooConfig = DEFAULT) -> SAM2Base:
         embed_dim=config.hiera_width,
         num_heads=1,
         stages=config.hiera_stages,
-        patch_stride=(config.patch_size // 4,) * 2,  # the mask decoder reads maps of a quarter and a half of the grid
-        window_spec=(8, 4, config.grid, config.grid // 2),  # the last two stages see the whole image
-        global_att_blocks=(),
+        window_spec=(8, 4, 4, 4),
+        # those of the third stage see the whole image, but for the first, which halves the map window by window
+        global_att_blocks=tuple(range(sum(config.hiera_stages[:2]) + 1, sum(config.hiera_stages[:3]))),
         window_pos_embed_bkg_spatial_size=(8, 8),
     )
+    # its own steps of 4 pixels suit tokens of 16
+    stride = config.patch_size // 4
+    trunk.patch_embed = PatchEmbed((7, 7), (stride, stride), (3, 3), embed_dim=config.hiera_width)
     neck = FpnNeck(
         position_encoding=PositionEmbeddingSine(num_pos_feats=config.dim, normalize=True),
         d_model=config.dim,
@@ -211,7 +215,6 @@ def build_mae(config: ZooConfig = DEFAULT) -> ViTMAEForPreTraining:
             decoder_num_hidden_layers=2,
             decoder_num_attention_heads=config.heads,
             decoder_intermediate_size=2 * config.width,
-            norm_pix_loss=True,
         )
     )
     model.vit.embeddings.patch_embeddings.projection = ConvStem(config.width, config.patch_size)

@@ -46,11 +46,9 @@ class Objective(nn.Module):
 
     Attributes:
         model: what is shipped: the official package's own class.
-        grows: whether it learns from smaller pictures first (masks need all of their pixels).
     """
 
     model: Any
-    grows: bool = True
 
     @override
     def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:

@@ -15,7 +15,7 @@ from torchvision.ops import masks_to_boxes, sigmoid_focal_loss
 from typing_extensions import override
 
 from samantics.models import pocket
-from samantics.zoo.contract import Batch, Objective
+from samantics.zoo.contract import Batch, Objective, at_size
 
 PROMPTED = 4  # objects of every image
 
@@ -24,61 +24,78 @@ class SamObjective(Objective):
     """Masks from clicks and boxes as in SAM (Kirillov et al. 2023, arXiv 2304.02643, sections 3 and A).
 
     Focal and dice loss 20:1, the best of three masks for a single click, a predicted IoU, and one corrective click
-    in the region of error with the last mask as a prompt. `PROMPTED` objects of every encoded image are asked for.
+    in the region of error with the last mask as a prompt. Of every encoded image `PROMPTED` objects are asked for, half by
+    clicks, half by boxes; masks are compared at the resolution of the logits.
     """
-
-    grows = False
 
     build: Callable[[pocket.ZooConfig], Any] = staticmethod(pocket.build_sam)
     prompts = operator.attrgetter("prompt_encoder")
 
     def __init__(self, config: pocket.ZooConfig = pocket.DEFAULT, model: Any = None) -> None:
         super().__init__()
-        self.model = self.build(config) if model is None else model
+        self.config, self.model = config, self.build(config) if model is None else model
 
     @override
     def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        masks = chosen_masks(batch.instances, (batch.drawings >= 0).sum(1))
+        instances = functional.interpolate(batch.instances[:, None], batch.side, mode="nearest-exact")[:, 0]
+        masks = chosen_masks(instances)
         maps = self.embed(batch.pixels)
-        image, side = tuple(level.repeat_interleave(PROMPTED, 0) for level in maps), masks.shape[-1]
-        fine = 8 * image[0].shape[-1]  # masks are compared at twice the resolution of the logits
-        target = shrunk_masks(masks, fine)
-        points, labels = sampled_clicks(target.bool(), target, side)
-        click, click_iou = self.decode(image, points, labels)
-        first_loss, first_best = best_of_masks_loss(click[:, 1:], click_iou[:, 1:], target)
-        best = click_iou[:, 1:].argmax(1) + 1
-        prompt = click[torch.arange(len(click), device=click.device), best, None].detach()
-        wrong = (upsampled(prompt) > 0).squeeze(1) != target.bool()
-        more_points, more_labels = sampled_clicks(wrong, target, side)
+        image = tuple(level.repeat(PROMPTED, 1, 1, 1) for level in maps)
+        target, half, side = shrunk_masks(masks, 4 * image[0].shape[-1]), len(masks) // 2, masks.shape[-1]
+        clicked, boxed = target[:half], target[half:]
+        points, labels = sampled_clicks(clicked.bool(), clicked, side)
+        corners = jittered(masks_to_boxes(masks[half:]))
+        prompts = zip(self.prompt(points, labels), self.prompt(boxes=corners), strict=True)  # two tokens for each
+        logits, iou = self.decode(image, *map(torch.cat, prompts))
+        first_loss, first_best = best_of_masks_loss(logits[:half, 1:], iou[:half, 1:], clicked)
+        box_loss, box_best = best_of_masks_loss(logits[half:, :1], iou[half:, :1], boxed)
+        best = iou[:half, 1:].argmax(1) + 1
+        before = logits[torch.arange(half, device=logits.device), best, None].detach()
+        more_points, more_labels = sampled_clicks((before[:, 0] > 0) != clicked.bool(), clicked, side)
         points, labels = torch.cat([points, more_points], 1), torch.cat([labels, more_labels], 1)
-        second, second_iou = self.decode(image, points, labels, prompt=prompt)
-        box, box_iou = self.decode(image, boxes=jittered(masks_to_boxes(masks)))
-        second_loss, second_best = best_of_masks_loss(second[:, :1], second_iou[:, :1], target)
-        box_loss, box_best = best_of_masks_loss(box[:, :1], box_iou[:, :1], target)
+        image = tuple(level[:half] for level in image)
+        second, second_iou = self.decode(image, *self.prompt(points, labels, before=before))
+        second_loss, second_best = best_of_masks_loss(second[:, :1], second_iou[:, :1], clicked)
         figures = {"iou_click": first_best, "iou_two_clicks": second_best, "iou_box": box_best}
         return first_loss + second_loss + box_loss, figures
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """The neck's output `(B, C, g, g)`, from normalised pixels; SAM 2 adds its two finer levels."""
-        return (self.model.image_encoder(pixels),)
+        encoder, side = self.model.image_encoder, pixels.shape[-1]
+        self.fit(side)
+        return (at_size(encoder, "pos_embed", pixels, side // self.config.patch_size),)
 
-    def decode(
-        self, image: tuple[Tensor, ...], points: Any = None, labels: Any = None, boxes: Any = None, prompt: Any = None
+    def fit(self, side: int) -> None:
+        """Tell the prompt encoder the size of the pictures, which it keeps as two numbers."""
+        encoder, grid = self.prompts(self.model), side // self.config.patch_size
+        encoder.image_embedding_size, encoder.input_image_size = (grid, grid), (side, side)
+
+    def prompt(
+        self, points: Any = None, labels: Any = None, boxes: Any = None, before: Any = None
     ) -> tuple[Tensor, Tensor]:
-        """All four masks of one prompt for each of B images.
+        """The package's tokens and map of one prompt for each of N objects.
 
         Args:
-            image: of `embed`.
-            points, labels: `(B, N, 2)` x, y in pixels and `(B, N)` 1 = object, 0 = background.
-            boxes: `(B, 4)` xyxy in pixels.
-            prompt: `(B, 1, 4g, 4g)` logits of an earlier mask.
+            points, labels: `(N, K, 2)` x, y in pixels and `(N, K)` 1 = object, 0 = background.
+            boxes: `(N, 4)` xyxy in pixels.
+            before: `(N, 1, 4g, 4g)` logits of an earlier mask.
+        """
+        sparse, dense = self.prompts(self.model)(
+            points=None if points is None else (points, labels), boxes=boxes, masks=before
+        )
+        return sparse, dense
+
+    def decode(self, image: tuple[Tensor, ...], sparse: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+        """All four masks of each prompt.
+
+        Args:
+            image: of `embed`, repeated: one for each prompt.
+            sparse, dense: of `prompt`.
 
         Returns:
-            Logits `(B, 4, 4g, 4g)` (the first is the single-mask token's) and predicted IoU `(B, 4)`.
+            Logits `(N, 4, 4g, 4g)` (the first is the single-mask token's) and predicted IoU `(N, 4)`.
         """
-        encoder = self.prompts(self.model)
-        sparse, dense = encoder(points=None if points is None else (points, labels), boxes=boxes, masks=prompt)
-        logits, iou, *_ = self.predict(image, encoder.get_dense_pe(), sparse, dense)
+        logits, iou, *_ = self.predict(image, self.prompts(self.model).get_dense_pe(), sparse, dense)
         return logits.float(), iou.float()
 
     def predict(self, image: tuple[Tensor, ...], position: Tensor, sparse: Tensor, dense: Tensor) -> Any:
@@ -109,6 +126,7 @@ class Sam2Objective(SamObjective):
 
     @override
     def embed(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        self.fit(pixels.shape[-1])
         fine, middle, coarse = self.model.forward_image(pixels)["backbone_fpn"]
         return coarse + self.model.no_mem_embed.view(1, -1, 1, 1), fine, middle
 
@@ -119,16 +137,16 @@ class Sam2Objective(SamObjective):
         )
 
 
-def chosen_masks(instances: Tensor, counts: Tensor) -> Tensor:
-    """`(B * PROMPTED, S, S)` bool masks of objects of every image, in turn from a random one on.
+def chosen_masks(instances: Tensor) -> Tensor:
+    """`(PROMPTED * B, S, S)` bool masks: an object of every image, another of every image ..., in turn.
 
     Args:
-        instances: `(B, S, S)` uint8, 0 for background, i + 1 on object i.
-        counts: `(B,)` how many objects each image has.
+        instances: `(B, S, S)` uint8, 0 for background, i + 1 on object i; each image shows one at least.
     """
+    counts = instances.flatten(1).amax(1).long()
     first = (torch.rand(len(counts), device=counts.device) * counts).long()
-    chosen = (first[:, None] + torch.arange(PROMPTED, device=counts.device)) % counts[:, None] + 1
-    return (instances[:, None] == chosen[..., None, None].to(instances.dtype)).flatten(0, 1)
+    chosen = (first + torch.arange(PROMPTED, device=counts.device)[:, None]) % counts + 1
+    return (instances == chosen[..., None, None].to(instances.dtype)).flatten(0, 1)
 
 
 def shrunk_masks(masks: Tensor, side: int) -> Tensor:
@@ -161,11 +179,6 @@ def jittered(boxes: Tensor) -> Tensor:
     return boxes + (torch.randn_like(boxes) * 0.1 * sides).clamp(-20, 20)
 
 
-def upsampled(logits: Tensor) -> Tensor:
-    """`(B, M, s, s)` logits at twice their resolution."""
-    return functional.interpolate(logits, scale_factor=2, mode="bilinear", align_corners=False)
-
-
 def mask_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """`(B, M)`: 20 times the focal loss plus the dice loss of `(B, M, S, S)` logits against 0/1 masks."""
     focal = sigmoid_focal_loss(logits, targets, alpha=0.25, gamma=2.0, reduction="none").mean((-2, -1))
@@ -180,16 +193,15 @@ def best_of_masks_loss(logits: Tensor, predicted_iou: Tensor, targets: Tensor) -
     Args:
         logits: `(B, M, s, s)`.
         predicted_iou: `(B, M)`.
-        targets: `(B, 2s, 2s)` 0 or 1.
+        targets: `(B, s, s)` 0 or 1.
 
     Returns:
         The mean loss and the mean IoU of the best mask.
     """
-    large = upsampled(logits)
-    target = targets[:, None].expand_as(large)
-    hard = large > 0
+    target = targets[:, None].expand_as(logits)
+    hard = logits > 0
     iou = (hard & target.bool()).sum((-2, -1)) / (hard | target.bool()).sum((-2, -1)).clamp(min=1)
-    loss = mask_losses(large, target).amin(-1).mean() + functional.mse_loss(predicted_iou, iou)
+    loss = mask_losses(logits, target).amin(-1).mean() + functional.mse_loss(predicted_iou, iou)
     return loss, iou.amax(-1).mean()
 
 

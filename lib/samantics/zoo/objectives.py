@@ -45,9 +45,9 @@ OBJECTIVES = {
     "sam": Entry(SamObjective, "sam", MASKS, parent="mae"),
     "sam2": Entry(Sam2Objective, "sam2", MASKS, parent="hiera"),
     "clip": Entry(ClipObjective, "clip", "which of these captions belongs to this picture?"),
-    "dinov2": Entry(SelfSupervision, "dinov2", f"{VIEWS} And: what would your moving average say of a hidden patch?"),
+    "dinov2": Entry(SelfSupervision, "dinov2", VIEWS),
     "supervised": Entry(SupervisedObjective, "supervised", "which classes does this picture show?"),
-    "simclr": Entry(functools.partial(SelfSupervision, patches=0.0), "dinov2", VIEWS),
+    "simclr": Entry(functools.partial(SelfSupervision, maps=False), "dinov2", VIEWS),
     "sam_scratch": Entry(SamObjective, "sam", MASKS),
     "sam2_scratch": Entry(Sam2Objective, "sam2", MASKS),
 }

@@ -17,7 +17,8 @@ UNIT = 2  # their side, tokens: what a token of Hiera's last stage covers
 class MaeObjective(Objective):
     """Masked autoencoder (He et al. 2022, arXiv 2111.06377): `transformers`' model and loss.
 
-    Three quarters of the tokens are hidden, and each square of pixels, standardised, is painted from the others.
+    Three quarters of the tokens are hidden, and their pixels are painted from the others. Pixels are not standardised
+    square by square: many of these pictures have plain grounds, and that would make their noise the task.
     """
 
     def __init__(self, config: pocket.ZooConfig = pocket.DEFAULT) -> None:
@@ -27,7 +28,7 @@ class MaeObjective(Objective):
     @override
     def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         pixels = batch.pixels
-        own = pixels.shape[-1] == self.model.config.image_size
+        own = batch.side == self.model.config.image_size
         return self.model(pixels, interpolate_pos_encoding=not own).loss, {}
 
 
@@ -38,8 +39,6 @@ class HieraObjective(Objective):
     output. Its own MAE takes them out, with a Hiera of other code than `sam2`'s.
     """
 
-    grows = False  # its windows are cut for pictures of one size
-
     def __init__(self, config: pocket.ZooConfig = pocket.DEFAULT) -> None:
         super().__init__()
         self.config, self.model = config, pocket.build_sam2(config)
@@ -48,11 +47,10 @@ class HieraObjective(Objective):
     @override
     def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         pixels, patch = batch.pixels, self.config.patch_size
-        hidden = hidden_squares(len(pixels), self.config.grid // UNIT, pixels.device)
+        hidden = hidden_squares(len(pixels), batch.side // patch // UNIT, pixels.device)
         seen = pixels * ~hidden[:, None].repeat_interleave(UNIT * patch, 2).repeat_interleave(UNIT * patch, 3)
         painted = self.paint(self.model.image_encoder(seen)["vision_features"].permute(0, 2, 3, 1).flatten(1, 2))
         true = functional.unfold(pixels, patch, stride=patch).transpose(1, 2)
-        true = (true - true.mean(2, keepdim=True)) / (true.var(2, keepdim=True) + 1e-6).sqrt()  # as MAE's
         wanted = hidden.repeat_interleave(UNIT, 1).repeat_interleave(UNIT, 2).flatten(1)
         return (painted.float() - true)[wanted].square().mean(), {}
 

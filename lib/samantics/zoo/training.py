@@ -308,7 +308,7 @@ def take_step(
     torch.manual_seed(recipe.seed * 1_000_003 + step)
     for group in itertools.chain.from_iterable(optimiser.param_groups for optimiser in optimisers):
         group["lr"] = recipe.rate(step)
-    side = recipe.small if objective.grows and step < recipe.growth * recipe.steps else None
+    side = recipe.small if step < recipe.growth * recipe.steps else None
     batch = batch_of(pool, rows_of_step(recipe, len(pool), step), device, side)
     with mixed_precision(device), attention_kernel(device):
         loss, _ = objective(batch, step / recipe.steps)
