@@ -38,15 +38,6 @@ def test_what_is_kept_comes_back_and_is_made_once(tmp_path: Path, ending: str) -
     assert [file.name for file in path.parent.iterdir()] == [path.name], "no lock and nothing half-written stays"
 
 
-@pytest.mark.parametrize("ending", [".json", ".npz", ".safetensors"])
-def test_a_damaged_file_is_named(tmp_path: Path, ending: str) -> None:
-    path = tmp_path / f"value{ending}"
-    kept(path, lambda: VALUES[ending])
-    path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(StudyError, match=f"value{ending} is damaged: delete it"):
-        kept(path, lambda: VALUES[ending])
-
-
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         kept(tmp_path / "value.json", lambda: 1 / 0)

@@ -41,13 +41,6 @@ def test_instance_classes_are_drawn_by_everybody_and_share_superclasses() -> Non
     assert TABLE[TABLE["class"].isin(table["class"])].groupby("class")["artist"].nunique().eq(9).all()
 
 
-def test_every_emoji_of_the_groups_has_a_superclass_or_a_reason() -> None:
-    placed = " ".join(curation.SUPERCLASSES.values()).split()
-    assert len(placed) == len(set(placed))
-    assert set(placed) <= set(curation.candidates().values())
-    assert set(curation.RENAMED) <= set(placed)
-
-
 def test_an_unplaced_emoji_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(curation.SUPERCLASSES, "bird", "owl")
     monkeypatch.setattr(curation, "candidates", lambda: {"1f986": "duck", "1f989": "owl"})
@@ -97,11 +90,6 @@ def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     drawings.load_package.cache_clear()
 
 
-def test_a_folder_that_is_named_is_the_one_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SAMANTICS_DRAWINGS", str(tmp_path))
-    assert drawings.packages_dir() == tmp_path / "node_modules"
-
-
 def test_a_package_of_another_version_is_refused(copied: Path) -> None:
     (copied / "package.json").write_text('{"version": "9.9.9"}')
     with pytest.raises(StudyError, match=r"is version 9\.9\.9, wanted is 1\.2\.2: run scripts/environment\.sh"):
@@ -123,15 +111,6 @@ def test_a_missing_package_and_a_missing_icon_are_refused(copied: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- sprites and export
-
-
-def test_icons_that_are_not_square_stand_in_the_middle_of_a_square() -> None:
-    icons = {
-        "icons": {"bar": {"body": '<path d="M0 0h8v16H0z"/>', "width": 8, "height": 16}},
-        "width": 16,
-        "height": 16,
-    }
-    assert 'viewBox="-4.0 0.0 16 16"' in drawings.Package("x", icons, {}).svg("bar")
 
 
 def test_exported_drawings_are_the_same_and_serve_without_packages(

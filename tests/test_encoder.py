@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,15 +126,6 @@ def test_features_are_the_packages_own(package: Callable[[Any, Tensor], Expected
     assert all((output.cls is not None) == encoder.has_class_token(layer) for layer, output in outputs.items())
     if name == "clip":
         assert close(outputs["final"].cls, outputs["before_projection"].cls @ model.visual.proj)
-
-
-@pytest.mark.skipif("SAMANTICS_SLOW" not in os.environ, reason="full-size models: set SAMANTICS_SLOW=1")
-@pytest.mark.parametrize("name", ENCODERS)
-def test_full_size_models_run(name: str) -> None:
-    encoder = load_encoder(name, "random")
-    outputs = encoder.encode(pixels(encoder.image_size, 1), encoder.layers)
-    widths = {"sam": 256, "sam2": 256, "clip": 512, "dinov2": 384, "sam3": 256, "dinov3": 384}
-    assert outputs["final"].dense.shape[1] == widths.get(name, 768)
 
 
 # ----------------------------------------------------------------------------------------- parity of preprocessing
@@ -276,12 +266,6 @@ REFUSALS: list[tuple[str, Callable[[Encoder], object]]] = [
 def test_refusals(message: str, call: Callable[[Encoder], object], models: dict[str, Encoder]) -> None:
     with pytest.raises(StudyError, match=message):
         call(models["sam"])
-
-
-def test_dinov2_takes_another_size() -> None:
-    encoder = load_encoder("dinov2", "zoo_random", image_size=2 * SIDE)
-    dense = encoder.encode(encoder.inputs([Image.new("RGB", (50, 30))]))["final"].dense
-    assert dense.shape[2:] == (2 * GRID, 2 * GRID)
 
 
 def test_weights_hash_tells_seeds_apart() -> None:

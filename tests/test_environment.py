@@ -44,9 +44,3 @@ def test_conda_takes_the_same_python_and_lock() -> None:
 def test_scripts_are_sound_bash() -> None:
     for script in ("run_all.sh", "run_tests.sh", "scripts/environment.sh", ".ci/run"):
         subprocess.run(["bash", "-n", PROJECT / script], check=True)
-
-
-def test_help_needs_no_environment() -> None:
-    command = [str(PROJECT / "run_all.sh"), "--help"]
-    text = subprocess.run(command, check=True, capture_output=True, text=True, cwd="/").stdout
-    assert text.startswith("Does SAM know what it segments?") and '"""' not in text and "--scale NAME" in text

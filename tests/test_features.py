@@ -20,7 +20,6 @@ from samantics.errors import StudyError
 from samantics.models.architectures import Architecture, LayerOutput
 from samantics.models.encoder import Encoder
 from samantics.models.preprocessing import Preprocessing
-from samantics.probing import features
 from samantics.probing.features import FeatureStore, encode_images
 from stub_encoder import MEAN, LookUp
 
@@ -63,15 +62,6 @@ def test_a_second_call_encodes_nothing(stub: LookUp, tmp_path: Path) -> None:
     again = encode(stub, tmp_path, readouts=[MEAN, ("early", "mean")])  # in any order
     assert np.allclose(again.read(MEAN), halves(stub), rtol=1e-3)
     assert stub.calls == 0
-
-
-@pytest.mark.parametrize(("side", "batch"), [(4, 32), (224, 20), (1024, 1)])
-def test_large_inputs_go_through_in_small_batches(side: int, batch: int, tmp_path: Path) -> None:
-    """32 of SAM's would take 80 GB of memory."""
-    stub = LookUp(np.zeros((33, 2), np.float32))
-    large = dataclasses.replace(stub.encoder, preprocess=dataclasses.replace(stub.encoder.preprocess, size=side))
-    encode_images(large, stub.images, [MEAN], "data", folder=tmp_path)
-    assert stub.largest_batch == batch
 
 
 def test_another_encoder_data_or_preprocessing_is_another_store(stub: LookUp, tmp_path: Path) -> None:
@@ -124,13 +114,6 @@ def test_damage_is_found_and_mended_by_deleting_the_shard(stub: LookUp, tmp_path
     stub.calls = 0
     assert np.allclose(encode(stub, tmp_path).read(MEAN), halves(stub), rtol=1e-3)
     assert stub.calls == 16
-
-
-def test_a_store_of_another_version_is_refused(stub: LookUp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode(stub, tmp_path)
-    monkeypatch.setattr(features, "FORMAT", 99)
-    with pytest.raises(StudyError, match="another version: delete"):
-        encode(stub, tmp_path)
 
 
 def test_a_full_disk_loses_nothing(stub: LookUp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,11 +170,6 @@ def test_refused_before_any_work(stub: LookUp, tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="no images"):
         encode(stub, tmp_path, images=[])
     assert stub.calls == 0
-
-
-def test_features_over_16_bits_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(StudyError, match="overflow"):
-        encode(LookUp(np.full((5, 2), 1e6, np.float32)), tmp_path)
 
 
 def test_object_masks_pool_the_object(tmp_path: Path) -> None:

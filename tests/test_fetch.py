@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 import tarfile
 import zipfile
 from collections.abc import Iterator
@@ -24,7 +23,6 @@ from samantics.cache import cache_dir
 from samantics.data import downloads, fetch
 from samantics.data.classification import scale_data
 from samantics.data.detection import load_data
-from samantics.data.downloads import download
 from samantics.data.fetch import chosen_images, coco_subset, imagenette
 from samantics.data.references import ReferenceRule, eligible
 from samantics.errors import StudyError
@@ -228,13 +226,6 @@ def test_no_network_is_one_line_with_a_cure(places: Path, monkeypatch: pytest.Mo
         coco_subset(SUBSET, RULE)
 
 
-def test_an_md5_that_the_server_states_is_not_taken_for_another_hash(source: Server, tmp_path: Path) -> None:
-    path = "/val2017/000000000001.jpg"
-    url = f"{os.environ['SAMANTICS_MIRROR']}{path[1:]}"
-    source.etags[path] = "0" * 32
-    assert download(url, tmp_path / "a.jpg") == hashlib.sha256(source.files[path]).hexdigest()
-
-
 # ------------------------------------------------------------------------------------------------------ the two scales
 
 
@@ -276,8 +267,3 @@ def test_the_plan_adds_up_and_knows_what_is_given() -> None:
     assert not any("COCO" in what or "Imagenette" in what for what in own)
     assert plan.encoders(lite, ("02", "04")) == ("sam",)
     assert plan.hours("lite", ("01", "04"))["notebook"].tolist() == ["01", "04"]
-
-
-def test_pocket_needs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    plan.prepare("pocket", ("01", "02", "03"), {})
-    assert capsys.readouterr().out == ""

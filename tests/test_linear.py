@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from samantics.errors import StudyError
 from samantics.probing import linear
-from samantics.probing.linear import few_shot_rows, held_out_rows, linear_probe
+from samantics.probing.linear import held_out_rows, linear_probe
 from stub_encoder import CLASSES, MEAN, Data, overlapping_classes, stored
 
 
@@ -98,18 +98,6 @@ def test_held_out_rows() -> None:
     assert held_out_rows(np.array([0, 1, 1]), 0).tolist() in ([False, True, False], [False, False, True])
     with pytest.raises(StudyError, match="give one learning rate"):
         held_out_rows(np.arange(3), 0)
-
-
-def test_few_shot_rows(data: Data) -> None:
-    x, y, test_x, test_y = data
-    rows = few_shot_rows(y, 4, seed=1)
-    assert np.bincount(y[rows]).tolist() == [4] * CLASSES
-    assert not np.array_equal(rows, few_shot_rows(y, 4, seed=2))
-    with pytest.raises(StudyError, match="fewer shots"):
-        few_shot_rows(y, 41, seed=0)
-    one = few_shot_rows(y, 1, seed=0)
-    result = linear_probe(x[one], y[one], test_x, test_y, CLASSES, seeds=(0,), rates=(0.1,), max_epochs=20)
-    assert result.top1.mean() > 3 / CLASSES
 
 
 def test_constant_features_do_not_become_nan(data: Data) -> None:

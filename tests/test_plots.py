@@ -63,13 +63,6 @@ def test_lines_pass_through_the_table_in_the_models_colours() -> None:
     plt.close(figure)
 
 
-def test_shares_are_stacked_to_their_sum() -> None:
-    figure = plots.stacked(TABLE, "level", "top1", hue="part")
-    right = max(bar.get_x() + bar.get_width() for bar in figure.axes[0].patches)
-    assert right == pytest.approx(TABLE.groupby("level")["top1"].sum().max())
-    plt.close(figure)
-
-
 def test_a_grid_shows_rows_of_different_length_and_instances_with_their_words() -> None:
     image = np.full((8, 8, 3), 200, np.uint8)
     mask = np.zeros((8, 8), bool)
