@@ -184,8 +184,8 @@ def masks(encoder: Encoder, split: Split, share: float) -> Measures:
         true = object_masks(field)
         image = tuple(level.expand(len(true), -1, -1, -1) for level in sam.embed(pixels.to(encoder.device)))
         points = torch.from_numpy(np.stack([centre_of(mask) for mask in true])).to(image[0])[:, None]
-        clicked, _ = sam.decode(image, points, torch.ones(len(true), 1).to(points))
-        boxed, _ = sam.decode(image, boxes=masks_to_boxes(torch.from_numpy(true)).to(points))
+        clicked, _ = sam.decode(image, *sam.prompt(points, torch.ones(len(true), 1).to(points)))
+        boxed, _ = sam.decode(image, *sam.prompt(boxes=masks_to_boxes(torch.from_numpy(true)).to(points)))
         logits = (clicked[:, 1:], boxed[:, :1], coarse_masks(true, boxed.shape[-1]))
         found.append([iou_with(each.cpu(), true).max(1) for each in logits])
     scene = np.repeat(np.arange(len(found)), [len(iou[0]) for iou in found])
