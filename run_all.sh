@@ -5,6 +5,8 @@
 #
 #   --scale NAME        pocket (default; two cores, no network), lite (fetches weights and data, then runs 01-04) or
 #                       paper (01-04 on your ImageNet and COCO: --data, --references, --targets, --images)
+#   --quick             the pocket scale from small samples, in some four minutes: for a first look, marked as such
+#                       in every figure (figures/quick/)
 #   --only NAME ...     these notebooks only, by number or name: --only 01 03
 #   --fresh             first empty this scale's caches: everything is computed again
 #   --student           only write the notebooks without the exercises' solutions, into student/

@@ -13,7 +13,7 @@ from PIL import Image
 
 from samantics import plots
 from samantics.errors import StudyError
-from samantics.run import PIXELS_WIDE, Run, available_cores, git_revision
+from samantics.run import PIXELS_WIDE, Run, available_cores, git_revision, start_run
 
 TABLE = pd.DataFrame({"encoder": ["sam", "clip"], "top1": [11.06, 73.92], "third": [1 / 3, np.float32(0.1)]})
 
@@ -41,6 +41,15 @@ def test_a_table_alone_leaves_no_picture_and_a_rerun_equal_bytes(pocket_run: Run
     first = path.read_bytes()
     pocket_run.save(None, TABLE, "99_table")
     assert path.read_bytes() == first and not path.with_suffix(".png").exists()
+
+
+def test_a_quick_run_marks_every_figure_and_record(places: Path) -> None:
+    run, figure = start_run("quick", "99_test"), plt.figure()
+    run.save(figure, TABLE, "99_bars")
+    (mark,) = [text.get_text() for text in figure.texts]
+    assert mark == json.loads((run.figures / "99_bars.json").read_text())["mark"] and "quick run" in mark
+    assert run.figures.name == "quick" and not start_run("pocket").scale.mark
+    plt.close(figure)
 
 
 def test_recording_two_values_under_one_name_is_refused(pocket_run: Run) -> None:

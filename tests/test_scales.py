@@ -7,9 +7,9 @@ from samantics.scales import SCALES, get_scale
 
 
 def test_scales_have_the_name_they_are_found_by() -> None:
-    assert [get_scale(name).name for name in ("pocket", "lite", "paper")] == list(SCALES)
+    assert [get_scale(name).name for name in ("pocket", "quick", "lite", "paper")] == list(SCALES)
 
 
 def test_unknown_scale_names_the_known_ones() -> None:
-    with pytest.raises(StudyError, match="'poket': choose from pocket, lite, paper"):
+    with pytest.raises(StudyError, match="'poket': choose from pocket, quick, lite, paper"):
         get_scale("poket")

@@ -75,6 +75,7 @@ def run(
     more: More = None,  # an option takes one value, so the further words of --only 01 03 arrive here
     only: Only = None,
     scale: Annotated[str, typer.Option(help="pocket, lite or paper")] = "pocket",
+    quick: Annotated[bool, typer.Option("--quick", help="pocket from small samples: a first look")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="First empty this scale's caches")] = False,
     student: Annotated[bool, typer.Option("--student", help="Only write notebooks without solutions")] = False,
     seed: Annotated[int | None, typer.Option(help="Another seed than the notebooks' own")] = None,
@@ -96,7 +97,7 @@ def run(
     given = _given(data=data, references=references, targets=targets, images=images, seed=seed, weights=weights)
     given |= _given(shots=shots, min_area=min_area, min_score=min_score, skip_bad_images=skip_bad_images or None)
     try:
-        outcomes = study.run_study(scale, chosen, fresh, given)
+        outcomes = study.run_study("quick" if quick else scale, chosen, fresh, given)
     except KeyboardInterrupt as stop:
         print("\nstopped; finished notebooks and caches are kept", file=sys.stderr)
         raise typer.Exit(130) from stop

@@ -91,6 +91,8 @@ class Run:
         """
         path = self.figures / f"{name}.csv"
         if figure is not None:
+            if self.scale.mark:
+                figure.supxlabel(self.scale.mark, x=0.99, ha="right", fontsize=8, color="#B00020")
             with atomic_path(path.with_suffix(".png")) as temporary:
                 figure.savefig(temporary, dpi=PIXELS_WIDE / figure.get_figwidth(), metadata={"Software": None})
                 if temporary.stat().st_size > HEAVY:
@@ -165,6 +167,7 @@ def provenance(run: Run) -> dict[str, Any]:
     return {
         "notebook": run.notebook,
         "scale": run.scale.name,
+        "mark": run.scale.mark,
         "seed": run.seed,
         "recorded": dict(run.facts),
         "git_revision": git_revision(),

@@ -1,4 +1,4 @@
-"""Settings of the three scales. The same notebooks run at each; only these values differ.
+"""Settings of the three scales, and of a quick look at the first. Notebooks are the same at each; only these differ.
 
 One nested dataclass per notebook. A setting that is the same at every scale has a default; a scale names the others.
 """
@@ -194,13 +194,14 @@ class Scale:
     """What a run is made of.
 
     Attributes:
-        name: ``pocket``, ``lite`` or ``paper``.
+        name: ``pocket``, ``quick``, ``lite`` or ``paper``.
         weights: where encoders come from: ``zoo`` (shipped with the project) or ``official`` (downloaded, verified).
         encoders: names of those compared, in the order of tables and figures; those whose gated weights are out of
             reach are left out.
         probing, incontext, pipeline: settings of notebooks 01, 02 and 03.
         coco: what is fetched of COCO for 02 and 03, if anything is.
         notebooks: numbers of those that run when none are named; none: all.
+        mark: what is written on every figure and into every result's record; empty where results are to be believed.
     """
 
     name: str
@@ -211,15 +212,32 @@ class Scale:
     pipeline: PipelineSettings = PipelineSettings()
     coco: CocoSubset | None = None
     notebooks: tuple[str, ...] = ()
+    mark: str = ""
 
 
 POCKET_ENCODERS = ("sam", "sam2", "mae", "clip", "dinov2", "supervised", "random")
 OFFICIAL_ENCODERS = ("sam", "sam2", "clip", "dinov2", *MORE_ENCODERS, "random")
 STUDY = ("01", "02", "03", "04")  # what needs data and weights that do not come with the project
+POCKET = Scale("pocket", "zoo", POCKET_ENCODERS, incontext=POCKET_INCONTEXT, pipeline=POCKET_PIPELINE)
+QUICK = (
+    dataclasses.replace(  # every cell and figure of pocket in four minutes, from too little data to conclude anything
+        POCKET,
+        name="quick",
+        probing=ProbingSettings(probe_seeds=1, labels=1, test=1, shots=(1, 2)),
+        incontext=dataclasses.replace(
+            POCKET_INCONTEXT, train_scenes=300, epochs=1, shots=(1, 10), reference_seeds=2, control_epochs=0.5
+        ),
+        pipeline=dataclasses.replace(
+            POCKET_PIPELINE, target_scenes=40, shot_curve=(1, 10), grids=(6, 12), grid_images=10, reference_seeds=2
+        ),
+        mark="quick run: small samples, for a first look only",
+    )
+)
 SCALES = {
     scale.name: scale
     for scale in (
-        Scale("pocket", "zoo", POCKET_ENCODERS, incontext=POCKET_INCONTEXT, pipeline=POCKET_PIPELINE),
+        POCKET,
+        QUICK,
         Scale("lite", "official", OFFICIAL_ENCODERS, coco=CocoSubset(), notebooks=STUDY),
         Scale("paper", "official", OFFICIAL_ENCODERS, notebooks=STUDY),
     )

@@ -92,7 +92,7 @@ def scale_data(run: Run, folder: Path | str = "") -> ClassificationData:
     """
     if folder:
         return folder_data(writable(Path(folder).name), image_folders(folder, run.seed))
-    if run.scale.name == "pocket":
+    if run.scale.weights == "zoo":
         settings = run.scale.probing
         return mojiworld_data(World(settings.image_size), settings.labels, settings.views, settings.test)
     if run.scale.name == "lite":
