@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from samantics.cache import hash_file
 from samantics.errors import StudyError
-from samantics.mojiworld import captions
 from samantics.models.preprocessing import MEAN, STD
+from samantics.mojiworld import captions
 
 if TYPE_CHECKING:  # builders import their packages themselves: all together take seconds
     import open_clip
@@ -269,7 +269,7 @@ def verify(name: str, folder: Path = ASSETS) -> str:
     path = folder / f"{name}.safetensors"
     if not path.is_file():
         raise StudyError(
-            f"{path} is missing: restore it with git checkout, or train it with python -m samantics.zoo.training {name}"
+            f"{path} is missing: restore it with git checkout, or train it with python -m samantics train {name}"
         )
     found, expected = hash_file(path), card(name, folder)["sha256"]
     if found != expected:

@@ -24,8 +24,8 @@ class SamObjective(Objective):
     """Masks from clicks and boxes as in SAM (Kirillov et al. 2023, arXiv 2304.02643, sections 3 and A).
 
     Focal and dice loss 20:1, the best of three masks for a single click, a predicted IoU, and one corrective click
-    in the region of error with the last mask as a prompt. Of every encoded image `PROMPTED` objects are asked for, half by
-    clicks, half by boxes; masks are compared at the resolution of the logits.
+    in the region of error with the last mask as a prompt. Of every encoded image `PROMPTED` objects are asked for,
+    half by clicks, half by boxes; masks are compared at the resolution of the logits.
     """
 
     build: Callable[[pocket.ZooConfig], Any] = staticmethod(pocket.build_sam)

@@ -1,7 +1,7 @@
 """What each model of the pocket zoo is trained for: the same pictures for all, one class of one contract each.
 
-A new objective is a subclass of `contract.Objective` and a line of `OBJECTIVES`: the training loop, the controls and
-the command line know it by that line alone.
+A new objective is a subclass of `contract.Objective` and a line of `OBJECTIVES`: the training loop and the command
+line know it by that line alone.
 """
 
 from __future__ import annotations

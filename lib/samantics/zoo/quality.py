@@ -26,7 +26,8 @@ from samantics.mojiworld.rendered import Pictures, stored_pictures
 from samantics.mojiworld.world import STREAMS, Stream, World, visible_drawings
 from samantics.probing.knn import knn_probe
 from samantics.probing.linear import linear_probe
-from samantics.training_free.matching import MemoryBank, class_scores, token_weights, unit
+from samantics.training_free.mask_features import token_weights, unit
+from samantics.training_free.matching import MemoryBank, class_scores
 from samantics.zoo.contract import normalised
 from samantics.zoo.masks import Sam2Objective, SamObjective
 from samantics.zoo.objectives import entry

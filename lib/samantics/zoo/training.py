@@ -225,14 +225,15 @@ def train(
     Args:
         name: of `OBJECTIVES`.
         folder: of the results, and of the checkpoint meanwhile.
-        start_from: weights (safetensors) of a trained parent, for an objective that has one.
+        start_from: weights (safetensors) of a trained parent, for an objective that has one; None: those in `folder`.
 
     Raises:
         StudyError: unknown name; no parent given; a checkpoint of another recipe in `folder`; the loss is not finite.
     """
     torch.manual_seed(recipe.seed)
     config = dataclasses.replace(pocket.DEFAULT, image_size=data.pool.images.shape[1])
-    objective = untrained(name, config, start_from).to(device).to(memory_format=torch.channels_last).train()
+    start = start_from or folder / f"{entry(name).parent}.safetensors"
+    objective = untrained(name, config, start).to(device).to(memory_format=torch.channels_last).train()
     optimisers = make_optimisers(objective, recipe)
     remove_leftovers(folder)
     identity = {"model": name} | dataclasses.asdict(recipe) | dataclasses.asdict(config)
@@ -267,13 +268,17 @@ def resumed(
     return state["step"], state["seconds"], state["rows"]
 
 
-def untrained(name: str, config: pocket.ZooConfig, start_from: Path | None) -> Objective:
+def untrained(name: str, config: pocket.ZooConfig, start_from: Path) -> Objective:
     """The objective before its first step, with its parent's trunk where it has one."""
     objective, parent = build_objective(name, config), entry(name).parent
-    if parent and start_from is None:
-        raise StudyError(f"{name} starts from a trained {parent}: name its file with --start-from")
-    if parent and start_from is not None:
+    if not parent:
+        return objective
+    if not start_from.is_file():
+        raise StudyError(f"{name} starts from a trained {parent}: train that first, or name its file with --start-from")
+    try:
         objective.start_from({key: value.float() for key, value in load_file(start_from).items()})
+    except (KeyError, RuntimeError) as error:
+        raise StudyError(f"{start_from} is no {parent} of these sizes: name another file with --start-from") from error
     return objective
 
 
