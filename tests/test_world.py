@@ -295,11 +295,13 @@ def test_captions_name_what_is_shown_in_words_of_the_vocabulary() -> None:
     assert max(len(captions.split_words(text)) for text in many) < 75 and len(set(many)) == 300
 
 
-def test_every_object_has_its_crop_and_its_vectors() -> None:
-    scenes = rendered.render(WORLD, STREAMS["targets"], range(3))
-    cut, box = (floors.object_crops(scenes, cut_out=value) for value in (True, False))
-    count = int((scenes.drawings >= 0).sum())
-    assert cut.shape == box.shape == (count, 64, 64, 3)
-    assert (cut[:, 0, 0] == floors.GREY).mean() > 0.7  # a corner is seldom the object's
-    vectors = floors.object_vectors(scenes)
-    assert all(v.shape[0] == count and np.allclose(np.linalg.norm(v, axis=1), 1, atol=1e-3) for v in vectors.values())
+def test_instruments_see_what_they_should() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    pixels, colours = floors.small_pixels(images), floors.colour_histograms(images)
+    assert np.allclose(pixels, floors.small_pixels(images // 2 + 20), atol=0.05)  # neither brightness nor contrast
+    assert np.allclose(colours, floors.colour_histograms(images[:, ::-1, ::-1]))  # no place
+    assert not np.allclose(pixels, floors.small_pixels(images[:, ::-1]))
+    by_hand = [sum((p // 43 == (0, 1, 2)).all() for p in one) for one in images.reshape(4, -1, 3)]
+    assert np.allclose(colours[:, 0 * 36 + 1 * 6 + 2], np.sqrt(np.array(by_hand) / (32 * 32)), atol=1e-6)
+    for vectors in (instrument(images) for instrument in floors.INSTRUMENTS.values()):
+        assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3)

@@ -6,11 +6,11 @@ import dataclasses
 import functools
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
@@ -23,12 +23,11 @@ from samantics.cache import cache_dir, hash_value, reading, write_json
 from samantics.errors import StudyError
 from samantics.mojiworld import catalogue as tables
 from samantics.mojiworld.places import PLACES
-from samantics.mojiworld.world import KINDS, MAX_OBJECTS, PARTS, RGB, Picture, Stream, World, picture
+from samantics.mojiworld.world import KINDS, MAX_OBJECTS, PARTS, RGB, Stream, World, picture
 
 CHUNK = 128  # pictures that a process renders at a time
 NO_PLACE = 255
-
-Arrays = TypeVar("Arrays")  # a dataclass of arrays with a row for each picture
+Entry = tuple[dict[str, Any], list[dict[str, Any]]]  # COCO's image and its annotations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,19 +60,16 @@ class Pictures:
 def render(world: World, stream: Stream, indices: Iterable[int]) -> Pictures:
     """The pictures of a stream at these indices, in the order given."""
     pictures, places = [picture(world, stream, index) for index in indices], list(PLACES)
-    return Pictures(
-        *stacked(pictures),
-        np.array([KINDS.index(one.kind) for one in pictures], np.uint8),
-        np.array([places.index(one.place) if one.place else NO_PLACE for one in pictures], np.uint8),
-    )
-
-
-def stacked(pictures: Sequence[Picture]) -> tuple[RGB, NDArray[np.uint8], NDArray[np.int16]]:
-    """Images, instances and drawings of pictures, as in `Pictures`."""
     drawings = np.full((len(pictures), MAX_OBJECTS), -1, np.int16)
     for row, one in zip(drawings, pictures, strict=True):
         row[: len(one.drawings)] = one.drawings
-    return np.stack([one.image for one in pictures]), np.stack([one.instances for one in pictures]), drawings
+    return Pictures(
+        np.stack([one.image for one in pictures]),
+        np.stack([one.instances for one in pictures]),
+        drawings,
+        np.array([KINDS.index(one.kind) for one in pictures], np.uint8),
+        np.array([places.index(one.place) if one.place else NO_PLACE for one in pictures], np.uint8),
+    )
 
 
 def stored_pictures(world: World, stream: Stream, count: int, workers: int = 0) -> Pictures:
@@ -91,40 +87,26 @@ def stored_pictures(world: World, stream: Stream, count: int, workers: int = 0) 
     Raises:
         StudyError: the drawings are not installed; the cache is damaged; a count below 1.
     """
-    name = "_".join([stream.name.replace(" ", "-").replace("/", "-"), world.hash, _hash(stream), str(count)])
-    return stored(name, Pictures, functools.partial(render, world, stream), count, workers)
-
-
-def stored(name: str, kind: type[Arrays], make: Callable[[range], Arrays], count: int, workers: int = 0) -> Arrays:
-    """What `make(range(count))` gives: made once, in spans, by all cores; memory-mapped from the cache folder.
-
-    Args:
-        name: identifies `make` and all that it depends on.
-        kind: the dataclass of arrays that `make` returns.
-        make: picklable.
-        count: of pictures.
-        workers: processes; 0 means all cores.
-    """
-    folder = cache_dir() / "mojiworld" / name
+    folder = cache_dir() / "mojiworld" / _name(world, stream, count)
     with _made_once(folder, count) as unfinished:
         if unfinished:
-            for part, sample in vars(make(range(1))).items():  # the drawings are rasterised here, before workers start
+            for part, sample in vars(render(world, stream, [0])).items():
                 np.lib.format.open_memmap(unfinished / f"{part}.npy", "w+", sample.dtype, (count, *sample.shape[1:]))
-            _by_all_cores(functools.partial(_fill, unfinished, make), count, workers)
+            _by_all_cores(functools.partial(_fill, unfinished, world, stream), count, workers)
     with reading(folder):
-        fields: Any = dataclasses.fields(kind)  # type: ignore[arg-type]
-        return kind(*(np.load(folder / f"{field.name}.npy", mmap_mode="r") for field in fields))
+        return Pictures(*(np.load(folder / f"{f.name}.npy", mmap_mode="r") for f in dataclasses.fields(Pictures)))
 
 
-def _fill(folder: Path, make: Callable[[range], Any], span: range) -> None:
-    for part, values in vars(make(span)).items():
+def _name(world: World, stream: Stream, count: int) -> str:
+    words = stream.name.replace(" ", "-").replace("/", "-")
+    return f"{words}_{world.hash}_{hash_value(dataclasses.asdict(stream))}_{count}"
+
+
+def _fill(folder: Path, world: World, stream: Stream, span: range) -> None:
+    for part, values in vars(render(world, stream, span)).items():
         array = np.load(folder / f"{part}.npy", mmap_mode="r+")
         array[span.start : span.stop] = values
         array.flush()
-
-
-def _hash(stream: Stream) -> str:
-    return hash_value(dataclasses.asdict(stream))
 
 
 @contextmanager
@@ -137,6 +119,7 @@ def _made_once(folder: Path, count: int) -> Iterator[Path | None]:
         if folder.exists():
             yield None
             return
+        tables.sprites()  # rasterised once, before the workers start and each would
         unfinished = folder.with_name(f".{folder.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
         unfinished.mkdir()
@@ -160,8 +143,6 @@ def _by_all_cores(work: Callable[[range], Any], count: int, workers: int) -> lis
 
 # ------------------------------------------------------------------------------------------------------- COCO JSON
 
-Objects = list[dict[str, Any]]  # what an annotation says of each object of a picture
-
 
 def write_scenes(world: World, stream: Stream, count: int, folder: Path | str, workers: int = 0) -> tuple[Path, Path]:
     """Write pictures of a stream as PNG files with COCO JSON.
@@ -182,46 +163,15 @@ def write_scenes(world: World, stream: Stream, count: int, folder: Path | str, w
     Raises:
         StudyError: the drawings are not installed; a count below 1.
     """
-    home = Path(folder) / f"{stream.name.replace(' ', '-')}_{world.hash}_{_hash(stream)}_{count}"
-    tables.sprites()  # rasterised once, before the workers start and each would
-    make = functools.partial(_described, world, stream)
-    return written(home, make, count, {"categories": categories(stream)}, workers), home
-
-
-def _described(world: World, stream: Stream, index: int) -> tuple[Picture, Objects]:
-    one, table = picture(world, stream, index), tables.catalogue()
-    keys = ["class", "superclass", "artist", "split", "icon"]
-    labels = tables.class_of_drawing()[list(one.drawings)]
-    words = table.iloc[list(one.drawings)][keys].astype(str).to_dict("records")
-    return one, [{"category_id": int(label) + 1, **its} for label, its in zip(labels, words, strict=True)]
-
-
-def written(
-    home: Path,
-    make: Callable[[int], tuple[Picture, Objects]],
-    count: int,
-    content: Mapping[str, Any],
-    workers: int = 0,
-) -> Path:
-    """COCO JSON and PNG files of `make(0)` to `make(count - 1)` in a folder of their own, written once.
-
-    Args:
-        home: the folder.
-        make: a picture and what is to be written of each of its objects; picklable.
-        count: of pictures.
-        content: what the JSON holds besides `images` and `annotations`.
-        workers: processes; 0 means all cores.
-
-    Returns:
-        The path of the JSON file.
-    """
+    home = Path(folder) / _name(world, stream, count)
     with _made_once(home, count) as unfinished:
         if unfinished:
-            spans = _by_all_cores(functools.partial(_write_span, unfinished, make), count, workers)
+            spans = _by_all_cores(functools.partial(_write_span, unfinished, world, stream), count, workers)
             images, objects = zip(*(entry for span in spans for entry in span), strict=True)
             annotations = [{"id": n, **one} for n, one in enumerate([one for its in objects for one in its], start=1)]
-            write_json(unfinished / "instances.json", {"images": images, "annotations": annotations, **content})
-    return home / "instances.json"
+            content = {"images": images, "annotations": annotations, "categories": categories(stream)}
+            write_json(unfinished / "instances.json", content)
+    return home / "instances.json", home
 
 
 def categories(stream: Stream) -> list[dict[str, Any]]:
@@ -235,25 +185,18 @@ def categories(stream: Stream) -> list[dict[str, Any]]:
     ]
 
 
-def _write_span(
-    home: Path, make: Callable[[int], tuple[Picture, Objects]], span: range
-) -> list[tuple[dict[str, Any], Objects]]:
+def _write_span(home: Path, world: World, stream: Stream, span: range) -> list[Entry]:
     """PNG files of some pictures, with COCO's entries for them (ids of annotations are given later)."""
-    entries = []
+    entries, table = [], tables.catalogue()[["class", "superclass", "artist", "split", "icon"]].astype(str)
     for index in span:
-        one, objects = make(index)
-        image = {"id": index + 1, "file_name": f"{index:05d}.png", "width": len(one.image), "height": len(one.image)}
+        one, side, annotations = picture(world, stream, index), world.image_size, []
+        image = {"id": index + 1, "file_name": f"{index:05d}.png", "width": side, "height": side, "place": one.place}
         Image.fromarray(one.image).save(home / f"{index:05d}.png", compress_level=1)
-        rles = [mask_tools.encode(np.asfortranarray(one.instances == n)) for n in range(1, len(one.drawings) + 1)]
-        shapes = [
-            {
-                "image_id": index + 1,
-                "bbox": [float(side) for side in mask_tools.toBbox(rle)],
-                "area": float(mask_tools.area(rle)),
-                "iscrowd": 0,
-                "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
-            }
-            for rle in rles
-        ]
-        entries.append((image | {"place": one.place}, [a | b for a, b in zip(shapes, objects, strict=True)]))
+        for number, drawing in enumerate(one.drawings, start=1):
+            rle = mask_tools.encode(np.asfortranarray(one.instances == number))
+            shape = {"bbox": [float(v) for v in mask_tools.toBbox(rle)], "area": float(mask_tools.area(rle))}
+            outline = {"size": rle["size"], "counts": rle["counts"].decode()}
+            ids = {"image_id": index + 1, "category_id": int(tables.class_of_drawing()[drawing]) + 1, "iscrowd": 0}
+            annotations.append({**ids, **shape, "segmentation": outline, **table.iloc[drawing].to_dict()})
+        entries.append((image, annotations))
     return entries

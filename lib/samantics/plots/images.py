@@ -18,17 +18,13 @@ from samantics.plots.style import COLOURS, ink, label
 
 
 def image_grid(
-    rows: Mapping[str, Sequence[Any]],
-    titles: Mapping[str, Sequence[str]] | None = None,
-    *,
-    size: float = 1.35,
+    rows: Mapping[str, Sequence[Any]], titles: Mapping[str, Sequence[str]] | None = None, *, size: float = 1.35,
     draw: Callable[[Axes, Any], None] | None = None,
-) -> Figure:
+) -> Figure:  # fmt: skip
     """A row of pictures for each name, with a word over each; `figure.axes` are in reading order.
 
     Args:
-        rows: pictures by row name: `(H, W, 3)` arrays, PIL images, or whatever `draw` takes; rows may
-                differ in length.
+        rows: pictures by row name, of any number: `(H, W, 3)` arrays, PIL images, or whatever `draw` takes.
         titles: a word for each picture, by row name.
         size: of a picture, inches.
         draw: draws one entry on its axes; by default the entry is shown as an image.
@@ -53,16 +49,9 @@ def image_grid(
 
 
 def show_instances(
-    axis: Axes,
-    image: Any,
-    *,
-    masks: Sequence[NDArray[np.bool_]] = (),
-    boxes: Sequence[Sequence[float]] = (),
-    names: Sequence[str] = (),
-    shades: Sequence[str] = ("#00E5FF",),
-    dashed: bool = False,
-    tint: float = 0.45,
-) -> None:
+    axis: Axes, image: Any, *, masks: Sequence[NDArray[np.bool_]] = (), boxes: Sequence[Sequence[float]] = (),
+    names: Sequence[str] = (), shades: Sequence[str] = ("#00E5FF",), dashed: bool = False, tint: float = 0.45,
+) -> None:  # fmt: skip
     """An image with instances on it: masks tinted and outlined, boxes, and a word at each.
 
     Args:
@@ -85,7 +74,7 @@ def show_instances(
     for (x0, y0, x1, y1), colour in zip(boxes, shade, strict=False):
         axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=colour, lw=1.6, ls=pattern))
     for place, name in enumerate(names):
-        x, y = boxes[place][:2] if len(boxes) else _corner(masks[place])
+        x, y = boxes[place][:2] if len(boxes) else np.argwhere(masks[place]).min(0, initial=10**6)[::-1]
         side = "bottom" if y > pixels.shape[0] / 12 else "top"  # a name above the frame would be cut off
         axis.text(
             x, y, name, fontsize=7.5, color=ink(shade[place]), va=side, clip_on=True,
@@ -101,12 +90,6 @@ def tinted(image: Any, masks: Sequence[NDArray[np.bool_]], shades: Sequence[str]
         picture = draw_segmentation_masks(picture, torch.from_numpy(np.asarray(mask)), alpha=opacity, colors=shade)
     pixels: NDArray[np.uint8] = picture.permute(1, 2, 0).numpy()
     return pixels
-
-
-def _corner(mask: NDArray[np.bool_]) -> tuple[float, float]:
-    """Upper left corner `(x, y)` of what a mask covers."""
-    ys, xs = np.nonzero(mask)
-    return (float(xs.min()), float(ys.min())) if len(xs) else (0.0, 0.0)
 
 
 def heat(

@@ -11,67 +11,32 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 # Okabe and Ito's colour-blind safe hues, SAM's family warm and the semantic models cool; a model keeps its colour.
-COLOURS = {
-    "sam": "#D55E00",
-    "sam2": "#E69F00",
-    "clip": "#0072B2",
-    "dinov2": "#009E73",
-    "random": "#B3B3B3",
-    "chance": "#5A5A5A",
-    "simclr": "#5D4A9C",
-    "supervised": "#222222",
-    "mae": "#CC79A7",
-    "hiera": "#8C5A2B",
-    "sam3": "#8B1A1A",
-    "dinov3": "#0B5A43",
-    "siglip2": "#56B4E9",
-    "base": "#3B4A63",
-    "novel": "#CC79A7",
-}
-LABELS = {
-    "sam": "SAM",
-    "sam2": "SAM 2",
-    "clip": "CLIP",
-    "dinov2": "DINOv2",
-    "random": "random",
-    "chance": "chance",
-    "simclr": "SimCLR",
-    "supervised": "supervised",
-    "mae": "MAE",
-    "hiera": "Hiera",
-    "sam3": "SAM 3",
-    "dinov3": "DINOv3",
-    "siglip2": "SigLIP 2",
-    "base": "base",
-    "novel": "novel",
-}
+NAMED = {
+    "sam": ("SAM", "#D55E00"), "sam2": ("SAM 2", "#E69F00"), "clip": ("CLIP", "#0072B2"),
+    "dinov2": ("DINOv2", "#009E73"), "random": ("random", "#B3B3B3"), "chance": ("chance", "#5A5A5A"),
+    "supervised": ("supervised", "#222222"),
+    "mae": ("MAE", "#CC79A7"), "hiera": ("Hiera", "#8C5A2B"), "sam3": ("SAM 3", "#8B1A1A"),
+    "dinov3": ("DINOv3", "#0B5A43"), "simclr": ("SimCLR", "#5D4A9C"), "siglip2": ("SigLIP 2", "#56B4E9"),
+    "base": ("base", "#3B4A63"), "novel": ("novel", "#CC79A7"),
+}  # fmt: skip
+LABELS = {name: label for name, (label, _) in NAMED.items()}
+COLOURS = {name: colour for name, (_, colour) in NAMED.items()}
 CYCLE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#222222", "#8C5A2B")  # for all other hues
 
 
 def style() -> None:
     """Set matplotlib's defaults for the whole study: readable when a figure is shown 800 pixels wide."""
-    mpl.rcParams.update(
-        {
-            "figure.figsize": (8.0, 4.5),
-            "figure.constrained_layout.use": True,
-            "figure.facecolor": "white",
-            "font.size": 11,
-            "axes.titlesize": 11,
-            "axes.titleweight": "bold",
-            "axes.titlelocation": "left",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.axisbelow": True,
-            "axes.grid": True,
-            "grid.color": "#E6E6E6",
-            "image.interpolation": "nearest",
-            "legend.frameon": False,
-            "lines.linewidth": 2.0,
-            "errorbar.capsize": 3.0,
-            "svg.hashsalt": "samantics",
-            "text.parse_math": False,  # a class of the user's may have a dollar in its name
-        }
-    )
+    mpl.rc("figure", figsize=(8.0, 4.5), facecolor="white")
+    mpl.rc("figure.constrained_layout", use=True)
+    mpl.rc("font", size=11)
+    mpl.rc("axes", titlesize=11, titleweight="bold", titlelocation="left", axisbelow=True, grid=True)
+    mpl.rc("axes.spines", top=False, right=False)
+    mpl.rc("grid", color="#E6E6E6")
+    mpl.rc("image", interpolation="nearest")
+    mpl.rc("legend", frameon=False)
+    mpl.rc("lines", linewidth=2.0)
+    mpl.rc("errorbar", capsize=3.0)
+    mpl.rc("text", parse_math=False)  # a class of the user's may have a dollar in its name
 
 
 def headline(figure: Figure, text: str) -> None:

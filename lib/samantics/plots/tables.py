@@ -6,7 +6,7 @@ result: intervals are columns of the table. `figure.axes` lets a cell add a line
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -43,20 +43,27 @@ def _span(rows: pd.DataFrame, value: str, low: str | None, high: str | None) -> 
     return np.abs(ends - rows[value].to_numpy(float))
 
 
+def _legend(axis: Axes, palette: Mapping[Any, str]) -> None:
+    """A legend of coloured squares outside the panel, at its right."""
+    handles = [Rectangle((0, 0), 1, 1, color=colour, label=label(name)) for name, colour in palette.items()]
+    axis.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
+
+
+def _groups(
+    rows: pd.DataFrame, key: str, names: Sequence[Any], hue: str | None, hues: Sequence[Any], width: float
+) -> Iterator[tuple[pd.DataFrame, NDArray[np.float64]]]:
+    """The rows of each hue (all, without one), and where they stand along the axis of names, side by side."""
+    for place, name in enumerate(hues if hue else [None]):
+        chosen = rows if name is None else rows[rows[hue] == name]
+        middles = np.array([names.index(value) for value in chosen[key]], float)
+        yield chosen, middles + (place - (len(hues) - 1) / 2 if hue else 0) * width
+
+
 def bars(
-    table: pd.DataFrame,
-    x: str,
-    y: str,
-    *,
-    hue: str | None = None,
-    panel: str | None = None,
-    low: str | None = None,
-    high: str | None = None,
-    ylabel: str = "",
-    floor: str | None = None,
-    digits: int = 1,
+    table: pd.DataFrame, x: str, y: str, *, hue: str | None = None, panel: str | None = None, low: str | None = None,
+    high: str | None = None, ylabel: str = "", floor: str | None = None, digits: int = 1,
     size: tuple[float, float] = (4.2, 4.0),
-) -> Figure:
+) -> Figure:  # fmt: skip
     """Bars with their intervals and their values written above; a panel for each value of a column.
 
     Args:
@@ -71,54 +78,37 @@ def bars(
         size: of a panel, inches.
     """
     figure, parts = _panels(table, panel, size)
-    by = hue or x
-    palette = colours(table[by])
+    palette = colours(table[hue or x])
+    width = 0.8 / (len(palette) if hue else 1)
     for axis, rows in parts:
-        names, groups = list(dict.fromkeys(rows[x])), list(dict.fromkeys(table[by])) if hue else [None]
-        width = 0.8 / len(groups)
+        names = list(dict.fromkeys(rows[x]))
         sns.barplot(
-            rows, x=x, y=y, hue=by, order=names, hue_order=list(palette) if hue else names, palette=palette, ax=axis,
-            errorbar=None, width=0.8, legend=False, saturation=1,
+            rows, x=x, y=y, hue=hue or x, order=names, hue_order=list(palette) if hue else names, palette=palette,
+            ax=axis, errorbar=None, width=0.8, legend=False, saturation=1,
         )  # fmt: skip
-        for place, group in enumerate(groups):
-            chosen = rows if group is None else rows[rows[by] == group]
-            at = np.array([names.index(name) for name in chosen[x]]) + (place - (len(groups) - 1) / 2) * width
+        for chosen, at in _groups(rows, x, names, hue, list(palette), width):
             span = _span(chosen, y, low, high)
-            tops = chosen[y].to_numpy(float) + (0 if span is None else np.nan_to_num(span[1]))
             axis.errorbar(at, chosen[y], span, fmt="none", ecolor="black", elinewidth=1.3, capsize=3, zorder=4)
+            tops = chosen[y].to_numpy(float) + (0 if span is None else np.nan_to_num(span[1]))
             for spot, top, value in zip(at, tops, chosen[y], strict=True):
                 text = f"{value:.{digits}f}"
                 axis.annotate(text, (spot, max(top, 0)), (0, 3), textcoords="offset points", ha="center", fontsize=8.5)
             if floor is not None:
                 axis.hlines(chosen[floor], at - width / 2, at + width / 2, colors="black", linestyles=":", zorder=5)
+        axis.set(xlabel="", ylabel="")
         axis.set_xticks(range(len(names)), [label(name) for name in names])
         axis.grid(axis="x", visible=False)
         axis.margins(y=0.12)
-        axis.set(xlabel="", ylabel="")
     parts[0][0].set_ylabel(ylabel or y)
     if hue:
-        _legend(parts[-1][0], {label(name): colour for name, colour in palette.items()})
+        _legend(parts[-1][0], palette)
     return figure
 
 
-def _legend(axis: Axes, entries: Mapping[str, str]) -> None:
-    """A legend of coloured squares outside the panel, at its right."""
-    handles = [Rectangle((0, 0), 1, 1, color=colour, label=name) for name, colour in entries.items()]
-    axis.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
-
-
 def dots(
-    table: pd.DataFrame,
-    x: str,
-    y: str,
-    *,
-    hue: str | None = None,
-    panel: str | None = None,
-    low: str | None = None,
-    high: str | None = None,
-    xlabel: str = "",
-    size: tuple[float, float] | None = None,
-) -> Figure:
+    table: pd.DataFrame, x: str, y: str, *, hue: str | None = None, panel: str | None = None, low: str | None = None,
+    high: str | None = None, xlabel: str = "", size: tuple[float, float] | None = None,
+) -> Figure:  # fmt: skip
     """Horizontal dots with their intervals, one row for each name, for comparisons of many things.
 
     Args:
@@ -132,35 +122,22 @@ def dots(
     figure, parts = _panels(table, panel, size or (5.5, 0.3 * len(names) + 1.2))
     palette = colours(table[hue or y])
     for axis, rows in parts:
-        groups = list(palette) if hue else [None]
-        for place, group in enumerate(groups):
-            chosen = rows if group is None else rows[rows[hue] == group]
-            at = np.array([names.index(name) for name in chosen[y]]) + 0.6 * ((place + 0.5) / len(groups) - 0.5)
+        for chosen, at in _groups(rows, y, names, hue, list(palette), 0.6 / (len(palette) if hue else 1)):
             for spot, (_, line) in zip(at, chosen.iterrows(), strict=True):
-                one = _span(line.to_frame().T, x, low, high)
-                colour = palette[line[hue or y]]
-                axis.errorbar(line[x], spot, xerr=one, fmt="o", color=colour, ms=4.5, lw=1.3, capsize=0)
+                span, colour = _span(line.to_frame().T, x, low, high), palette[line[hue or y]]
+                axis.errorbar(line[x], spot, xerr=span, fmt="o", color=colour, ms=4.5, lw=1.3, capsize=0)
         axis.set_yticks(range(len(names)), [label(name) for name in names])
         axis.set(xlabel=xlabel or x, ylim=(len(names) - 0.4, -0.6))
     if hue:
-        _legend(parts[-1][0], {label(name): colour for name, colour in palette.items()})
+        _legend(parts[-1][0], palette)
     return figure
 
 
 def lines(
-    table: pd.DataFrame,
-    x: str,
-    y: str,
-    *,
-    hue: str,
-    panel: str | None = None,
-    low: str | None = None,
-    high: str | None = None,
-    xlabel: str = "",
-    ylabel: str = "",
-    logx: bool = False,
+    table: pd.DataFrame, x: str, y: str, *, hue: str, panel: str | None = None, low: str | None = None,
+    high: str | None = None, xlabel: str = "", ylabel: str = "", logx: bool = False,
     size: tuple[float, float] = (5.2, 4.0),
-) -> Figure:
+) -> Figure:  # fmt: skip
     """Curves with their intervals as bands and their names at their ends.
 
     Args:
@@ -195,9 +172,9 @@ def lines(
 def end_labels(axis: Axes, ends: Sequence[tuple[float, float, Any]], palette: Mapping[Any, str]) -> None:
     """Names at the ends of curves `(y, x, name)`, moved apart where they would cover each other."""
     bottom, top = axis.get_ylim()
-    gap, lowest = 0.06 * (top - bottom), -np.inf
+    lowest = -np.inf
     for value, _, name in sorted(ends, key=lambda end: end[0]):
-        lowest = max(value, lowest + gap)
+        lowest = max(value, lowest + 0.06 * (top - bottom))
         axis.annotate(
             label(name), (1.0, lowest), (5, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
             color=palette[name], va="center", fontweight="bold", fontsize=10, annotation_clip=False,
@@ -259,17 +236,9 @@ def heatmaps(
 
 
 def scatter(
-    table: pd.DataFrame,
-    x: str,
-    y: str,
-    *,
-    hue: str,
-    style: str | None = None,
-    panel: str | None = None,
-    palette: Mapping[Hashable, str] | None = None,
-    legend: bool = True,
-    size: tuple[float, float] = (4.4, 4.4),
-) -> Figure:
+    table: pd.DataFrame, x: str, y: str, *, hue: str, style: str | None = None, panel: str | None = None,
+    palette: Mapping[Hashable, str] | None = None, legend: bool = True, size: tuple[float, float] = (4.4, 4.4),
+) -> Figure:  # fmt: skip
     """Points of a map (t-SNE), coloured by one column and shaped by another; a panel for each value of a column.
 
     Axes carry no numbers: a t-SNE map has no units.
