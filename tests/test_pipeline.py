@@ -24,7 +24,7 @@ COLUMNS = "proposals,source,merging,shots,iou_type,AP,AP50,AP75,APs,APm,APl,AR1,
 def small(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     run, folder = start_run("pocket", "99_test", seed=3), tmp_path_factory.mktemp("run")
     settings = dataclasses.replace(
-        run.scale.pipeline, reference_scenes=12, target_scenes=4, points_per_side=2, predicted_iou=0.0, shots=2,
+        run.scale.pipeline, reference_scenes=12, target_scenes=5, targets=4, points_per_side=2, predicted_iou=0.0, shots=2,
         shot_curve=(1, 2), grids=(1, 2), grid_images=2, reference_seeds=2,
     )  # fmt: skip
     scale = dataclasses.replace(run.scale, pipeline=settings)
@@ -70,7 +70,7 @@ def test_proposals_by_setting(small: Pipeline) -> None:
     table = oracles.proposal_table(small, settings, "dinov2").set_index("setting")
     assert table.index.tolist() == ["one", "four"] and table["proposals"].is_monotonic_increasing
     assert np.allclose(table[["wholes", "parts", "others"]].sum(axis=1), table["proposals"])
-    chosen = oracles.first_images(small.data.targets, 2)
+    chosen = small.data.targets.first(2)
     found = {image_id: small.proposals("sam")[image_id] for image_id in chosen.images}
     assert table.loc["four", "recall"] == pytest.approx(oracles.recall(oracles.covered(chosen, found)).value)
 

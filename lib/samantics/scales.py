@@ -132,6 +132,7 @@ class PipelineSettings:
         sources: of meaning, in the order of tables and figures; encoders whose gated weights are out of reach are left
             out.
         reference_scenes, target_scenes: how many MojiWorld scenes are written, where the data is MojiWorld.
+        targets: of MojiWorld's, the first so many are used (notebook 02 uses all).
         min_reference_area, reference_inset: pixels; smaller objects and those nearer to the frame are no references.
         points_per_side, predicted_iou, stability, box_nms: of the proposals.
         semantic_size: side of DINOv2's input, pixels; 0 for its own.
@@ -145,6 +146,7 @@ class PipelineSettings:
     sources: tuple[str, ...] = ("dinov2", "clip", "sam2", "sam", *MORE_ENCODERS, "random")
     reference_scenes: int = 0
     target_scenes: int = 0
+    targets: int = 0
     min_reference_area: float = 32.0**2
     reference_inset: float = 10.0
     points_per_side: int = 32
@@ -164,11 +166,15 @@ POCKET_PIPELINE = PipelineSettings(
     sources=("dinov2", "clip", "mae", "supervised", "sam2", "sam", "random"),
     reference_scenes=800,
     target_scenes=300,
+    targets=150,
     min_reference_area=12.0**2,
     reference_inset=2.0,
-    points_per_side=12,
+    points_per_side=8,
+    predicted_iou=0.7,  # the generators' own filters, for proposals that are whole objects
+    stability=0.85,
+    box_nms=0.7,
     semantic_size=0,
-    grids=(3, 6, 12, 16),
+    grids=(3, 4, 6, 8, 12),
     grid_images=40,
 )
 

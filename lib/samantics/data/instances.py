@@ -88,6 +88,13 @@ class CocoDataset:
             found[instance.image_id].append(instance)
         return {image_id: tuple(instances) for image_id, instances in found.items()}
 
+    def first(self, count: int) -> CocoDataset:
+        """The first so many images, with their objects."""
+        images = dict(list(self.images.items())[:count])
+        return dataclasses.replace(
+            self, images=images, instances=tuple(i for i in self.instances if i.image_id in images)
+        )
+
     @property
     def has_masks(self) -> bool:
         """Whether mask AP can be measured: some object has a mask (box AP needs boxes only)."""

@@ -121,7 +121,7 @@ def proposal_table(pipeline: Pipeline, settings: Mapping[str, ProposalSettings],
     and `others`; `recall`; mask `AP, low, high`, named by `source`.
     """
     scale, whole = pipeline.run.scale.pipeline, pipeline.data.targets
-    targets = first_images(whole, scale.grid_images)
+    targets = whole.first(scale.grid_images)
     sam, encoder, cache = pipeline.models["sam"], {source: pipeline.models[source]}, pipeline.run.cache
     banks = [pipeline.bank(source, scale.shots, seed) for seed in pipeline.references]
     timed, rows = [read_image(whole, image_id) for image_id in list(targets.images)[:5]], []
@@ -140,14 +140,6 @@ def proposal_table(pipeline: Pipeline, settings: Mapping[str, ProposalSettings],
         rows.append((name, seconds, kinds.sum(), *kinds, ceiling, row["AP"], row["low"], row["high"]))
     columns = ["setting", "seconds", "proposals", "wholes", "parts", "others", "recall", "AP", "low", "high"]
     return pd.DataFrame(rows, columns=columns)
-
-
-def first_images(dataset: CocoDataset, count: int) -> CocoDataset:
-    """The first so many images of a data set, with their objects."""
-    images = dict(list(dataset.images.items())[:count])
-    return dataclasses.replace(
-        dataset, images=images, instances=tuple(i for i in dataset.instances if i.image_id in images)
-    )
 
 
 def proposal_kinds(dataset: CocoDataset, image_id: int, rles: Sequence[Rle]) -> NDArray[np.int64]:

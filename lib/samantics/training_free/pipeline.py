@@ -159,6 +159,8 @@ def start(
     """
     settings, chosen = run.scale.pipeline, weights or run.scale.weights
     data = load_data(run, references, targets, images, skip_bad_images, min_area)
+    if settings.targets and not targets:
+        data = dataclasses.replace(data, targets=data.targets.first(settings.targets))
     size = None if chosen == "zoo" else settings.semantic_size or None
     models = {
         name: load_encoder(name, chosen, run.device, run.seed, image_size=size if name == "dinov2" else None)
