@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,21 +23,14 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     [
         (["train", "nobody"], 1, "error: no objective is called 'nobody'"),
         (["extract", "nowhere"], 1, "error: nowhere"),
-        (["propose", "--annotations", "none.json", "--images", "."], 1, "error: none.json cannot be read"),
         (["tune", "--scale", "poket"], 1, "error: no scale is called 'poket'"),
-        (["propose", "--annotations", "a", "--images", "b", "--encoder", "clip"], 2, "only sam and sam2 propose masks"),
         (["compare", "old"], 2, "Missing argument"),
         (["fly"], 2, "No such command 'fly'"),
     ],
     ids=lambda value: " ".join(value)[:20] if isinstance(value, list) else "",
 )
 def test_a_fault_is_one_line_and_a_wrong_option_is_told(
-    arguments: list[str],
-    code: int,
-    says: str,
-    places: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], code: int, says: str, places: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(places)
     assert cli.main(arguments) == code

@@ -210,17 +210,13 @@ def test_geometry_follows_a_pixel(fit: Any, shape: tuple[int, int]) -> None:
 
 def test_scales_name_encoders_that_have_a_colour_and_a_label() -> None:
     names = {name for scale in SCALES.values() for name in (*scale.encoders, *scale.pipeline.sources)}
-    assert names == {*ENCODERS, "random"} and names <= COLOURS.keys() & LABELS.keys()
+    assert names == {*ENCODERS, "supervised", "random"} and names <= COLOURS.keys() & LABELS.keys()
 
 
 def test_headline_rows_and_layers(models: dict[str, Encoder]) -> None:
-    headlines = {
-        "sam": ("final", "mean"),
-        "sam2": ("final", "mean"),
-        "clip": ("final", "cls"),
-        "dinov2": ("final", "cls"),
-    }
-    assert {name: encoder.headline for name, encoder in models.items()} == headlines
+    headlines = {name: encoder.headline for name, encoder in models.items()}
+    assert {name for name, readout in headlines.items() if readout == ("final", "cls")} == {"clip", "dinov2"}
+    assert all(readout in (("final", "cls"), ("final", "mean")) for readout in headlines.values())
     for encoder in models.values():
         assert (encoder.layers[0], encoder.layers[-1]) == ("block_01", "final")
         assert encoder.inputs([Image.new("RGB", (50, 30))]).shape == (1, 3, SIDE, SIDE)
@@ -255,7 +251,7 @@ REFUSALS: list[tuple[str, Callable[[Encoder], object]]] = [
     ("no class token", lambda encoder: encoder.pooled(pixels(SIDE), [("final", "cls")])),
     ("needs masks", lambda encoder: encoder.pooled(pixels(SIDE), [("final", "object")])),
     ("empty", lambda encoder: encoder.pooled(pixels(SIDE), [("final", "object")], masks=torch.zeros(2, 12, 12))),
-    ("choose from sam, sam2, clip, dinov2, random", lambda _: load_encoder("resnet", "zoo_random")),
+    ("choose from mae, sam, sam2, clip, dinov2, supervised, random", lambda _: load_encoder("resnet", "zoo_random")),
     ("no official encoder", lambda _: load_encoder("resnet", "official")),
     ("leave image_size out", lambda _: load_encoder("sam", "zoo_random", image_size=256)),
     ("too narrow", lambda _: Preprocessing(96, "pad")(Image.new("RGB", (2000, 1)))),

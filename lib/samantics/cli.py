@@ -1,6 +1,6 @@
 """The one command line, ``python -m samantics COMMAND``. A command imports what it needs when it runs: help is quick.
 
-``extract``, ``propose`` and ``tune`` share their work between the processes of ``torchrun ... -m samantics COMMAND``.
+``extract`` and ``tune`` share their work between the processes of ``torchrun ... -m samantics COMMAND``.
 """
 
 from __future__ import annotations
@@ -161,49 +161,22 @@ def extract(
     from samantics.models.encoder import load_encoder
     from samantics.probing.features import encode_images
 
-    model = load_encoder(encoder, weights, _device(), half=half)
+    splits, model = image_folders(folder), load_encoder(encoder, weights, _device(), half=half)
     names = layers or [":".join(model.headline)]
     wanted = [(name.partition(":")[0], name.partition(":")[2] or "mean") for name in names]
     options = _given(batch_size=batch_size, workers=workers, max_unreadable=max_unreadable, shard_rows=shard_rows)
-    for split in image_folders(folder):
+    for split in splits:
         store = encode_images(model, split, wanted, split.hash, **options)
         print(f"{store.folder}: {len(store.kept)} images, {len(store.skipped)} unreadable")
 
 
 @app.command()
-def propose(
-    annotations: Annotated[Path, typer.Option(help="COCO JSON of the images (annotations may be missing)")],
-    images: Annotated[Path, typer.Option(help="Their folder")],
-    encoder: Annotated[str, typer.Option(help="sam or sam2")] = "sam",
-    weights: str = "zoo",
-    points_per_side: Number = None, predicted_iou: Decimal = None, stability: Decimal = None,
-    stability_offset: Decimal = None, box_nms: Decimal = None,
-) -> None:  # fmt: skip
-    """Store the mask proposals of a COCO data set."""
-    given = dict(locals())  # the settings' names are the options'
-    from samantics.data.coco import load_coco
-    from samantics.models.encoder import load_encoder
-    from samantics.training_free.proposals import ProposalSettings, get_proposals, proposals_folder
-
-    if encoder not in ("sam", "sam2"):
-        raise typer.BadParameter("only sam and sam2 propose masks")
-    fields = [field.name for field in dataclasses.fields(ProposalSettings)]
-    settings = ProposalSettings(**_given(**{name: given[name] for name in fields}))
-    model, dataset = load_encoder(encoder, weights, _device()), load_coco(annotations, images)
-    get_proposals(model, dataset, settings)
-    print(proposals_folder(model, dataset, settings))
-
-
-@app.command()
 def tune(
     scale: str = "paper",
-    references: Folder = None,
-    targets: Folder = None,
-    images: Folder = None,
-    weights: Text = None,
+    references: Folder = None, targets: Folder = None, images: Folder = None, weights: Text = None,
     epochs: Annotated[float | None, typer.Option(help="Other than the scale's")] = None,
     batch: Annotated[int | None, typer.Option(help="Images per step over all processes")] = None,
-) -> None:
+) -> None:  # fmt: skip
     """Tune the in-context model by itself, as notebook 02 does."""
     from samantics.incontext.study import tune as tune_model
 

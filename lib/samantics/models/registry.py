@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from samantics.models.architectures import Architecture, LayerOutput, capture, channels_last, class_and_tokens, tokens
 from samantics.models.preprocessing import HALVES, OPENAI, Preprocessing
-from samantics.models.weights import OPENAI_CLIP, WeightFile, hub_file
+from samantics.models.weights import OFFICIAL, WeightFile
 
-META = "https://dl.fbaipublicfiles.com"
 Outputs = dict[str, LayerOutput]  # by layer
 EVALUATION = Preprocessing(224, "crop", short=256, bicubic=True)  # as DINOv2, MAE and Hiera evaluate on ImageNet
 
@@ -44,13 +43,7 @@ def _transformers(family: str, **sizes: Any) -> nn.Module:
 
 
 SAM = Entry(
-    weights=WeightFile(
-        "sam_vit_b_01ec64.pth",
-        f"{META}/segment_anything/sam_vit_b_01ec64.pth",
-        "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
-        375,
-        "Apache-2.0",
-    ),
+    weights=OFFICIAL["sam"],
     build=lambda: import_module("segment_anything").sam_model_registry["vit_b"](),
     architecture=Architecture(
         blocks=lambda model: model.image_encoder.blocks,
@@ -62,13 +55,7 @@ SAM = Entry(
 
 
 SAM2 = Entry(
-    weights=WeightFile(
-        "sam2.1_hiera_tiny.pt",
-        f"{META}/segment_anything_2/092824/sam2.1_hiera_tiny.pt",
-        "7402e0d864fa82708a20fbd15bc84245c2f26dff0eb43a4b5b93452deb34be69",
-        156,
-        "Apache-2.0",
-    ),
+    weights=OFFICIAL["sam2"],
     build=lambda: import_module("sam2.build_sam").build_sam2("configs/sam2.1/sam2.1_hiera_t.yaml", device="cpu"),
     architecture=Architecture(
         blocks=lambda model: model.image_encoder.trunk.blocks,
@@ -88,13 +75,7 @@ def _clip_forward(model: Any, pixels: Tensor) -> Outputs:
 
 
 CLIP = Entry(
-    weights=WeightFile(
-        "ViT-B-32.pt",
-        f"https://openaipublic.azureedge.net/clip/models/{OPENAI_CLIP}/ViT-B-32.pt",
-        OPENAI_CLIP,
-        354,
-        "MIT",
-    ),
+    weights=OFFICIAL["clip"],
     build=lambda: (clip := import_module("open_clip")).CLIP(**clip.get_model_config("ViT-B-32-quickgelu")),
     architecture=Architecture(
         blocks=lambda model: model.visual.transformer.resblocks,
@@ -107,9 +88,7 @@ CLIP = Entry(
     own=Preprocessing(224, "crop", *OPENAI, bicubic=True),
 )
 DINOV2 = Entry(
-    weights=hub_file(
-        "facebook/dinov2-small", 88, "Apache-2.0", "ae1e99fcefd534ed978cdeb8326f08030c96e28b7a81ffcbc98a857c84d14be1"
-    ),
+    weights=OFFICIAL["dinov2"],
     build=lambda: _transformers(
         "Dinov2", hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14
     ),
@@ -135,9 +114,7 @@ def _mae_forward(model: Any, pixels: Tensor) -> Outputs:
 
 
 MAE = Entry(
-    weights=hub_file(
-        "facebook/vit-mae-base", 448, "Apache-2.0", "479dcef4bd5df06259399027b789f21e9d9a1b79f37155a64176d55bc26fdae8"
-    ),
+    weights=OFFICIAL["mae"],
     build=lambda: _transformers("ViTMAE", mask_ratio=0.0),
     architecture=Architecture(lambda model: model.layers, _mae_forward, class_and_tokens, cls_in="all"),
     own=EVALUATION,
@@ -152,7 +129,7 @@ def _hiera_block(model: Any, output: Any) -> LayerOutput:
 
 
 HIERA = Entry(
-    weights=hub_file("facebook/hiera-tiny-224-mae-hf", 220, "CC-BY-NC-4.0"),
+    weights=OFFICIAL["hiera"],
     build=lambda: _transformers("Hiera", depths=(1, 2, 7, 2)),
     architecture=Architecture(
         blocks=lambda model: [layer for stage in model.encoder.stages for layer in stage.layers],
@@ -171,13 +148,7 @@ def _sam3_forward(model: Any, pixels: Tensor) -> Outputs:
 
 
 SAM3 = Entry(
-    weights=hub_file(
-        "facebook/sam3",
-        3440,
-        "SAM License",
-        "6d06f0a5f84e435071fe6603e61d0b4cc7b40e0d39d487cfd4d67d8cc11cc14a",
-        gated=True,
-    ),
+    weights=OFFICIAL["sam3"],
     build=lambda: _transformers("Sam3Vision"),
     architecture=Architecture(lambda model: model.backbone.layers, _sam3_forward, channels_last),
     own=Preprocessing(1008, "squash", *HALVES),
@@ -190,13 +161,7 @@ def _dinov3_tokens(model: Any, output: Any) -> LayerOutput:
 
 
 DINOV3 = Entry(
-    weights=hub_file(
-        "facebook/dinov3-vits16-pretrain-lvd1689m",
-        86,
-        "DINOv3 License",
-        "4610ad75edef83e75afdebf162d148dc628045ea6cbb83d67d4708c709c4f91d",
-        gated=True,
-    ),
+    weights=OFFICIAL["dinov3"],
     build=lambda: _transformers("DINOv3ViT", num_register_tokens=4),
     architecture=Architecture(
         blocks=lambda model: model.model.layer,
@@ -216,12 +181,7 @@ def _siglip_forward(model: Any, pixels: Tensor) -> Outputs:
 
 
 SIGLIP2 = Entry(
-    weights=hub_file(
-        "google/siglip2-base-patch16-224",
-        1501,
-        "Apache-2.0",
-        "612923381c76ec5a9bed335d1c48827e3f2e506ac31b044b63b2031fadee6a0b",
-    ),
+    weights=OFFICIAL["siglip2"],
     build=lambda: _transformers("SiglipVision"),
     architecture=Architecture(
         blocks=lambda model: model.encoder.layers,

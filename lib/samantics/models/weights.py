@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import os
 import pickle
@@ -19,8 +20,6 @@ from torch import Tensor, nn
 from samantics.cache import cache_dir, hash_file
 from samantics.data import downloads
 from samantics.errors import StudyError
-
-OPENAI_CLIP = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"  # SHA-256 of CLIP ViT-B/32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +44,11 @@ class WeightFile:
         return not self.gated or self.place.exists() or bool(huggingface_hub.get_token())
 
 
-def hub_file(repo: str, size: int, licence: str, sha256: str = "", gated: bool = False) -> WeightFile:
-    """The weights of a model on the hub."""
-    url = f"{{hub}}/{repo}/resolve/main/model.safetensors"
-    return WeightFile(f"{repo.partition('/')[2]}.safetensors", url, sha256, size, licence, gated)
+OFFICIAL = {  # by encoder
+    row.pop("encoder"): WeightFile(**row | {"size": int(row["size"]), "gated": row["gated"] == "yes"})
+    for row in csv.DictReader((Path(__file__).parents[1] / "assets" / "weights.csv").read_text().splitlines())
+}
+OPENAI_CLIP = OFFICIAL["clip"].sha256
 
 
 def weight_file(known: WeightFile, path: Path | str | None = None) -> tuple[Path, str]:
@@ -69,9 +69,8 @@ def weight_file(known: WeightFile, path: Path | str | None = None) -> tuple[Path
                 return place, download(known, place)
     found = hash_file(place)
     if known.sha256 not in ("", found):
-        raise StudyError(
-            f"{place} is damaged (SHA-256 {found[:12]}, expected {known.sha256[:12]}): delete it to download it again"
-        )
+        hashes = f"SHA-256 {found[:12]}, expected {known.sha256[:12]}"
+        raise StudyError(f"{place} is damaged ({hashes}): delete it to download it again")
     return place, found
 
 
@@ -102,10 +101,8 @@ def _request(known: WeightFile) -> tuple[str, dict[str, str]]:
 
 def _hash_on_hub(url: str, headers: dict[str, str]) -> str:
     """The SHA-256 that the hub states of a file, or nothing."""
-    stated = (
-        huggingface_hub.get_hf_file_metadata(url, token=False, headers=headers, timeout=downloads.TIMEOUT).etag or ""
-    )
-    return stated if len(stated) == 64 else ""
+    found = huggingface_hub.get_hf_file_metadata(url, token=False, headers=headers, timeout=downloads.TIMEOUT)
+    return found.etag if found.etag and len(found.etag) == 64 else ""
 
 
 # -------------------------------------------------------------------------------------------------------- reading
@@ -132,9 +129,8 @@ def read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise StudyError(f"{path} is damaged ({error}): delete it and fetch it again") from error
     except pickle.UnpicklingError as error:
-        raise StudyError(
-            f"{path} is refused: it holds more than tensors and could run code; use the official file"
-        ) from error
+        why = "it holds more than tensors and could run code; use the official file"
+        raise StudyError(f"{path} is refused: {why}") from error
     except Exception as error:  # damaged files make torch and zipfile raise nearly every kind
         raise StudyError(f"{path} cannot be read as weights: delete it and fetch it again") from error
     content = content.get("model", content) if isinstance(content, dict) else content  # SAM 2 keeps them one level down
