@@ -7,61 +7,60 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import pytest
-import scipy.stats
-import torch
 from PIL import Image
 
 from samantics.data import classification
-from samantics.data import first_world as mojiworld
-from samantics.metrics.intervals import bootstrap_mean
-from samantics.models.encoder import load_encoder
 from samantics.probing import tables
 from samantics.probing.features import encode_images
-from samantics.probing.knn import knn_probe
-from samantics.probing.linear import linear_probe
-from samantics.probing.protocol import training_changes
-from stub_encoder import MEAN, stored
+from stub_encoder import MEAN, LookUp
 
-LABELS, ROWS = np.arange(60) % 3, np.arange(60)
+LABELS = np.arange(60) % 3
+KINDS = np.array(["studio", "object"])[np.arange(20) % 2]
 
 
 def _encoded(table, folder, name="sam", weights="0") -> tables.Encoded:
-    store = stored(folder, table.astype(np.float32), 32, weights)
-    return tables.Encoded(name, MEAN, ("early", "final"), {"all": store})
+    """Features of 40 train images and of 20 test images, by an encoder that looks them up."""
+    stores = {}
+    for split, part in {"train": table[:40], "test": table[40:]}.items():
+        stub = LookUp(part.astype(np.float32))
+        encoder = dataclasses.replace(stub.encoder, weights_hash=weights)
+        readouts = [MEAN, tables.TOKENS]
+        stores[split] = encode_images(encoder, stub.images, readouts, split, folder=folder, shard_rows=32)
+    return tables.Encoded(name, MEAN, ("early", "final"), stores)
 
 
-def _task(labels=LABELS) -> classification.Task:
-    parts = [classification.Part("all", labels[part], ROWS[part]) for part in (ROWS < 40, ROWS >= 40)]
-    return classification.Task("category", tuple("abc"), *parts)
-
-
-def test_features_of_some_rows_and_of_a_whole_split(tmp_path) -> None:
-    table = np.random.default_rng(0).normal(size=(60, 3)).round(2)
-    encoded = _encoded(table, tmp_path)
-    features, labels = encoded.features(_task().test)
-    np.testing.assert_allclose(features, table[40:], atol=2e-3)
-    assert labels.tolist() == LABELS[40:].tolist()
-    whole, labels = encoded.features(classification.Part("all", LABELS))
-    np.testing.assert_allclose(whole.take(ROWS), table, atol=2e-3)
-    assert labels.tolist() == LABELS.tolist()
+def _task(name="artist", labels=LABELS) -> classification.Task:
+    train, test = classification.Part("train", labels[:40]), classification.Part("test", labels[40:], KINDS)
+    return classification.Task(name, tuple("abc"), train, test, ("first", "first", "second"))
 
 
 def test_a_probe_is_trained_once_and_again_for_other_labels(tmp_path, monkeypatch) -> None:
     encoded, task = _encoded(np.random.default_rng(0).normal(size=(60, 5)), tmp_path), _task()
-    first = tables.probe(encoded, task, seeds=2)
+    first = tables.probe(encoded, [task], seeds=2)["artist"]
     table = tables.few_shot({"sam": encoded}, task, (1, 2), 2)
 
     def forbidden(*_args, **_named):
         raise AssertionError("trained again")
 
     monkeypatch.setattr(tables, "linear_probe", forbidden)
-    for before, after in zip(first, tables.probe(encoded, task, seeds=2), strict=True):
+    for before, after in zip(first, tables.probe(encoded, [task], seeds=2)["artist"], strict=True):
         np.testing.assert_equal(after, before)
     pd.testing.assert_frame_equal(tables.few_shot({"sam": encoded}, task, (1, 2), 2), table)
-    other = _task(np.concatenate([LABELS[:40][::-1], LABELS[40:]]))
-    for changed in (lambda: tables.probe(encoded, task, seeds=3), lambda: tables.probe(encoded, other, seeds=2)):
+    other = _task(labels=np.concatenate([LABELS[:40][::-1], LABELS[40:]]))
+    for changed in (lambda: tables.probe(encoded, [task], seeds=3), lambda: tables.probe(encoded, [other], seeds=2)):
         with pytest.raises(AssertionError, match="trained again"):
             changed()
+
+
+def test_one_probe_answers_several_tasks_as_it_answers_each(tmp_path) -> None:
+    encoded = _encoded(np.random.default_rng(0).normal(size=(60, 5)) + np.eye(5)[LABELS], tmp_path)
+    tasks = [dataclasses.replace(_task("view"), test=classification.Part("train", LABELS[:40])), _task()]
+    both = tables.probe(encoded, tasks, "knn")
+    assert both["view"].top1.shape == (1, 40) and both["artist"].top1.shape == (1, 20)
+    for task in tasks:
+        alone = tables.probe(encoded, [task], "knn")[task.name]
+        np.testing.assert_array_equal(both[task.name].predictions, alone.predictions)
+        np.testing.assert_array_equal(both[task.name].top1, alone.top1)
 
 
 def test_a_table_is_made_again_where_any_of_its_models_was_trained_again(tmp_path) -> None:
@@ -72,101 +71,65 @@ def test_a_table_is_made_again_where_any_of_its_models_was_trained_again(tmp_pat
     assert before[0] == after[0] and before[1] < 80 < after[1] == 100
 
 
-def test_a_separable_task_is_probed_perfectly_and_shuffled_labels_are_not(tmp_path) -> None:
+def test_a_separable_task_is_probed_perfectly_by_kind_and_shuffled_labels_are_not(tmp_path) -> None:
     rng = np.random.default_rng(0)
     encoded = _encoded(rng.normal(size=(60, 6)) + 6 * np.eye(6)[LABELS], tmp_path)
-    table, answers = tables.headline({"sam": encoded}, {"category": _task()}, seeds=2)
-    assert table["probe"].tolist() == ["linear", "knn"] and table["seeds"].tolist() == [2, 1]
-    assert (table["top1"] == 100).all() and (table["n_test"] == 20).all() and (table["dim"] == 6).all()
-    classes = tables.class_rows(answers, _task(), encoded.data(_task())[3])
-    assert classes["class"].tolist() == ["a", "b", "c"] and (classes["top1"] == 100).all()
+    table, answers = tables.headline({"sam": encoded}, {"artist": _task()}, seeds=2)
+    assert table["probe"].unique().tolist() == ["linear", "attentive", "knn"]
+    assert table["kind"].tolist() == ["all", "object", "studio"] * 3 and table["n_test"].tolist() == [20, 10, 10] * 3
+    assert (table[table["probe"] != "attentive"]["top1"] == 100).all() and (table["top1"] > 60).all()
+    assert set(table["dim"]) == {6, 6 * 36}
+    assert set(answers) == {("sam", "artist", kind) for kind in ("linear", "attentive", "knn")}
+    families = tables.family_rows(answers, _task(), LABELS[40:])
+    assert families["family"].tolist() == ["first", "second"] and (families["top1"] == 100).all()
     shots = tables.few_shot({"sam": encoded}, _task(), (1, 4, 64), seeds=2)
     assert shots["shots"].tolist() == [1, 4] and shots["top1"].iloc[-1] > 90
-    mixed = _task(rng.permutation(LABELS))
-    assert tables.row(encoded, mixed, "knn", tables.probe(encoded, mixed, "knn"))["top1"] < 60
+    mixed = _task(labels=rng.permutation(LABELS))
+    assert tables.probe(encoded, [mixed], "knn")["artist"].top1.mean() < 0.6
 
 
 def test_layers_poolings_and_the_protocol_have_their_rows(tmp_path, pocket_run) -> None:
-    """The zoo's untrained CLIP on squares of six colours, and on the same colours as wide photographs."""
-    scale = dataclasses.replace(pocket_run.scale, weights="zoo_random")
+    """The zoo's untrained CLIP on squares of six colours."""
     rng = np.random.default_rng(0)
     colours = rng.integers(0, 256, (60, 1, 1, 3)) // 2 + 100 * np.eye(3, dtype=int)[LABELS][:, None, None]
     squares = np.broadcast_to(colours.clip(0, 255).astype(np.uint8), (60, 8, 8, 3))
-    wide = [Image.fromarray(square).resize((16, 8)) for square in squares]
-    for images, variants in ((squares, ["other statistics"]), (wide, ["other statistics", "aspect kept"])):
-        hashes = {"all": f"colours {len(variants)}"}
-        data = classification.ClassificationData("colours", {"all": images}, hashes, {"category": _task()}, {})
-        run = dataclasses.replace(pocket_run, scale=scale, facts={})
-        found = tables.encode_all(run, data, ["clip"])
-        lines = tables.protocol_rows(run, data, found, _task(), seeds=1)
-        assert lines["setting"].tolist()[-len(variants) - 1 :] == ["own", *variants]
-        assert lines["question"].tolist()[:5] == [question for question, _ in _changes()]
-    by_question = lines.groupby("question", sort=False)["top1"].first()
-    assert by_question["headline"] == by_question["the encoder's input"] == by_question["no normalisation"]
-    others = lines[lines["setting"] == ""]
-    assert others["question"].tolist() == [
-        "headline", "trunk instead of the last layer", "before the projection", "pooling", "before the projection",
-    ]  # fmt: skip
-    assert run.facts["weights:clip"] and run.facts["data:all"] == "colours 2"
-    layers = tables.layer_rows(found, data.tasks)
+    splits, hashes = {"train": squares[:40], "test": squares[40:]}, {"train": "a", "test": "b"}
+    masks = {split: np.ones((len(part), 8, 8), np.uint8) for split, part in splits.items()}
+    data = classification.ClassificationData("colours", splits, hashes, {"artist": _task()}, masks)
+    run = dataclasses.replace(pocket_run, scale=dataclasses.replace(pocket_run.scale, weights="zoo_random"))
+    found = tables.encode_all(run, data, ["clip"])
+    answers = tables.headline(found, data.tasks, 1)[1]
+    lines = tables.protocol_rows(run, data, found, _task(), answers)
+    assert lines["question"].tolist()[0] == "the paper's protocol" and len(lines) == 5
+    assert lines["top1"].iloc[-1] == 100 * answers["clip", "artist", "linear"].top1.mean()
+    assert run.facts["weights:clip"] and run.facts["data:train"] == "a"
+    layers = tables.layer_rows(found, _task())
     assert layers["depth"].iloc[-1] == 1 and layers["layer"].tolist() == list(found["clip"].layers)
-    assert tables.pooling_rows(found, data.tasks, 1)["pooling"].tolist() == ["mean", "cls"]
+    assert tables.pooling_rows(found, _task())["pooling"].tolist() == ["mean", "cls", "object"]
+    floors = tables.floor_rows(data)
+    assert floors["instrument"].tolist() == ["pixels", "colour histogram", "untrained network"]
 
 
-def _changes() -> list[tuple[str, str]]:
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(12, 3)).astype(np.float32), np.arange(12) % 2
-    return list(training_changes((x, y, x, y, 2), (0,)))
+def test_clip_is_asked_by_name_where_it_knows_the_words(pocket_run) -> None:
+    """Prompts of three of MojiWorld's classes; pictures that are noise, so chance is what comes out."""
+    prompts = (("a picture of a bat",), ("a picture of a bear", "here is a bear"), ("a picture of a rose",))
+    pictures = np.random.default_rng(0).integers(0, 256, (60, 96, 96, 3), np.uint8)
+    splits = {"train": pictures[:40], "test": pictures[40:]}
+    task = dataclasses.replace(_task(), prompts=prompts)
+    data = classification.ClassificationData("noise", splits, dict.fromkeys(splits, "n"), {"artist": task}, {})
+    run = dataclasses.replace(pocket_run, scale=dataclasses.replace(pocket_run.scale, weights="zoo_random"))
+    found = tables.encode_all(run, data, ["clip"])
+    table, answers = tables.zero_shot(run, found, data.tasks)
+    assert table["probe"].unique() == ["zero_shot"] and table["n_test"].tolist() == [20, 10, 10]
+    assert answers["clip", "artist", "zero_shot"].top1.shape == (1, 20)
+    assert tables.zero_shot(run, found, {"artist": _task()})[0].empty
 
 
-def _table(sam, clip, dinov2):
-    rows = [
-        {
-            "encoder": name,
-            "labels": "category",
-            "probe": "linear",
-            "top1": value,
-            "top1_low": value - 2,
-            "top1_high": value + 2,
-        }
-        for name, value in (("sam", sam), ("clip", clip), ("dinov2", dinov2))
-    ]
-    return pd.DataFrame(rows)
-
-
-def test_models_trained_once_keep_their_row_and_others_give_the_mean_of_their_trainings() -> None:
-    others = pd.DataFrame({"model": ["clip", "clip"], "labels": ["category", "drawing"], "top1": [58.0, 90.0]})
-    others = others.assign(top1_low=others["top1"] - 2, top1_high=others["top1"] + 2)
-    table = _table(10, 60, 40).assign(layer="final", seeds=3)
-    rows = tables.zoo_rows(table, others).set_index("encoder")
-    assert rows.loc["sam", ["top1", "top1_low", "top1_high", "zoos"]].tolist() == [10, 8, 12, 1]
-    clip = rows.loc["clip"]
-    assert (clip["top1"], clip["lowest"], clip["highest"], clip["zoos"]) == (59, 58, 60, 2)
-    noise = scipy.stats.t.ppf(0.975, 1) * 1  # two values 2 apart: the error of their mean is 1
-    assert clip["top1_high"] == pytest.approx(59 + np.hypot(noise, 2))
-    far = tables.zoo_rows(table, others.assign(top1=[20.0, 90.0])).set_index("encoder").loc["clip"]
-    assert (far["top1_low"], far["top1_high"]) == (0, 100)
-
-
-@pytest.mark.parametrize("name", ["sam", "dinov2"])
-def test_half_precision_on_disk_changes_no_accuracy_beyond_its_interval(name: str, tmp_path) -> None:
-    """The zoo's features of 40 drawings, as they come and as the store keeps them."""
-    encoder, world = load_encoder(name), mojiworld.World()
-    views = mojiworld.render(lambda index: mojiworld.object_picture(world, "halves", index, index // 6), range(240))
-    labels, test = np.arange(240) // 6, np.arange(240) % 6 > 3
-    with torch.inference_mode():
-        pixels = encoder.inputs([Image.fromarray(image) for image in views.images])
-        whole = encoder.pooled(pixels, [encoder.headline])[encoder.headline].numpy()
-    half = encode_images(encoder, views.images, [encoder.headline], "data", folder=tmp_path).read(encoder.headline)
-    assert not np.array_equal(whole, half)
-    results = [
-        (
-            linear_probe(x[~test], labels[~test], x[test], labels[test], 40, seeds=(0,)),
-            knn_probe(x[~test], labels[~test], x[test], labels[test], 40),
-        )
-        for x in (whole, half)
-    ]
-    for before, after in zip(*results, strict=True):
-        interval = bootstrap_mean(100.0 * before.top1)
-        assert interval.low <= 100 * after.top1.mean() <= interval.high
-        assert (before.predictions == after.predictions).mean() > 0.9
+def test_the_papers_input_is_only_another_where_the_encoders_own_differs(pocket_run) -> None:
+    run = dataclasses.replace(pocket_run, scale=dataclasses.replace(pocket_run.scale, weights="zoo_random"))
+    images = [Image.new("RGB", (16, 8), (number, 0, 0)) for number in range(60)]
+    data = classification.ClassificationData(
+        "wide", {"train": images[:40], "test": images[40:]}, {"train": "a", "test": "b"}, {"artist": _task()}, {}
+    )
+    own = tables.encode(run, data, tables.probed_encoder(run, "sam"), [MEAN])
+    assert tables._paper_encoded(run, data, own) is None  # the zoo's models have the paper's input

@@ -20,6 +20,7 @@ class ProbingSettings:
         image_size: side of MojiWorld's pictures, pixels: what the zoo takes.
         labels, views, test: MojiWorld pictures of each drawing: to train on, other views, test artists' drawings.
         shots: train images per class of the few-shot curve, as far as there are as many.
+        scenes: MojiWorld scenes that the dense readouts learn from and are asked.
     """
 
     probe_seeds: int = 3
@@ -28,6 +29,10 @@ class ProbingSettings:
     views: int = 1
     test: int = 2
     shots: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    scenes: tuple[int, int] = (400, 200)
+
+
+POCKET_PROBING = ProbingSettings(probe_seeds=2)
 
 
 VOC = (  # the 20 COCO categories that PASCAL VOC has too: novel in the usual 60/20 split
@@ -224,12 +229,12 @@ class Scale:
 POCKET_ENCODERS = ("sam", "sam2", "mae", "clip", "dinov2", "supervised", "random")
 OFFICIAL_ENCODERS = ("sam", "sam2", "clip", "dinov2", *MORE_ENCODERS, "random")
 STUDY = ("01", "02", "03", "04")  # what needs data and weights that do not come with the project
-POCKET = Scale("pocket", "zoo", POCKET_ENCODERS, incontext=POCKET_INCONTEXT, pipeline=POCKET_PIPELINE)
+POCKET = Scale("pocket", "zoo", POCKET_ENCODERS, POCKET_PROBING, POCKET_INCONTEXT, POCKET_PIPELINE)
 QUICK = (
     dataclasses.replace(  # every cell and figure of pocket in four minutes, from too little data to conclude anything
         POCKET,
         name="quick",
-        probing=ProbingSettings(probe_seeds=1, labels=1, test=1, shots=(1, 2)),
+        probing=ProbingSettings(probe_seeds=1, labels=1, test=1, shots=(1, 2), scenes=(100, 40)),
         incontext=dataclasses.replace(
             POCKET_INCONTEXT, train_scenes=300, epochs=1, shots=(1, 10), reference_seeds=2, control_epochs=0.5
         ),

@@ -19,7 +19,7 @@ from samantics.cache import cache_dir
 from samantics.data.fetch import imagenette
 from samantics.data.folders import ImageFolder, Images, class_names, image_folders, writable
 from samantics.errors import StudyError
-from samantics.mojiworld import catalogue
+from samantics.mojiworld import captions, catalogue
 from samantics.mojiworld.rendered import Pictures, stored_pictures
 from samantics.mojiworld.world import KINDS, STREAMS, World, visible_drawings
 from samantics.run import Run
@@ -48,6 +48,8 @@ class Task:
         name: `view`, `artist` or `class`.
         classes: names of the labels.
         train, test: the images of each.
+        families: of every class the name of its superclass (or its own).
+        prompts: of every class, for CLIP; empty where the CLIP at hand does not know its words.
         groups: `(N,)` of the train images: what is held out together when a probe chooses its settings.
     """
 
@@ -55,6 +57,8 @@ class Task:
     classes: tuple[str, ...]
     train: Part
     test: Part
+    families: tuple[str, ...]
+    prompts: tuple[tuple[str, ...], ...] = ()
     groups: NDArray[np.int64] | None = None
 
     @property
@@ -91,7 +95,8 @@ def scale_data(run: Run, folder: Path | str = "") -> ClassificationData:
         StudyError: `paper` without a folder; a folder that cannot be used.
     """
     if folder:
-        return folder_data(writable(Path(folder).name), image_folders(folder, run.seed))
+        found = image_folders(folder, run.seed)
+        return folder_data(writable(Path(folder).name), found, knows_words=run.scale.weights != "zoo")
     if run.scale.weights == "zoo":
         settings = run.scale.probing
         return mojiworld_data(World(settings.image_size), settings.labels, settings.views, settings.test)
@@ -112,10 +117,10 @@ def mojiworld_data(world: World, labels: int, views: int, test: int) -> Classifi
     found = {name: _pictures(world, name, count) for name, count in counts.items()}
     part = {name: Part(name, its.labels, np.array(KINDS)[its.kinds]) for name, its in found.items()}
     artist = pd.factorize(catalogue.catalogue()["artist"])[0][found["labels"].drawings[:, 0]]
-    names = catalogue.classes()
+    names, families = catalogue.classes(), tuple(np.array(catalogue.superclasses())[catalogue.superclass_of_class()])
     tasks = {
-        "view": Task("view", names, part["labels"], part["views"]),
-        "artist": Task("artist", names, part["labels"], part["test"], groups=artist),
+        task: Task(task, names, part["labels"], part[asked], families, captions.class_prompts(), artist)
+        for task, asked in (("view", "views"), ("artist", "test"))
     }
     hashes = {name: f"{world.hash}:{count}" for name, count in counts.items()}
     images, masks = ({name: vars(its)[what] for name, its in found.items()} for what in ("images", "instances"))
@@ -129,10 +134,11 @@ def _pictures(world: World, name: str, count: int) -> Pictures:
     return stored_pictures(world, stream, count * sum(map(len, visible_drawings(stream.role, stream.classes))))
 
 
-def folder_data(name: str, folders: tuple[ImageFolder, ImageFolder]) -> ClassificationData:
-    """Train and validation images of an image folder."""
-    train, val = folders
-    task = Task("class", class_names(train.classes), Part("train", train.labels), Part("val", val.labels))
+def folder_data(name: str, folders: tuple[ImageFolder, ImageFolder], knows_words: bool = True) -> ClassificationData:
+    """Train and validation images of an image folder; `knows_words`: whether CLIP is asked by the classes' names."""
+    (train, val), names = folders, class_names(folders[0].classes)
+    prompts = tuple((f"a photo of a {one}",) for one in names) if knows_words else ()
+    task = Task("class", names, Part("train", train.labels), Part("val", val.labels), names, prompts)
     splits, hashes = {"train": train, "val": val}, {"train": train.hash, "val": val.hash}
     notes = tuple(dict.fromkeys([*train.notes, *val.notes]))
     return ClassificationData(name, splits, hashes, {"class": task}, masks={}, notes=notes)

@@ -1,4 +1,4 @@
-"""The tables of notebook 01: encode once, then probe every encoder, layer, label level and number of shots."""
+"""The tables of notebook 01: encode once, then probe every encoder, layer, level and number of shots."""
 
 from __future__ import annotations
 
@@ -16,18 +16,24 @@ from numpy.typing import NDArray
 
 from samantics.cache import hash_value, kept
 from samantics.data.classification import ClassificationData, Part, Task
-from samantics.metrics.intervals import Interval, across_trainings, bootstrap_mean
+from samantics.metrics.claims import PAPER_PROBE
+from samantics.metrics.intervals import bootstrap_mean
 from samantics.models.architectures import Readout
-from samantics.models.encoder import Encoder, load_encoder, within_reach
+from samantics.models.encoder import Encoder, has_fast_half, load_encoder, within_reach
+from samantics.mojiworld.floors import INSTRUMENTS
+from samantics.probing.attentive import attentive_probe
 from samantics.probing.features import Column, FeatureStore, encode_images
 from samantics.probing.knn import knn_probe
 from samantics.probing.linear import Features, Labels, ProbeResult, few_shot_rows, linear_probe
-from samantics.probing.protocol import Data, input_variants, projected_probe, training_changes
+from samantics.probing.protocol import Data, paper_input, projected_probe, training_changes
+from samantics.probing.zero_shot import class_texts, zero_shot_probe
 from samantics.run import Run, available_cores
 
-PROBES = 1  # of what is kept; raised when the same probe would give other numbers
+PROBES = 2  # of what is kept; raised when the same probe would give other numbers
 ENCODED_AGAIN = 100_000  # images of a split, at most, that are encoded again with another input
-FEW_SHOT_RATE, FEW_SHOT_EPOCHS = 0.3, 60  # one image per class leaves nothing to choose settings on
+QUICK_RATE, QUICK_EPOCHS = 0.1, 20  # where many layers are compared, and where few images leave nothing to choose on
+TOKENS = ("final", "tokens")
+Answers = dict[tuple[str, str, str], ProbeResult]  # by encoder, level and probe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +57,11 @@ class Encoded:
         store = self.stores[part.split]
         return store.column(readout or self.headline), part.labels[store.kept]
 
+    def kinds(self, part: Part) -> NDArray[np.str_]:
+        """`(N,)` kind of each readable image of a part; `all` where there is but one."""
+        kept_rows = self.stores[part.split].kept
+        return np.full(len(kept_rows), "all") if part.kinds is None else part.kinds[kept_rows]
+
     def data(self, task: Task, readout: Readout | None = None) -> Data:
         """What every probe takes first: train features and labels, test features and labels, number of classes."""
         return *self.features(task.train, readout), *self.features(task.test, readout), len(task.classes)
@@ -64,14 +75,20 @@ def encode_all(run: Run, data: ClassificationData, names: Sequence[str]) -> dict
     """Features of every encoder within reach: all layers, pooled all ways, in one pass; from disk on a rerun."""
     found = {}
     for name in within_reach(names, run.scale.weights):
-        encoder = load_encoder(name, run.scale.weights, run.device)
+        encoder = probed_encoder(run, name)
         run.record(f"weights:{name}", encoder.weights_hash)
         readouts = [(layer, "mean") for layer in encoder.layers]
         readouts += [(layer, "cls") for layer in encoder.layers if encoder.has_class_token(layer)]
-        found[name] = encode(run, data, encoder, readouts + [("final", "object")] * bool(data.masks))
+        found[name] = encode(run, data, encoder, [*readouts, TOKENS] + [("final", "object")] * bool(data.masks))
     for split, value in data.hashes.items():
         run.record(f"data:{split}", value)
     return found
+
+
+def probed_encoder(run: Run, name: str) -> Encoder:
+    """An encoder of the run's scale; the zoo's compute in bfloat16, as they were trained, where that saves time."""
+    half = run.scale.weights.startswith("zoo") and has_fast_half(run.device)
+    return load_encoder(name, run.scale.weights, run.device, half=half)
 
 
 def encode(run: Run, data: ClassificationData, encoder: Encoder, readouts: Sequence[Readout]) -> Encoded:
@@ -82,30 +99,70 @@ def encode(run: Run, data: ClassificationData, encoder: Encoder, readouts: Seque
     return Encoded(encoder.name, encoder.headline, encoder.layers, stores)
 
 
+# ---------------------------------------------------------------------------------------------------- one probe
+
+
+def _linear(data: Data, seeds: int, groups: Labels | None) -> ProbeResult:
+    return linear_probe(*data, seeds=range(seeds), groups=groups)
+
+
+def _quick(data: Data, seeds: int, _groups: Labels | None) -> ProbeResult:
+    return linear_probe(*data, seeds=range(seeds), rates=(QUICK_RATE,), max_epochs=QUICK_EPOCHS)
+
+
+def _attentive(data: Data, seeds: int, _groups: Labels | None) -> ProbeResult:
+    return attentive_probe(*data, seeds=range(seeds))
+
+
+def _knn(data: Data, _seeds: int, _groups: Labels | None) -> ProbeResult:
+    return knn_probe(*data, k=min(10, len(data[1])))  # a reader's folder may have fewer images
+
+
+METHODS: dict[str, Callable[[Data, int, Labels | None], ProbeResult]] = {
+    "linear": _linear, "attentive": _attentive, "knn": _knn, "quick": _quick
+}  # fmt: skip
+
+
 def probe(
-    encoded: Encoded, task: Task, kind: str = "linear", readout: Readout | None = None, seeds: int = 1
-) -> ProbeResult:
-    """One probe of one task: `linear` (its settings chosen on held-out train images) or `knn`; kept on disk."""
+    encoded: Encoded, tasks: Sequence[Task], kind: str = "linear", readout: Readout | None = None, seeds: int = 1
+) -> dict[str, ProbeResult]:
+    """One probe, trained once and kept on disk, and its answers to each task's test images, by task.
+
+    Args:
+        encoded: the features.
+        tasks: that share their train images.
+        kind: of `METHODS`: `linear` (its settings chosen on held-out train images), `attentive`, `knn`, or `quick` (a
+            linear layer at one fixed setting).
+        readout: layer and pooling; None: the headline's, or the tokens for the attentive probe.
+        seeds: probes, with seeds 0, 1, ...
+    """
+    readout = readout or (TOKENS if kind == "attentive" else encoded.headline)
+    tests = [encoded.features(task.test, readout) for task in tasks]
 
     def make() -> dict[str, Any]:
-        data = encoded.data(task, readout)
-        if kind == "knn":
-            return knn_probe(*data, k=min(10, len(data[1])))._asdict()  # a reader's folder may have fewer images
-        return linear_probe(*data, seeds=range(seeds), groups=task.groups)._asdict()
+        x, y = encoded.features(tasks[0].train, readout)
+        test_x = tests[0][0] if len(tests) == 1 else np.concatenate([np.asarray(part) for part, _ in tests])
+        data = x, y, test_x, np.concatenate([labels for _, labels in tests]), len(tasks[0].classes)
+        return METHODS[kind](data, seeds, tasks[-1].groups)._asdict()
 
-    what = [kind, list(readout or encoded.headline), seeds if kind == "linear" else 10]
-    return ProbeResult(**kept(_path([encoded], task, what, "npz"), make))
+    whole, start, answers = kept(_path([encoded], tasks, [kind, list(readout), seeds], "npz"), make), 0, {}
+    for task, (_, labels) in zip(tasks, tests, strict=True):
+        mine = slice(start, start := start + len(labels))
+        asked = {name: whole[name][:, mine] for name in ("predictions", "top1", "top5")}
+        answers[task.name] = ProbeResult(**(whole | asked))
+    return answers
 
 
-def _path(features: Sequence[Encoded], task: Task, what: list[Any], kind: str) -> Path:
+def _path(features: Sequence[Encoded], tasks: Sequence[Task], what: list[Any], kind: str) -> Path:
     """Where the outcome of probes is kept: its name says what it depends on."""
     digest = hashlib.sha256()
-    for part in (task.train, task.test):
-        digest.update(part.split.encode() + np.ascontiguousarray(part.labels).tobytes())
-    digest.update(b"" if task.groups is None else np.ascontiguousarray(task.groups).tobytes())
+    for task in tasks:
+        for part in (task.train, task.test):
+            digest.update(part.split.encode() + np.ascontiguousarray(part.labels).tobytes())
+        digest.update(b"" if task.groups is None else np.ascontiguousarray(task.groups).tobytes())
     stores = [{split: store.folder.parts[-2:] for split, store in one.stores.items()} for one in features]
-    key = hash_value([PROBES, stores, task.name, digest.hexdigest(), what])
-    return features[0].stores[task.train.split].folder.parent / "probes" / f"{key}.{kind}"
+    key = hash_value([PROBES, stores, digest.hexdigest(), what])
+    return features[0].stores[tasks[0].train.split].folder.parent / "probes" / f"{key}.{kind}"
 
 
 def on_all_cores(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -129,66 +186,80 @@ def percent(name: str, hits: NDArray[np.bool_]) -> dict[str, float]:
     return dict(zip((name, f"{name}_low", f"{name}_high"), bootstrap_mean(100.0 * hits), strict=True))
 
 
-def row(encoded: Encoded, task: Task, kind: str, result: ProbeResult, readout: Readout | None = None) -> dict[str, Any]:
-    """A row of `01_probe_accuracy.csv`: percent, with 95 % intervals over test images and seeds."""
-    layer, pooling = readout or encoded.headline
-    what = {"encoder": encoded.name, "labels": task.name, "probe": kind, "layer": layer, "pooling": pooling}
-    counts = {"n_train": len(task.train.labels), "n_test": result.top1.shape[1], "seeds": result.top1.shape[0]}
-    accuracy = percent("top1", result.top1) | percent("top5", result.top5)
-    return what | accuracy | {"dim": encoded.dims(task)[layer, pooling]} | counts
+def rows(
+    encoded: Encoded, task: Task, kind: str, result: ProbeResult, readout: Readout | None = None
+) -> list[dict[str, Any]]:
+    """Rows of `01_probe_accuracy.csv`, for all pictures and for each kind: percent, 95 % intervals over both."""
+    layer, pooling = readout or (TOKENS if kind == "attentive" else encoded.headline)
+    found, kinds = [], encoded.kinds(task.test)
+    for shown in dict.fromkeys(["all", *np.unique(kinds).tolist()]):
+        chosen = np.ones(len(kinds), bool) if shown == "all" else kinds == shown
+        top1, top5 = result.top1[:, chosen], result.top5[:, chosen]
+        what = {"encoder": encoded.name, "labels": task.name, "kind": shown, "probe": kind}
+        counts = {"n_train": len(task.train.labels), "n_test": top1.shape[1], "seeds": top1.shape[0]}
+        where = {"layer": layer, "pooling": pooling}
+        dim = {"dim": encoded.dims(task)[layer, pooling]}
+        found.append(what | where | percent("top1", top1) | percent("top5", top5) | dim | counts)
+    return found
 
 
-def headline(
-    features: Mapping[str, Encoded], tasks: Mapping[str, Task], seeds: int
-) -> tuple[pd.DataFrame, dict[tuple[str, str], ProbeResult]]:
-    """Both probes of every encoder's output at every label level; the linear probes' answers by (encoder, level)."""
-    jobs = [(e, t, kind, None, seeds) for t in tasks.values() for e in features.values() for kind in ("linear", "knn")]
-    results = on_all_cores(probe, jobs)
-    rows = [row(*job[:3], result) for job, result in zip(jobs, results, strict=True)]
-    return pd.DataFrame(rows), {(e.name, t.name): r for (e, t, *_), r in zip(jobs[::2], results[::2], strict=True)}
+def headline(features: Mapping[str, Encoded], tasks: Mapping[str, Task], seeds: int) -> tuple[pd.DataFrame, Answers]:
+    """Three probes of every encoder at every level, and their answers."""
+    every = list(tasks.values())
+    jobs = [(one, every, kind, None, seeds) for kind in ("linear", "attentive", "knn") for one in features.values()]
+    answers, table = {}, []
+    for (one, _, kind, *_), by_level in zip(jobs, on_all_cores(probe, jobs), strict=True):
+        for level, result in by_level.items():
+            answers[one.name, level, kind] = result
+            table += rows(one, tasks[level], kind, result)
+    return pd.DataFrame(table), answers
 
 
-def zoo_rows(table: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
-    """The linear probes of `headline` with the noise of training in their intervals: C1's table.
-
-    Args:
-        table: of `headline`.
-        others: the same probes of models trained from other seeds (`controls.other_zoos`).
-
-    Returns:
-        `encoder, labels, probe, layer, top1, top1_low, top1_high` (the mean over trainings, within 0 and 100 percent;
-        a model trained once keeps its row), the `lowest` and `highest` of `zoos` trainings, and `seeds` of the probe.
-    """
-    columns, rows = ["top1", "top1_low", "top1_high"], []
-    for line in table[table["probe"] == "linear"].to_dict("records"):
-        alike = others[(others["model"] == line["encoder"]) & (others["labels"] == line["labels"])]
-        found = [Interval(*values) for values in [[line[name] for name in columns], *alike[columns].to_numpy(float)]]
-        top1 = dict(zip(columns, across_trainings(found).within(0, 100), strict=True))
-        span = {"lowest": min(found).value, "highest": max(found).value, "zoos": len(found), "seeds": line["seeds"]}
-        rows.append({name: line[name] for name in ("encoder", "labels", "probe", "layer")} | top1 | span)
-    return pd.DataFrame(rows)
+def zero_shot(run: Run, features: Mapping[str, Encoded], tasks: Mapping[str, Task]) -> tuple[pd.DataFrame, Answers]:
+    """CLIP's answers by prompts, where it knows the words of the classes' names."""
+    answers, table = {}, []
+    for level, task in tasks.items():
+        if task.prompts and "clip" in features:
+            texts = class_texts(probed_encoder(run, "clip"), task.prompts)
+            result = zero_shot_probe(*features["clip"].features(task.test), texts)
+            answers["clip", level, "zero_shot"] = result
+            table += rows(features["clip"], task, "zero_shot", result)
+    return pd.DataFrame(table), answers
 
 
-def layer_rows(features: Mapping[str, Encoded], tasks: Mapping[str, Task]) -> pd.DataFrame:
-    """Linear probes of the spatial mean of every layer: where in the network is the class?"""
-    jobs = [(e, t, (layer, "mean")) for t in tasks.values() for e in features.values() for layer in e.layers]
+def floor_rows(data: ClassificationData) -> pd.DataFrame:
+    """What instruments that learned nothing know: their nearest neighbours on the same images, by level."""
+    table = []
+    for name, vectors_of in INSTRUMENTS.items():
+        vectors = {split: vectors_of(np.asarray(images)) for split, images in data.splits.items()}
+        for task in data.tasks.values():
+            train, test = vectors[task.train.split], vectors[task.test.split]
+            found = knn_probe(train, task.train.labels, test, task.test.labels, len(task.classes))
+            table.append({"instrument": name, "labels": task.name, "probe": "knn", **percent("top1", found.top1)})
+    return pd.DataFrame(table)
+
+
+def layer_rows(features: Mapping[str, Encoded], task: Task) -> pd.DataFrame:
+    """Quick probes of the spatial mean of every layer: where in the network is the class?"""
+    jobs = [(e, task, (layer, "mean")) for e in features.values() for layer in e.layers]
     depth = [(e.layers.index(layer) + 1) / len(e.layers) for e, _, (layer, _) in jobs]
-    return _linear_rows(jobs, 1).assign(depth=depth)
+    return _quick_rows(jobs).assign(depth=depth)
 
 
-def pooling_rows(features: Mapping[str, Encoded], tasks: Mapping[str, Task], seeds: int) -> pd.DataFrame:
-    """Linear probes of the final layer under every pooling it has: is the class absent, or only averaged away?"""
-    pairs = [(e, t) for t in tasks.values() for e in features.values()]
-    return _linear_rows([(e, t, readout) for e, t in pairs for readout in e.dims(t) if readout[0] == "final"], seeds)
+def pooling_rows(features: Mapping[str, Encoded], task: Task) -> pd.DataFrame:
+    """Quick probes of the final layer under every pooling: is the class absent, or only averaged away?"""
+    pooled = [(e, task, readout) for e in features.values() for readout in e.dims(task) if readout[0] == "final"]
+    return _quick_rows([job for job in pooled if job[2] != TOKENS])
 
 
-def _linear_rows(jobs: Sequence[tuple[Encoded, Task, Readout]], seeds: int) -> pd.DataFrame:
-    results = on_all_cores(probe, [(e, t, "linear", readout, seeds) for e, t, readout in jobs])
-    return pd.DataFrame([row(e, t, "linear", r, readout) for (e, t, readout), r in zip(jobs, results, strict=True)])
+def _quick_rows(jobs: Sequence[tuple[Encoded, Task, Readout]]) -> pd.DataFrame:
+    results = on_all_cores(probe, [(e, [task], "quick", readout) for e, task, readout in jobs])
+    found = zip(jobs, results, strict=True)
+    return pd.DataFrame([rows(e, task, "quick", r[task.name], readout)[0] for (e, task, readout), r in found])
 
 
 def few_shot(features: Mapping[str, Encoded], task: Task, shots: Sequence[int], seeds: int) -> pd.DataFrame:
-    """Linear probes on 1, 2, 4 ... images of every class, as far as each has as many; each seed draws other images."""
+    """Quick probes on 1, 2, 4 ... images of every class, as far as each has as many; each seed draws other images."""
     fewest = int(np.bincount(task.train.labels, minlength=len(task.classes)).min())
     possible = [count for count in shots if count <= fewest]
 
@@ -200,7 +271,7 @@ def few_shot(features: Mapping[str, Encoded], task: Task, shots: Sequence[int], 
         ]
         return pd.DataFrame([line | percent("top1", hits) for line, hits in what])
 
-    return kept(_path(list(features.values()), task, ["few shot", possible, seeds], "csv"), make)
+    return kept(_path(list(features.values()), [task], ["few shot", possible, seeds], "csv"), make)
 
 
 def _few_shot_hits(encoded: Encoded, task: Task, count: int, seeds: int) -> NDArray[np.bool_]:
@@ -210,73 +281,60 @@ def _few_shot_hits(encoded: Encoded, task: Task, count: int, seeds: int) -> NDAr
     for seed in range(seeds):
         few = few_shot_rows(y, count, seed)
         few_x = x.take(few) if isinstance(x, Column) else x[few]
-        fixed = linear_probe(
-            few_x, y[few], test_x, test_y, classes, (seed,), (FEW_SHOT_RATE,), max_epochs=FEW_SHOT_EPOCHS
-        )
-        hits.append(fixed.top1[0])
+        options = {"rates": (QUICK_RATE,), "max_epochs": QUICK_EPOCHS}
+        hits.append(linear_probe(few_x, y[few], test_x, test_y, classes, (seed,), **options).top1[0])
     return np.stack(hits)
 
 
-def class_rows(answers: Mapping[tuple[str, str], ProbeResult], task: Task, test_y: Labels) -> pd.DataFrame:
-    """Top-1 of every class and encoder, percent, with intervals over its test images and the seeds."""
-    rows = []
-    for name, result in ((name, result) for (name, level), result in answers.items() if level == task.name):
-        for label in np.unique(test_y):
-            hits = result.top1[:, test_y == label]
-            what = {"encoder": name, "class": task.classes[label], "n_test": hits.shape[1], "seeds": hits.shape[0]}
-            rows.append(what | percent("top1", hits))
-    return pd.DataFrame(rows)
+def family_rows(answers: Answers, task: Task, test_y: Labels) -> pd.DataFrame:
+    """The linear probes' top-1 in every family of classes, percent, with intervals over test images and seeds."""
+    family, table = np.array(task.families)[test_y], []
+    for (name, level, kind), result in answers.items():
+        for its in dict.fromkeys(task.families) if (level, kind) == (task.name, "linear") else ():
+            hits = result.top1[:, family == its]
+            what = {"encoder": name, "family": its, "n_test": hits.shape[1], "seeds": hits.shape[0]}
+            table.append(what | percent("top1", hits))
+    return pd.DataFrame(table)
 
 
 # --------------------------------------------------------------------------------------------- the paper's protocol
 
 
 def protocol_rows(
-    run: Run, data: ClassificationData, features: Mapping[str, Encoded], task: Task, seeds: int
+    run: Run, data: ClassificationData, features: Mapping[str, Encoded], task: Task, answers: Answers
 ) -> pd.DataFrame:
-    """The paper's probing protocol and one change of it at a time, for every encoder.
+    """The paper's probing protocol with its choices given up one by one, for each of the paper's encoders.
 
-    Few encoders have the same width: each is also projected to the narrowest one's. Each is also given another input
-    (`protocol.input_variants`), but not hundreds of thousands of images; where all pictures are square, squashing them
-    changes nothing: no row for that.
+    Each is also projected to the narrowest one's width, and given the paper's input, where either differs from its own;
+    hundreds of thousands of images are not encoded again.
     """
-    width = min(one.dims(task)[one.headline] for one in features.values())
+    own = [one for name, one in features.items() if name in PAPER_PROBE]
+    width = min(one.dims(task)[one.headline] for one in own)
 
     def make() -> pd.DataFrame:
-        jobs = [(one, _variants(run, data, one), task, width, range(seeds)) for one in features.values()]
-        return pd.concat(on_all_cores(_protocol, jobs), ignore_index=True)
+        jobs = [
+            (one, _paper_encoded(run, data, one), task, width, answers[one.name, task.name, "linear"]) for one in own
+        ]
+        return pd.DataFrame([row for rows_of in on_all_cores(_protocol, jobs) for row in rows_of])
 
-    return kept(_path(list(features.values()), task, ["protocol and input", seeds], "csv"), make)
-
-
-def _variants(run: Run, data: ClassificationData, own: Encoded) -> dict[str, Encoded]:
-    """The encoder's headline features, by what was changed of its input; none where encoding again takes days."""
-    if max(len(images) for images in data.splits.values()) > ENCODED_AGAIN:
-        return {}
-    changed = input_variants(load_encoder(own.name, run.scale.weights, run.device))
-    arrays = [images for images in data.splits.values() if isinstance(images, np.ndarray)]
-    square = len(arrays) == len(data.splits) and all(array.shape[1] == array.shape[2] for array in arrays)
-    names = list(changed)[1:2] if square else list(changed)[1:]  # the first is the encoder's own
-    return {name: encode(run, data, changed[name], [own.headline]) for name in names}
+    return kept(_path(own, [task], ["protocol"], "csv"), make)
 
 
-def _protocol(
-    own: Encoded, variants: Mapping[str, Encoded], task: Task, width: int, seeds: Sequence[int]
-) -> pd.DataFrame:
-    data, top = own.data(task), own.headline
-    found = [(*words, top, result) for words, result in training_changes(data, seeds).items()]
-    sound = found[-1][-1]
-    found.append(("headline", "", top, sound))
-    last = [layer for layer in own.layers if layer.startswith("block")][-1]
-    questions = {"before_projection": "before the projection", last: "trunk instead of the last layer"}
-    for layer, pooling in own.dims(task):
-        if (layer, pooling) != top and (layer in ("final", "before_projection") or (layer, pooling) == (last, "mean")):
-            result = linear_probe(*own.data(task, (layer, pooling)), seeds=seeds)
-            found.append((questions.get(layer, "pooling"), "", (layer, pooling), result))
-    narrow = projected_probe(data, width, seeds)
-    found.append(("unequal widths", f"random projection to {width}", top, narrow))
-    found.append(("the encoder's input", "own", top, sound))
-    for name, variant in variants.items():
-        found.append(("the encoder's input", name, top, linear_probe(*variant.data(task), seeds=seeds)))
-    rows = [{"question": q, "setting": s} | row(own, task, "linear", r, readout) for q, s, readout, r in found]
-    return pd.DataFrame([line | ({"dim": width} if line["question"] == "unequal widths" else {}) for line in rows])
+def _paper_encoded(run: Run, data: ClassificationData, own: Encoded) -> Encoded | None:
+    """The encoder's headline features of the paper's input; None where that is its own, or encoding takes days."""
+    encoder = probed_encoder(run, own.name)
+    changed = paper_input(encoder)
+    few = max(len(images) for images in data.splits.values()) <= ENCODED_AGAIN
+    return encode(run, data, changed, [own.headline]) if few and changed.preprocess != encoder.preprocess else None
+
+
+def _protocol(own: Encoded, paper: Encoded | None, task: Task, width: int, sound: ProbeResult) -> list[dict[str, Any]]:
+    data = own.data(task)
+    found = training_changes(data, task.groups) | {("no normalisation", "swept, features standardised"): sound}
+    if data[0].shape[1] > width:
+        found["unequal widths", f"random projection to {width}"] = projected_probe(data, width, (0,))
+    if paper is not None:
+        result = linear_probe(*paper.data(task), seeds=(0,), groups=task.groups)
+        found["the encoder's input", "the paper's"] = result
+    words = ({"question": question, "setting": setting} for question, setting in found)
+    return [word | rows(own, task, "linear", result)[0] for word, result in zip(words, found.values(), strict=True)]

@@ -1,0 +1,208 @@
+"""The dense pair: what one linear readout of every token knows of *what* is there, and of *where* it ends.
+
+Two questions with the same head, the same tokens and exact masks, on scenes: the class of every pixel (which meaning
+should win) and the boundaries of objects (which mask training should win).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from samantics.metrics.intervals import Interval, bootstrap_statistic
+from samantics.models.encoder import Encoder
+from samantics.mojiworld import catalogue
+from samantics.mojiworld.rendered import Pictures, stored_pictures
+from samantics.mojiworld.world import STREAMS, World
+
+GRID = 12  # tokens along a side, for every encoder
+CELLS = 4  # along a token's side: a boundary is looked for in each
+BINS = 200  # of boundary scores, for average precision
+EPOCHS, BATCH, RATE = 15, 512, 3e-3
+
+
+class Scenes(NamedTuple):
+    """Scenes with what every pixel shows.
+
+    Attributes:
+        images: `(N, S, S, 3)` uint8, RGB.
+        labels: `(N, S, S)` by level (`class`, `superclass`): 0 is background.
+        edges: `(N, 48, 48)` bool: does the outline of an object's visible part pass the cell?
+    """
+
+    images: NDArray[np.uint8]
+    labels: dict[str, NDArray[np.int64]]
+    edges: NDArray[np.bool_]
+
+
+def scenes(world: World, stream: str, count: int) -> Scenes:
+    """Scenes of the instance classes: `references` to learn from, `targets` to be asked."""
+    STREAMS[stream].require("references", "targets", "choice")
+    pictures = stored_pictures(world, STREAMS[stream], count)
+    known = catalogue.instance_classes()["class"].tolist()
+    number = np.array([known.index(name) + 1 if name in known else 0 for name in catalogue.classes()])
+    labels = {
+        "class": _painted(pictures, number[catalogue.class_of_drawing()]),
+        "superclass": _painted(pictures, catalogue.superclass_of_drawing() + 1),
+    }
+    return Scenes(np.asarray(pictures.images), labels, outlines(np.asarray(pictures.instances), GRID * CELLS))
+
+
+def _painted(pictures: Pictures, label_of_drawing: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`(N, S, S)` the label of what each pixel shows, 0 for the ground."""
+    table = np.where(pictures.drawings >= 0, label_of_drawing[pictures.drawings], 0)
+    table = np.concatenate([np.zeros((len(table), 1), np.int64), table], axis=1)
+    painted: NDArray[np.int64] = np.take_along_axis(table, pictures.instances.reshape(len(table), -1).astype(int), 1)
+    return painted.reshape(pictures.instances.shape)
+
+
+def outlines(instances: NDArray[np.uint8], cells: int) -> NDArray[np.bool_]:
+    """`(N, cells, cells)` bool: does a cell hold neighbouring pixels of different objects (or ground)?"""
+    edge = np.zeros(instances.shape, bool)
+    edge[:, :, :-1] |= instances[:, :, :-1] != instances[:, :, 1:]
+    edge[:, :-1] |= instances[:, :-1] != instances[:, 1:]
+    side = instances.shape[1] // cells
+    return edge.reshape(len(edge), cells, side, cells, side).any((2, 4))
+
+
+@torch.no_grad()
+def token_maps(encoder: Encoder, images: NDArray[np.uint8], batch: int = 32) -> Tensor:
+    """`(N, 144, C)` tokens of the last layer, averaged or interpolated to a grid of 12x12."""
+    maps = []
+    for start in range(0, len(images), batch):
+        pixels = encoder.inputs([Image.fromarray(image) for image in images[start : start + batch]])
+        dense = encoder.encode(pixels)["final"].dense
+        if dense.shape[-1] < GRID:
+            dense = F.interpolate(dense, (GRID, GRID), mode="bilinear", align_corners=False)
+        maps.append(F.adaptive_avg_pool2d(dense, GRID).flatten(2).mT.cpu())
+    return torch.cat(maps)
+
+
+# -------------------------------------------------------------------------------------------------------- readout
+
+
+def shares(labels: NDArray[np.int64], count: int) -> Tensor:
+    """`(N * 144, count)` share of each label among a token's pixels."""
+    size, side = len(labels), labels.shape[1] // GRID
+    token = np.arange(size * GRID**2).reshape(size, GRID, 1, GRID, 1)
+    codes = token * count + labels.reshape(size, GRID, side, GRID, side)
+    counted = np.bincount(codes.ravel(), minlength=size * GRID**2 * count).reshape(-1, count)
+    return torch.from_numpy((counted / side**2).astype(np.float32))
+
+
+def cells(edges: NDArray[np.bool_]) -> Tensor:
+    """`(N * 144, 16)` of `(N, 48, 48)`: the cells of each token."""
+    parts = edges.reshape(len(edges), GRID, CELLS, GRID, CELLS).transpose(0, 1, 3, 2, 4)
+    return torch.from_numpy(parts.reshape(-1, CELLS**2).astype(np.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Readout:
+    """A linear layer on standardised tokens."""
+
+    mean: Tensor
+    std: Tensor
+    layer: nn.Linear
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """`(..., K)` logits."""
+        logits: Tensor = self.layer((tokens - self.mean) / self.std)
+        return logits
+
+
+def linear_readout(tokens: Tensor, targets: Tensor, one_of: bool, seed: int = 0) -> Readout:
+    """One linear layer for all tokens, by Adam with cosine decay; the same setting for every encoder.
+
+    Args:
+        tokens: `(M, C)`.
+        targets: `(M, K)` shares of K labels, or K yes-or-no questions.
+        one_of: whether the K share one softmax.
+        seed: of the order of the tokens.
+    """
+    mean, std = tokens.mean(0), tokens.std(0).clamp(min=1e-6)
+    layer = nn.utils.skip_init(nn.Linear, tokens.shape[1], targets.shape[1])
+    nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+    optimiser = torch.optim.Adam(layer.parameters(), lr=RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, EPOCHS)
+    generator = torch.Generator().manual_seed(seed)
+    loss_of = F.cross_entropy if one_of else F.binary_cross_entropy_with_logits
+    for _ in range(EPOCHS):
+        for batch in torch.randperm(len(tokens), generator=generator).split(BATCH):
+            optimiser.zero_grad()
+            loss_of(layer((tokens[batch] - mean) / std), targets[batch]).backward()
+            optimiser.step()
+        schedule.step()
+    return Readout(mean, std, layer.requires_grad_(False))
+
+
+# --------------------------------------------------------------------------------------------------------- metrics
+
+
+def overlaps(logits: Tensor, labels: NDArray[np.int64]) -> NDArray[np.float64]:
+    """`(N, 2, K)` intersection and union, pixels, of every label in every scene; logits `(N, 144, K)`."""
+    count, found = logits.shape[-1], []
+    for its, true in zip(logits, labels, strict=True):
+        coarse = its.T.unflatten(1, (GRID, GRID))[None]
+        called = F.interpolate(coarse, true.shape, mode="bilinear", align_corners=False)[0].argmax(0).numpy()
+        right = np.bincount(true[true == called], minlength=count)
+        seen, said = (np.bincount(of.ravel(), minlength=count) for of in (true, called))
+        found.append(np.stack([right, seen + said - right]))
+    return np.stack(found).astype(float)
+
+
+def mean_iou(counts: NDArray[np.float64]) -> float:
+    """Percent, over the labels but the ground (0) that any scene shows or names; `(N, 2, K)` of `overlaps`."""
+    right, union = counts.sum(0)[:, 1:]
+    return float(100 * (right[union > 0] / union[union > 0]).mean())
+
+
+def score_counts(logits: Tensor, truth: Tensor) -> NDArray[np.float64]:
+    """`(N, 2, BINS)` cells without and with a boundary at each score, highest first; logits `(N, 144, 16)`."""
+    bins = BINS - 1 - (logits.sigmoid() * BINS).long().clamp(max=BINS - 1)
+    codes = bins.flatten(1) + BINS * truth.view_as(logits).long().flatten(1)
+    return np.stack([np.bincount(row, minlength=2 * BINS).reshape(2, BINS) for row in codes.numpy()]).astype(float)
+
+
+def average_precision(counts: NDArray[np.float64]) -> float:
+    """Percent: precision averaged over recall, over all cells; `(N, 2, BINS)` of `score_counts`."""
+    wrong, right = counts.sum(0)
+    precision = np.cumsum(right) / np.maximum(np.cumsum(right + wrong), 1)
+    return float(100 * (precision * right).sum() / right.sum())
+
+
+def dense_rows(encoder: Encoder, train: Scenes, test: Scenes, seeds: Sequence[int] = (0,)) -> list[dict[str, Any]]:
+    """Both questions for one encoder: `encoder, task, metric, value, low, high, seeds`; 95 % over scenes."""
+    inputs, asked = token_maps(encoder, train.images).flatten(0, 1), token_maps(encoder, test.images)
+    rows = []
+    for level, labels in train.labels.items():
+        count = max(int(part.max()) for part in (labels, test.labels[level])) + 1
+        targets = shares(labels, count)
+        found = [overlaps(linear_readout(inputs, targets, True, seed)(asked), test.labels[level]) for seed in seeds]
+        rows.append({"task": "semantic", "metric": f"mIoU, {level}", **_interval(mean_iou, found)})
+    targets, truth = cells(train.edges), cells(test.edges)
+    found = [score_counts(linear_readout(inputs, targets, False, seed)(asked), truth) for seed in seeds]
+    rows.append({"task": "boundary", "metric": "average precision", **_interval(average_precision, found)})
+    return [{"encoder": encoder.name, **row, "seeds": len(seeds)} for row in rows]
+
+
+def _interval(statistic: Any, found: Sequence[NDArray[np.float64]]) -> dict[str, float]:
+    """Of the mean over seeds, resampling scenes."""
+    interval: Interval = bootstrap_statistic(
+        lambda rows: float(np.mean([statistic(counts[rows]) for counts in found])), len(found[0])
+    )
+    return interval._asdict()
+
+
+def dense_table(encoders: Sequence[Encoder], train: Scenes, test: Scenes, seeds: Sequence[int] = (0,)) -> pd.DataFrame:
+    """`dense_rows` of all encoders."""
+    return pd.DataFrame([row for encoder in encoders for row in dense_rows(encoder, train, test, seeds)])

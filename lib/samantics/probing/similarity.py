@@ -1,0 +1,70 @@
+"""Do two models call the same pictures alike? Mutual nearest neighbours (Huh et al. 2024, arXiv 2405.07987).
+
+Of the ten pictures that lie nearest to a picture in one space, which share is among its ten nearest in another? The
+other space may be a model's, or something that the world knows of its pictures: colours, silhouettes, classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from samantics.metrics.intervals import bootstrap_mean
+
+K = 10
+
+
+def nearest(vectors: NDArray[Any], k: int = K) -> NDArray[np.bool_]:
+    """`(N, N)` True where a picture is among the `k` nearest (cosine) of the row's; never itself."""
+    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    cosines = unit @ unit.T
+    np.fill_diagonal(cosines, -np.inf)
+    near = np.zeros(cosines.shape, bool)
+    np.put_along_axis(near, np.argpartition(-cosines, k, axis=1)[:, :k], True, axis=1)
+    return near
+
+
+def same(labels: NDArray[Any]) -> NDArray[np.bool_]:
+    """`(N, N)` True for other pictures of the same label."""
+    return (labels[:, None] == labels[None, :]) & ~np.eye(len(labels), dtype=bool)
+
+
+def mutual_knn(near: NDArray[np.bool_], other: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """`(N,)` share of each picture's neighbours that the other relation knows too."""
+    shares: NDArray[np.float64] = (near & other).sum(1) / near.sum(1)
+    return shares
+
+
+def null(near: NDArray[np.bool_], other: NDArray[np.bool_], draws: int = 99, seed: int = 0) -> NDArray[np.float64]:
+    """`(draws,)` mean shares with the other relation's pictures permuted: what two spaces share that share nothing."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.nonzero(near)
+    orders = (rng.permutation(len(near)) for _ in range(draws))
+    return np.array([other[order[rows], order[columns]].mean() for order in orders])
+
+
+def similarity_table(spaces: Mapping[str, NDArray[np.bool_]], known: Mapping[str, NDArray[np.bool_]]) -> pd.DataFrame:
+    """Every model against every other and against what is known of the pictures, in percent.
+
+    Args:
+        spaces: models' `nearest`, by name.
+        known: other relations of the same pictures (`nearest` of colours, `same` of classes).
+
+    Returns:
+        `encoder, other, value, low, high` (95 %, over pictures), `null` and `null_high` (mean and 97.5 % of
+        permutations) and `p`, the share of permutations that reach the value.
+    """
+    rows = []
+    for name, near in spaces.items():
+        for other, relation in {**spaces, **known}.items():
+            if other == name:
+                continue
+            interval, by_chance = bootstrap_mean(100 * mutual_knn(near, relation)), 100 * null(near, relation)
+            p = (1 + (by_chance >= interval.value).sum()) / (1 + len(by_chance))
+            floor = {"null": by_chance.mean(), "null_high": np.quantile(by_chance, 0.975), "p": p}
+            rows.append({"encoder": name, "other": other, **interval._asdict(), **floor})
+    return pd.DataFrame(rows)
