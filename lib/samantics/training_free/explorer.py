@@ -1,19 +1,23 @@
-"""What is like a place in an image, and what SAM cuts out there: maps, masks, and sliders in Jupyter."""
+"""What there is to look at: references, what is like a place and what SAM cuts out there, truth above predictions."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from textwrap import fill
 
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
 from samantics import plots
-from samantics.data.coco import read_image
+from samantics.data.coco import Instance, mask_of, read_image
 from samantics.errors import StudyError
+from samantics.metrics.coco_ap import Result
 from samantics.models.encoder import Encoder
 from samantics.training_free import mask_features
 from samantics.training_free.decoder import MASK_THRESHOLD, PointDecoder, encode_image
@@ -22,6 +26,47 @@ from samantics.training_free.pipeline import Pipeline
 
 Point = tuple[float, float]
 SOURCES = ("dinov2", "clip", "sam2", "sam")  # whose maps are shown
+KIND_SHADES = {"correct": "#0072B2", "class": "#E69F00", "location": "#E69F00"}  # other kinds of error: black
+
+
+def reference_figure(pipeline: Pipeline, most: int = 24) -> Figure:
+    """The first reference of each class, or of so many of them, with the number of its references."""
+    groups, names, dataset = pipeline.references[0], pipeline.data.names, pipeline.data.references
+    some = list(groups)[:: -(-len(groups) // most)]
+    rows = {" " * start: some[start : start + 8] for start in range(0, len(some), 8)}
+
+    def draw(axis: Axes, instance: Instance) -> None:
+        x0, y0, x1, y1 = instance.box
+        margin = 0.4 * max(x1 - x0, y1 - y0)
+        plots.show_instances(axis, read_image(dataset, instance.image_id), masks=[mask_of(instance.rle)], tint=0)
+        axis.set(xlim=(x0 - margin, x1 + margin), ylim=(y1 + margin, y0 - margin))
+
+    shown = {row: [groups[c][0] for c in part] for row, part in rows.items()}
+    titles = {row: [fill(f"{names[c]} ({len(groups[c])})", 16) for c in part] for row, part in rows.items()}
+    return plots.image_grid(shown, titles, draw=draw)
+
+
+def gallery_figure(
+    pipeline: Pipeline, results: Sequence[Result], judged: pd.DataFrame, image_ids: Sequence[int]
+) -> Figure:
+    """Images with their true objects and, below, with the results that are rows of `judged` (see `verdicts`)."""
+    dataset, names = pipeline.data.targets, pipeline.data.names
+
+    def draw(axis: Axes, what: tuple[str, int]) -> None:
+        row, image_id = what
+        objects, found = dataset.by_image[image_id], judged[judged["image_id"] == image_id]
+        masks, shades = [i.rle for i in objects], ["#DDDDDD"]
+        words = [names[i.category_id] for i in objects]
+        if row == "predicted":
+            masks = [results[place]["segmentation"] for place in found.index]
+            shades = [KIND_SHADES.get(kind, "#222222") for kind in found["kind"]]
+            words = [names[category] for category in found["category_id"]]
+        tint = 0.2 * (row == "predicted")
+        decoded = [mask_of(rle) for rle in masks]
+        plots.show_instances(axis, read_image(dataset, image_id), masks=decoded, names=words, shades=shades, tint=tint)
+
+    rows = {row: [(row, image_id) for image_id in image_ids] for row in ("truth", "predicted")}
+    return plots.image_grid(rows, {"truth": [str(n) for n in image_ids]}, size=1.9, draw=draw)
 
 
 def features_at(
