@@ -160,14 +160,6 @@ def ap_of_copies(dataset: coco.CocoDataset, results: list[evaluation.Result], co
     return evaluation.evaluate(dataset_of(images, len(dataset.categories), instances), copies, "segm").metrics["AP"]
 
 
-def test_interval_covers_value_and_is_seeded() -> None:
-    found = evaluation.evaluate(*random_data(3, images=40))
-    interval = evaluation.ap_interval([found], samples=300)
-    assert interval.low < interval.value < interval.high
-    assert evaluation.ap_interval([found] * 2, samples=300).value == pytest.approx(interval.value)
-    assert evaluation.ap_interval([found], samples=300) == pytest.approx(interval)
-
-
 def test_differences_are_paired() -> None:
     """Of one thing with itself nothing is left; a part and the rest add up to the whole, image by image."""
     dataset, results = random_data(3, images=40)

@@ -77,25 +77,6 @@ def test_another_encoder_data_or_preprocessing_is_another_store(stub: LookUp, tm
     assert len(folders) == 5
 
 
-def test_a_killed_run_redoes_one_shard_at_most(stub: LookUp, tmp_path: Path) -> None:
-    class Killed(BaseException): ...
-
-    class Failing(list[Any]):
-        reads = 0
-
-        def __getitem__(self, index: Any) -> Any:
-            Failing.reads += 1
-            if Failing.reads == 40:
-                raise Killed
-            return super().__getitem__(index)
-
-    with pytest.raises(Killed):
-        encode(stub, tmp_path, images=Failing(stub.images))
-    stub.calls = 0
-    assert np.allclose(encode(stub, tmp_path).read(MEAN), halves(stub), rtol=1e-3)
-    assert stub.calls == 50 - 32  # the two finished shards were kept
-
-
 def test_damage_is_found_and_mended_by_deleting_the_shard(stub: LookUp, tmp_path: Path) -> None:
     made = encode(stub, tmp_path)
     shard = sorted(made.folder.glob("*.npy"))[1]
@@ -114,24 +95,6 @@ def test_damage_is_found_and_mended_by_deleting_the_shard(stub: LookUp, tmp_path
     stub.calls = 0
     assert np.allclose(encode(stub, tmp_path).read(MEAN), halves(stub), rtol=1e-3)
     assert stub.calls == 16
-
-
-def test_a_full_disk_loses_nothing(stub: LookUp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save, saves = np.save, []
-
-    def full(path: Any, values: Any) -> None:
-        saves.append(path)
-        if len(saves) == 3:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save(path, values)
-
-    monkeypatch.setattr(np, "save", full)
-    with pytest.raises(StudyError, match="no space left"):
-        encode(stub, tmp_path)
-    monkeypatch.setattr(np, "save", save)
-    stub.calls = 0
-    assert np.allclose(encode(stub, tmp_path).read(MEAN), halves(stub), rtol=1e-3)
-    assert stub.calls == 50 - 32
 
 
 class Unreadable(list[Any]):

@@ -26,9 +26,8 @@ from samantics.data.detection import load_data
 from samantics.data.fetch import chosen_images, coco_subset, imagenette
 from samantics.data.references import ReferenceRule, eligible
 from samantics.errors import StudyError
-from samantics.models.registry import ENCODERS
 from samantics.run import start_run
-from samantics.scales import CocoSubset, get_scale
+from samantics.scales import CocoSubset
 from servers import Server, cut, running, status
 
 SUBSET = CocoSubset(targets=8, references=3)
@@ -254,16 +253,3 @@ def test_paper_tells_its_plan_and_names_what_it_lacks(
         plan.prepare("paper", numbers, given)
     told = capsys.readouterr().out
     assert "\n" not in str(caught.value) and "MB to fetch" in told and "hours on one H100 (estimated)" in told
-
-
-def test_the_plan_adds_up_and_knows_what_is_given() -> None:
-    lite = get_scale("lite")
-    names = plan.encoders(lite, ("01", "02", "03"))
-    assert {"sam", "sam2", "clip", "dinov2", "mae", "hiera", "siglip2"} <= set(names) and "random" not in names
-    table = plan.needs(lite, ("01", "02", "03", "04"), {}, names).set_index("what")
-    assert table.loc["weights of sam", "MB to fetch"] == ENCODERS["sam"].weights.size
-    assert (table.iloc[:-1].sum() == table.loc["all"]).all()
-    own = plan.needs(lite, ("01", "03"), {"data": "x", "references": "y"}, names)["what"]
-    assert not any("COCO" in what or "Imagenette" in what for what in own)
-    assert plan.encoders(lite, ("02", "04")) == ("sam",)
-    assert plan.hours("lite", ("01", "04"))["notebook"].tolist() == ["01", "04"]

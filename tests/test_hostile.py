@@ -13,7 +13,6 @@ import io
 import json
 import os
 import pickle
-import shutil
 import signal
 import socket
 import struct
@@ -35,7 +34,6 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision import datasets
 
-import study
 from report import notebook_page, write_report
 from samantics import run as provenance
 from samantics.cache import hash_file
@@ -480,23 +478,6 @@ def test_odd_settings_of_the_hub_are_named(
 
 
 @table(
-    Case("a list", "sam.json", write(b"[1]"), "sam.json is missing or damaged: restore it"),
-    Case("a hash of a number", "sam.json", write(b'{"sha256": 5}'), "sam.json is missing or damaged"),
-    Case("the hash of a program", "sam.json", lambda p: card_of(p, hostile(p)), "sam.safetensors does not fit"),
-)
-def test_odd_cards_of_the_zoo_are_refused(case: Case, tmp_path: Path) -> None:
-    shutil.copy(pocket.ASSETS / "sam.safetensors", tmp_path)
-    case.write(tmp_path / case.file)
-    refused(lambda: pocket.load("sam", tmp_path), case.says, tmp_path)
-    assert not (tmp_path / "proof").exists()
-
-
-def card_of(path: Path, model: bytes) -> None:
-    path.with_suffix(".safetensors").write_bytes(model)
-    path.write_text(json.dumps({"sha256": hashlib.sha256(model).hexdigest()}))
-
-
-@table(
     Case("objects", "", lambda p: p.write_bytes(npy(np.array([Hostile(p.with_name("proof"))] * 10, object))), ""),
     Case("numbers of another kind", "", lambda p: p.write_bytes(npy(np.ones(10))), ""),
 )
@@ -510,23 +491,6 @@ def test_a_shard_that_is_no_table_of_features_is_refused_and_not_run(case: Case,
 
 
 # --------------------------------------------------------------------------------------- notebooks, options, results
-
-
-@table(
-    Case("a list", "00_a.ipynb", write(b"[]"), "is damaged"),
-    Case(
-        "cells of nothing", "00_a.ipynb", write(b'{"nbformat": 4, "nbformat_minor": 5, "cells": [null]}'), "is damaged"
-    ),
-    Case("nested 100,000 deep", "00_a.ipynb", write(b"[" * 100_000), "is damaged"),
-    Case("no parameters", "00_a.ipynb", write(nbformat.writes(nbformat.v4.new_notebook()).encode()), "takes --seed"),
-    Case("a link to nothing", "00_a.ipynb", lambda p: p.symlink_to("gone"), "cannot be read .No such file"),
-)
-def test_json_that_is_no_notebook_is_refused(case: Case, own_notebooks: Path) -> None:
-    own_notebooks.mkdir()
-    case.write(own_notebooks / case.file)
-    where = own_notebooks / case.file if "damaged" in case.says or "read" in case.says else ""
-    refused(lambda: study.run_study("pocket", parameters={"seed": 1}), case.says, where)
-    assert [path.name for path in own_notebooks.parent.iterdir()] == ["notebooks"]
 
 
 def test_a_notebook_refuses_a_seed_that_numpy_would_not_take() -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from samantics import plots
 from samantics.errors import StudyError
-from samantics.run import PIXELS_WIDE, Run, available_cores, git_revision, start_run
+from samantics.run import PIXELS_WIDE, Run, available_cores, start_run
 
 TABLE = pd.DataFrame({"encoder": ["sam", "clip"], "top1": [11.06, 73.92], "third": [1 / 3, np.float32(0.1)]})
 
@@ -64,19 +64,6 @@ def test_cores_follow_the_thread_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert available_cores() == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "not a number")
     assert available_cores() >= 1
-
-
-def test_git_revision_tells_changed_sources(tmp_path: Path) -> None:
-    assert git_revision(tmp_path) == "unknown"
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=Test", "-c", "user.email=test@example.org"]
-    (tmp_path / "lib").mkdir()
-    (tmp_path / "lib" / "module.py").write_text("one = 1\n")
-    for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
-        subprocess.run([*git, *arguments], check=True)
-    clean = git_revision(tmp_path)
-    assert len(clean) == 40
-    (tmp_path / "lib" / "module.py").write_text("one = 2\n")
-    assert git_revision(tmp_path) == f"{clean}+changes"
 
 
 def test_every_name_that_a_reader_imports_is_there_and_importing_loads_no_model_package() -> None:

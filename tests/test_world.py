@@ -145,14 +145,6 @@ def test_kinds_hold_what_they_promise() -> None:
     assert all(kinds.count(kind) == 10 for kind in KINDS)
 
 
-def test_objects_of_scenes_measure_20_to_60_percent(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes, posed = [], mojiworld.posed
-    monkeypatch.setattr(mojiworld, "posed", lambda rng, d, size: (sizes.append(size), posed(rng, d, size))[1])
-    shown_by(STREAMS["targets"], 100)
-    shares = np.array(sizes) / WORLD.image_size
-    assert 0.2 <= shares.min() < 0.22 and 0.55 < shares.max() <= 0.6
-
-
 def test_a_third_of_the_companions_are_the_anchors_class_by_another_artist() -> None:
     artists = tables.catalogue()["artist"].to_numpy()
     world = World(64, theme_strength=0.0)

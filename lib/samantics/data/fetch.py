@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import tarfile
 import tempfile
 import zipfile
@@ -75,10 +74,8 @@ def imagenette(root: Path | str) -> tuple[ImageFolder, ImageFolder]:
             archive = _archive(source, md5, folder.parent)
             try:
                 # pooch's own unpacking would leave half of it when killed
-                with (
-                    tarfile.open(archive) as packed,
-                    tempfile.TemporaryDirectory(prefix=".imagenette.", dir=root) as unpacked,
-                ):
+                place = tempfile.TemporaryDirectory(prefix=".imagenette.", dir=root)
+                with tarfile.open(archive) as packed, place as unpacked:
                     packed.extractall(unpacked, filter="data")
                     os.replace(Path(unpacked) / folder.name, folder)
             except (OSError, ValueError, EOFError, tarfile.TarError) as error:
@@ -108,7 +105,7 @@ def coco_subset(subset: CocoSubset, rule: ReferenceRule) -> tuple[CocoDataset, C
                 content = json.loads(official.read_bytes())
                 chosen = chosen_images(content, subset, rule)
             for part, path in files.items():
-                write_json(path, _only(content, chosen[part]))
+                write_json(path, _only(content, {*chosen[part]}))
         entries = []
         for path in files.values():
             with reading(path):
@@ -125,13 +122,8 @@ def _official(folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         archive = _archive(ANNOTATIONS, ANNOTATIONS_MD5, folder)
         try:
-            with (
-                zipfile.ZipFile(archive) as packed,
-                packed.open(INSTANCES) as source,
-                atomic_path(place) as temporary,
-                open(temporary, "wb") as file,
-            ):
-                shutil.copyfileobj(source, file)
+            with zipfile.ZipFile(archive) as packed, atomic_path(place) as temporary:
+                temporary.write_bytes(packed.read(INSTANCES))
         except (zipfile.BadZipFile, KeyError, EOFError) as error:
             raise StudyError(f"{archive} does not hold {INSTANCES}: delete it to download it again") from error
         archive.unlink()
@@ -167,11 +159,10 @@ def chosen_images(content: Mapping[str, Any], subset: CocoSubset, rule: Referenc
     return {"references": sorted(chosen), "targets": sorted(order[: subset.targets])}
 
 
-def _only(content: Mapping[str, Any], numbers: Sequence[int]) -> dict[str, Any]:
+def _only(content: Mapping[str, Any], numbers: set[int]) -> dict[str, Any]:
     """The file with these images only; all categories stay."""
-    kept = set(numbers)
-    images = [entry for entry in content["images"] if entry["id"] in kept]
-    return {**content, "images": images, "annotations": [a for a in content["annotations"] if a["image_id"] in kept]}
+    images = [entry for entry in content["images"] if entry["id"] in numbers]
+    return {**content, "images": images, "annotations": [a for a in content["annotations"] if a["image_id"] in numbers]}
 
 
 def _fetch_images(entries: Sequence[Mapping[str, Any]], folder: Path) -> None:

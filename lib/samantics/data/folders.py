@@ -41,7 +41,6 @@ class Images(Protocol):
     """Anything with a length whose items are RGB pictures: PIL images or `(H, W, 3)` uint8 arrays."""
 
     def __len__(self) -> int: ...
-
     def __getitem__(self, index: int, /) -> Any: ...
 
 
@@ -228,10 +227,8 @@ def image_folders(root: Path | str, seed: int = 0) -> tuple[ImageFolder, ImageFo
     odd = sorted(set(train.classes) ^ set(val.classes))
     if odd:
         where = val_root if odd[0] in train.classes else train_root
-        raise StudyError(
-            f"{train_root} and {val_root} have different classes: {odd[0]!r} is not in {where}"
-            f" ({len(odd)} such in all): make the sub-folders agree"
-        )
+        what = f"{odd[0]!r} is not in {where} ({len(odd)} such in all): make the sub-folders agree"
+        raise StudyError(f"{train_root} and {val_root} have different classes: {what}")
     others = [folder.name for folder in folders if folder not in (train_root, val_root)]
     words = f"{root}: not used beside {train_root.name}/ and {val_root.name}/: {listing(others)}"
     return dataclasses.replace(train, notes=(*train.notes, *[words] * bool(others))), val
@@ -256,8 +253,7 @@ def _read_folder(root: Path, like: Path | None = None) -> ImageFolder:
         shape = ", ".join(f"{root.name}/{folder.name}/" for folder in _folders(like)[:2]) if like else ""
         cure = f"put its images into {shape} ... as in {like}" if like else "classification needs two or more"
         raise StudyError(f"{printable(root)} has {len(folders)} class folders: {cure}")
-    paths: list[Path] = []
-    labels: list[int] = []
+    paths, labels = list[Path](), list[int]()
     others = Counter(entry.suffix.lower() for entry in root.iterdir() if entry.is_file() and is_visible(entry.name))
     readable = readable_endings()
     for label, folder in enumerate(folders):
@@ -277,16 +273,13 @@ def _read_folder(root: Path, like: Path | None = None) -> ImageFolder:
 def _split(folder: ImageFolder, seed: int) -> tuple[ImageFolder, ImageFolder]:
     """At least one image of every class on either side."""
     rng = np.random.default_rng(seed)
-    train: list[int] = []
-    val: list[int] = []
+    held_out = np.zeros(len(folder), bool)
     for label, name in enumerate(folder.classes):
         members = rng.permutation(np.flatnonzero(folder.labels == label))
         if len(members) < 2:
             raise StudyError(f"class {name!r} has a single image: a split needs two or more")
-        cut = min(len(members) - 1, max(1, round(VAL_SHARE * len(members))))
-        val += sorted(members[:cut].tolist())
-        train += sorted(members[cut:].tolist())
-    return folder.subset(train), folder.subset(val)
+        held_out[members[: min(len(members) - 1, max(1, round(VAL_SHARE * len(members))))]] = True
+    return folder.subset(np.flatnonzero(~held_out)), folder.subset(np.flatnonzero(held_out))
 
 
 # ------------------------------------------------------------------------------------------------------------ names

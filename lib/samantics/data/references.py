@@ -123,15 +123,12 @@ def matched_categories(
         references = _renumbered(references, targets)
         notes.append("the two files number their categories differently: matched by name")
     names = dict(sorted({**targets.categories, **references.categories}.items()))
-    shown = [{instance.category_id for instance in dataset.instances} for dataset in (references, targets)]
+    known, asked = ({instance.category_id for instance in dataset.instances} for dataset in (references, targets))
     if targets.annotated:
-        notes += [
-            f"category {c} ({names[c]}) has no reference: all its objects count as missed"
-            for c in sorted(shown[1] - shown[0])
-        ] + [
-            f"category {c} ({names[c]}) shows in the references only: no AP of its own"
-            for c in sorted(shown[0] - shown[1])
-        ]
+        lacking = "has no reference: all its objects count as missed"
+        spare = "shows in the references only: no AP of its own"
+        notes += [f"category {c} ({names[c]}) {lacking}" for c in sorted(asked - known)]
+        notes += [f"category {c} ({names[c]}) {spare}" for c in sorted(known - asked)]
     return references, names, tuple(notes)
 
 
