@@ -37,7 +37,7 @@ NOT_MEASURED = "not measured"
 
 
 def claims() -> pd.DataFrame:
-    """The five claims: `claim,statement,measure,paper,table,trained,needs`.
+    """The five claims: `claim,short,statement,measure,paper,table,trained,needs`.
 
     `measure` is the claim's first comparison in words, `trained` whether a model is trained within the run, `needs` the
     claim that must be supported before this one can be tested.

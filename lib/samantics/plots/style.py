@@ -18,6 +18,8 @@ NAMED = {
     "mae": ("MAE", "#CC79A7"), "hiera": ("Hiera", "#8C5A2B"), "sam3": ("SAM 3", "#8B1A1A"),
     "dinov3": ("DINOv3", "#0B5A43"), "simclr": ("SimCLR", "#5D4A9C"), "siglip2": ("SigLIP 2", "#56B4E9"),
     "base": ("base", "#3B4A63"), "novel": ("novel", "#CC79A7"),
+    "supported": ("supported", "#009E73"), "not supported": ("not supported", "#D55E00"),
+    "undecided": ("undecided", "#5A5A5A"), "not testable": ("not testable", "#A9A9A9"),
 }  # fmt: skip
 LABELS = {name: label for name, (label, _) in NAMED.items()}
 COLOURS = {name: colour for name, (_, colour) in NAMED.items()}

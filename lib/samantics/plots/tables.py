@@ -122,7 +122,8 @@ def dots(
     figure, parts = _panels(table, panel, size or (5.5, 0.3 * len(names) + 1.2))
     palette = colours(table[hue or y])
     for axis, rows in parts:
-        for chosen, at in _groups(rows, y, names, hue, list(palette), 0.6 / (len(palette) if hue else 1)):
+        apart = 0.6 * bool(rows[y].duplicated().any())  # only where dots share a row
+        for chosen, at in _groups(rows, y, names, hue, list(palette), apart / (len(palette) if hue else 1)):
             for spot, (_, line) in zip(at, chosen.iterrows(), strict=True):
                 span, colour = _span(line.to_frame().T, x, low, high), palette[line[hue or y]]
                 axis.errorbar(line[x], spot, xerr=span, fmt="o", color=colour, ms=4.5, lw=1.3, capsize=0)
