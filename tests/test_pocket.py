@@ -47,6 +47,15 @@ def test_every_encoder_has_a_map_of_the_same_tokens_and_vectors_of_the_same_widt
     assert encoder.pooled(pixels, [encoder.headline])[encoder.headline].shape == (1, pocket.DEFAULT.dim)
 
 
+def test_mae_knows_where_every_square_lies() -> None:
+    mae = pocket.build("mae")
+    for table in (mae.vit.embeddings.position_embeddings[0, 1:], mae.decoder.decoder_pos_embed[0, 1:]):
+        nearest = torch.cdist(table, table).fill_diagonal_(torch.inf).argmin(1)
+        rows, columns = torch.arange(len(table)) // pocket.DEFAULT.grid, torch.arange(len(table)) % pocket.DEFAULT.grid
+        away = (rows - rows[nearest]).abs() + (columns - columns[nearest]).abs()
+        assert (away == 1).all()  # the most similar position is next to it
+
+
 def test_initialisation_depends_on_the_seed_alone() -> None:
     torch.manual_seed(1)
     first = pocket.build("dinov2", seed=3).state_dict()

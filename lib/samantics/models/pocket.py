@@ -218,6 +218,9 @@ def build_mae(config: ZooConfig = DEFAULT) -> ViTMAEForPreTraining:
         )
     )
     model.vit.embeddings.patch_embeddings.projection = ConvStem(config.width, config.patch_size)
+    # transformers 5 leaves all positions at zero here: such a MAE learns a picture's mean colour and no more
+    model.vit.embeddings.initialize_weights()
+    model.decoder.initialize_weights(config.grid**2)
     return model
 
 
