@@ -22,29 +22,17 @@ LARGE = 10_000_000  # bytes; smaller files get no progress bar of their own
 
 
 def download(
-    url: str,
-    place: Path,
-    expected: str | Callable[[], str] = "",
-    algorithm: str = "sha256",
-    headers: Mapping[str, str] | None = None,
-    forbidden: str = "",
-) -> str:
+    url: str, place: Path, expected: str | Callable[[], str] = "", algorithm: str = "sha256",
+    headers: Mapping[str, str] | None = None, forbidden: str = "",
+) -> str:  # fmt: skip
     """Fetch a file to `place`, going on with the `.part` of an earlier try; returns its verified hash.
 
     The hub's client opens connections and follows redirects, pooch hashes. That what came before a kill or a full disk
     is not fetched again stays own code: `hf_hub_download` (huggingface_hub 2.4) and `pooch.retrieve` (1.9) begin anew,
     and leave their temporary file behind when they are killed.
 
-    Args:
-        url: of the file.
-        place: where it will be.
-        expected: its hash, or what asks for it; without one an MD5 that the server states as ETag is checked.
-        algorithm: of the hash.
-        headers: to send.
-        forbidden: what to say when the server answers 401 or 403.
-
-    Raises:
-        StudyError: no network, refused, no space, or the file that came has another hash (it is deleted).
+    `expected` is its hash, or asks for it; without one an MD5 that the server states as ETag is checked. StudyError
+    says that there is no network or space, that the server refuses (`forbidden`: in these words) or sent another file.
     """
     part, sent = place.with_name(place.name + ".part"), {"User-Agent": "samantics", "Accept-Encoding": "identity"}
     wanted = ""

@@ -60,11 +60,7 @@ def _address(url: str) -> str:
 
 
 def imagenette(root: Path | str) -> tuple[ImageFolder, ImageFolder]:
-    """Train and validation images of Imagenette (320 px): ten classes of ImageNet, fetched and verified.
-
-    Raises:
-        StudyError: it is not in `root` and cannot be downloaded, or what came is not it.
-    """
+    """Train and validation images of Imagenette (320 px): ten classes of ImageNet, fetched and verified once."""
     from torchvision.datasets import Imagenette
 
     folder = Path(root) / "imagenette2-320"
@@ -91,9 +87,6 @@ def coco_subset(subset: CocoSubset, rule: ReferenceRule) -> tuple[CocoDataset, C
 
     The official annotations of the chosen images stand in `references_*.json` and `targets_*.json` in the folder
     `datasets/coco_val2017` of the cache, the images beside them.
-
-    Raises:
-        StudyError: something cannot be fetched, or what came is not it.
     """
     folder = cache_dir() / "datasets" / "coco_val2017"
     key = hash_value([dataclasses.asdict(subset), dataclasses.asdict(rule)])
@@ -134,11 +127,6 @@ def chosen_images(content: Mapping[str, Any], subset: CocoSubset, rule: Referenc
     """Ids of the images of each part: any as targets, and of the others so many as the references of a class need.
 
     The rarest classes choose first; images that a rarer class has brought along count for the others, too.
-
-    Args:
-        content: of a COCO instance file.
-        subset: how many images, and the seed.
-        rule: which instances can be references.
     """
     images = {e["id"]: ImageRecord(e["id"], e["file_name"], e["width"], e["height"]) for e in content["images"]}
     shown: dict[int, list[Instance]] = defaultdict(list)

@@ -286,10 +286,7 @@ def _split(folder: ImageFolder, seed: int) -> tuple[ImageFolder, ImageFolder]:
 
 
 def class_names(classes: Sequence[str]) -> tuple[str, ...]:
-    """What to call the classes in figures: WordNet ids of ImageNet by their English names, others as they are.
-
-    The thousand ids are known by their order; of a part of them (Imagenette) those that torchvision names.
-    """
+    """What to call the classes in figures: ImageNet's WordNet ids in English, others as they are."""
     if not all(re.fullmatch(r"n\d{8}", name) for name in classes):
         return tuple(writable(name) for name in classes)
     if len(classes) == 1000:

@@ -128,11 +128,7 @@ def rasterised(svg: str, size: int = SPRITE_SIZE) -> Image.Image:
 
 
 def load_sprites(keys: Iterable[Key]) -> tuple[Image.Image, ...]:
-    """The drawings named, as cropped RGBA images, in the order of `keys`; rasterised on the first call ever.
-
-    Raises:
-        StudyError: neither the packages nor an exported file are at hand, or they lack one of the drawings.
-    """
+    """The drawings named, as cropped RGBA images, in the order of `keys`; rasterised on the first call ever."""
     keys = tuple(keys)
     path, stored = _stored(keys)
     with reading(path):

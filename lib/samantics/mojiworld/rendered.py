@@ -77,12 +77,8 @@ def stored_pictures(world: World, stream: Stream, count: int, workers: int = 0) 
 
     Args:
         world: what the pictures are made of.
-        stream: which pictures.
-        count: how many, 1 or more.
+        stream, count: which pictures, and how many.
         workers: processes that render; 0 means all cores.
-
-    Returns:
-        The pictures; their arrays are read-only maps of files.
 
     Raises:
         StudyError: the drawings are not installed; the cache is damaged; a count below 1.
@@ -151,17 +147,11 @@ def write_scenes(world: World, stream: Stream, count: int, folder: Path | str, w
     every category its `supercategory` and `part` (`base`, `novel`, or empty outside the instance data).
 
     Args:
-        world: what the pictures are made of.
-        stream: which pictures; its `classes` are the categories.
-        count: how many.
+        world, stream, count, workers: as in `stored_pictures`; the stream's `classes` are the categories.
         folder: a folder of this world and stream is made in it, once.
-        workers: processes that render; 0 means all cores.
 
     Returns:
         The paths of the JSON file and of the folder of images.
-
-    Raises:
-        StudyError: the drawings are not installed; a count below 1.
     """
     home = Path(folder) / _name(world, stream, count)
     with _made_once(home, count) as unfinished:
