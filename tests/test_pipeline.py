@@ -24,8 +24,9 @@ COLUMNS = "proposals,source,merging,shots,iou_type,AP,AP50,AP75,APs,APm,APl,AR1,
 def small(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     run, folder = start_run("pocket", "99_test", seed=3), tmp_path_factory.mktemp("run")
     settings = dataclasses.replace(
-        run.scale.pipeline, reference_scenes=12, target_scenes=5, targets=4, points_per_side=2, predicted_iou=0.0,
-        shots=2, shot_curve=(1, 2), grids=(1, 2), grid_images=2, reference_seeds=2,
+        run.scale.pipeline, sources=("dinov2", "clip", "sam2", "sam", "random"), reference_scenes=12, target_scenes=5,
+        targets=4, points_per_side=2, predicted_iou=0.0, stability=0.0, shots=2, shot_curve=(1, 2), grids=(1, 2),
+        grid_images=2, reference_seeds=2,
     )  # fmt: skip
     scale = dataclasses.replace(run.scale, pipeline=settings)
     run = dataclasses.replace(run, scale=scale, figures=folder / "figures", cache=folder / "cache")

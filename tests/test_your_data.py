@@ -46,7 +46,10 @@ def reader_files(folder: Path, targets: str = "masks") -> dict[str, str]:
 
 
 def started(run: Run, files: dict[str, str]) -> Pipeline:
-    settings = dataclasses.replace(run.scale.pipeline, points_per_side=2, predicted_iou=0.0, reference_seeds=1)
+    settings = dataclasses.replace(
+        run.scale.pipeline, sources=("dinov2", "sam"), points_per_side=2, predicted_iou=0.0, stability=0.0,
+        reference_seeds=1,
+    )  # fmt: skip
     run = dataclasses.replace(run, scale=dataclasses.replace(run.scale, pipeline=settings))
     return pipelines.start(run, **files, weights="zoo_random", proposers=("sam",))
 

@@ -94,7 +94,7 @@ def cut_outs(image: Image.Image, masks: NDArray[np.bool_]) -> list[Image.Image]:
         (top, bottom), (left, right) = (np.flatnonzero(mask.any(axis))[[0, -1]] for axis in (1, 0))
         half = max(bottom - top, right - left) / 2 * (1 + MARGIN) + 1
         middle = (left + right + 1) / 2, (top + bottom + 1) / 2
-        alone = Image.fromarray(np.where(mask[..., None], pixels, np.uint8(GREY)))
+        alone = Image.fromarray(np.where(mask[..., None], pixels, np.array(GREY, np.uint8)))
         square = (math.floor(middle[0] - half), math.floor(middle[1] - half))
         canvas = Image.new("RGB", (math.ceil(2 * half),) * 2, GREY)
         canvas.paste(alone, (-square[0], -square[1]))
