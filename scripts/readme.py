@@ -36,17 +36,17 @@ def markdown(rows: list[dict[str, str]], align: str) -> str:
 
 def probe_table(figures: Path) -> str:
     """Each model's linear probe in the paper and in this run, percent with 95 % intervals."""
-    path, columns = figures / "01_zoos.csv", ["top1", "top1_low", "top1_high"]
+    path, columns = figures / "01_probe_accuracy.csv", ["top1", "top1_low", "top1_high"]
+    table = pd.read_csv(path) if path.is_file() else pd.DataFrame()
     measured = {}
-    if path.is_file():
-        table = pd.read_csv(path).query("probe == 'linear' and layer == 'final'")
-        for row in table.to_dict("records"):
+    for row in table.to_dict("records"):
+        if (row["probe"], row.get("kind")) == ("linear", "all"):
             measured[row["encoder"], row["labels"]] = str(Interval(*(row[column] for column in columns)))
     rows = []
-    for encoder in ("sam", "sam2", "clip", "dinov2", "random"):
-        cells = [measured.get((encoder, labels), "not measured") for labels in ("drawing", "category")]
+    for encoder in ("sam", "sam2", "mae", "clip", "dinov2", "supervised", "random"):
+        cells = [measured.get((encoder, labels), "not measured") for labels in ("artist", "view")]
         paper = str(PAPER_PROBE[encoder][0]) if encoder in PAPER_PROBE else ""
-        names = ("model", "paper: ImageNet-1k", "pocket: which drawing", "pocket: category of held-out drawings")
+        names = ("model", "paper: ImageNet-1k", "pocket: class by new artists", "pocket: class in new views")
         rows.append(dict(zip(names, (LABELS[encoder], paper, *cells), strict=True)))
     return markdown(rows, "lrrr")
 

@@ -42,14 +42,15 @@ def test_links_to_files_lead_somewhere() -> None:
 
 
 def test_tables_without_results_claim_nothing(tmp_path: Path) -> None:
-    assert probe_table(tmp_path).count("not measured") == 10
+    assert probe_table(tmp_path).count("not measured") == 14
     assert findings_table(tmp_path).count("**not measured**") == 5
 
 
 def test_probe_table_shows_the_headline_rows_with_intervals(tmp_path: Path) -> None:
-    names = {"encoder": "sam", "labels": "drawing", "probe": "linear", "layer": "final"}
+    names = {"encoder": "sam", "labels": "artist", "kind": "all", "probe": "linear"}
     row = names | {"top1": 5.04, "top1_low": 4.0, "top1_high": 6.0}
-    pd.DataFrame([row, row | {"probe": "knn", "top1": 9.0}]).to_csv(tmp_path / "01_zoos.csv", index=False)
+    others = [row | {"probe": "knn", "top1": 9.0}, row | {"kind": "studio", "top1": 8.0}]
+    pd.DataFrame([row, *others]).to_csv(tmp_path / "01_probe_accuracy.csv", index=False)
     assert "| SAM | 11.06 | 5.0 [4.0, 6.0] | not measured |" in probe_table(tmp_path)
 
 

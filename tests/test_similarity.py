@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 from sklearn.neighbors import NearestNeighbors
 
-from samantics.probing.similarity import K, mutual_knn, nearest, null, same, similarity_table
+from samantics.data.classification import ClassificationData, Part, Task
+from samantics.probing.similarity import (
+    K,
+    known_relations,
+    mutual_knn,
+    nearest,
+    null,
+    same,
+    similarity_table,
+)  # fmt: skip
 
 
 def test_neighbours_are_sklearns_and_never_the_picture_itself() -> None:
@@ -37,3 +46,20 @@ def test_the_table_tells_a_class_from_nothing() -> None:
     assert (rows.loc[(slice(None), "class"), "p"] == 0.01).all()
     assert rows.loc[("sam", "clip"), "value"] > rows.loc[("sam", "clip"), "null_high"]
     assert (rows.loc[(slice(None), "nothing"), "p"] > 0.01).all()
+
+
+def test_what_is_known_of_pictures_without_a_model() -> None:
+    """Bars and squares, red and green; shape and colour are known each by themselves."""
+    masks = np.zeros((48, 32, 32), np.uint8)
+    masks[:24, 4:28, 12:16], masks[24:, 8:24, 8:24] = 1, 1
+    masks[24:, 14:18, 14:18] = 0  # a hole
+    images = np.zeros((48, 32, 32, 3), np.uint8)
+    images[::2, ..., 0], images[1::2, ..., 1] = 200, 200
+    part = Part("test", np.arange(48) // 12)
+    task = Task("artist", tuple("abcd"), part, part, ("bar", "bar", "square", "square"))
+    data = ClassificationData("made up", {"test": images}, {"test": "1"}, {"artist": task}, {"test": masks})
+    known = known_relations(data, task, np.arange(48))
+    assert list(known) == ["colour", "shape", "superclass", "class"]
+    assert mutual_knn(known["colour"], same(np.arange(48) % 2)).mean() == 1
+    assert mutual_knn(known["shape"], known["superclass"]).mean() == 1
+    assert known["class"].sum() == 48 * 11

@@ -29,7 +29,7 @@ class ProbingSettings:
     views: int = 1
     test: int = 2
     shots: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    scenes: tuple[int, int] = (400, 200)
+    scenes: tuple[int, int] = (300, 150)
 
 
 POCKET_PROBING = ProbingSettings(probe_seeds=2)

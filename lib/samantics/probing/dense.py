@@ -23,6 +23,7 @@ from samantics.models.encoder import Encoder
 from samantics.mojiworld import catalogue
 from samantics.mojiworld.rendered import Pictures, stored_pictures
 from samantics.mojiworld.world import STREAMS, World
+from samantics.probing.tables import on_all_cores
 
 GRID = 12  # tokens along a side, for every encoder
 CELLS = 4  # along a token's side: a boundary is looked for in each
@@ -205,4 +206,5 @@ def _interval(statistic: Any, found: Sequence[NDArray[np.float64]]) -> dict[str,
 
 def dense_table(encoders: Sequence[Encoder], train: Scenes, test: Scenes, seeds: Sequence[int] = (0,)) -> pd.DataFrame:
     """`dense_rows` of all encoders."""
-    return pd.DataFrame([row for encoder in encoders for row in dense_rows(encoder, train, test, seeds)])
+    found = on_all_cores(dense_rows, [(encoder, train, test, seeds) for encoder in encoders])
+    return pd.DataFrame([row for rows in found for row in rows])

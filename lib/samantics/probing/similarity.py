@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from PIL import Image
 
+from samantics.data.classification import ClassificationData, Task
 from samantics.metrics.intervals import bootstrap_mean
+from samantics.mojiworld.floors import colour_histograms
 
 K = 10
 
@@ -68,3 +71,31 @@ def similarity_table(spaces: Mapping[str, NDArray[np.bool_]], known: Mapping[str
             floor = {"null": by_chance.mean(), "null_high": np.quantile(by_chance, 0.975), "p": p}
             rows.append({"encoder": name, "other": other, **interval._asdict(), **floor})
     return pd.DataFrame(rows)
+
+
+def silhouettes(masks: NDArray[Any]) -> NDArray[np.float32]:
+    """`(N, 256)` shape of every picture's object: its mask cut to its box, at 16x16, less its mean."""
+    small = []
+    for mask in np.asarray(masks) > 0:
+        ys, xs = np.nonzero(mask)
+        cut = Image.fromarray(mask[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1].astype(np.float32))
+        small.append(np.asarray(cut.resize((16, 16), Image.Resampling.BOX)).ravel())
+    return np.stack(small) - np.mean(small, axis=1, keepdims=True)
+
+
+def known_relations(data: ClassificationData, task: Task, rows: NDArray[np.int64]) -> dict[str, NDArray[np.bool_]]:
+    """What is known of test images without any model: which are alike in colour, in shape, of a family, of a class.
+
+    Args:
+        data: shape only where it has masks, families only where they are others than the classes.
+        task: whose test images.
+        rows: `(n,)` which of them.
+    """
+    images = [Image.fromarray(np.asarray(data.splits[task.test.split][int(row)])).resize((96, 96)) for row in rows]
+    labels = task.test.labels[rows]
+    known = {"colour": nearest(colour_histograms(np.stack([np.asarray(image) for image in images])))}
+    if data.masks:
+        known["shape"] = nearest(silhouettes(data.masks[task.test.split][rows]))
+    if task.families != task.classes:
+        known["superclass"] = same(np.array(task.families)[labels])
+    return known | {"class": same(labels)}

@@ -289,12 +289,21 @@ def _few_shot_hits(encoded: Encoded, task: Task, count: int, seeds: int) -> NDAr
 def family_rows(answers: Answers, task: Task, test_y: Labels) -> pd.DataFrame:
     """The linear probes' top-1 in every family of classes, percent, with intervals over test images and seeds."""
     family, table = np.array(task.families)[test_y], []
-    for (name, level, kind), result in answers.items():
-        for its in dict.fromkeys(task.families) if (level, kind) == (task.name, "linear") else ():
-            hits = result.top1[:, family == its]
+    linear = {name: its.top1 for (name, level, kind), its in answers.items() if (level, kind) == (task.name, "linear")}
+    for name, top1 in linear.items():
+        for its in dict.fromkeys(family.tolist()):
+            hits = top1[:, family == its]
             what = {"encoder": name, "family": its, "n_test": hits.shape[1], "seeds": hits.shape[0]}
             table.append(what | percent("top1", hits))
     return pd.DataFrame(table)
+
+
+def class_rows(answers: Answers, task: Task, test_y: Labels) -> pd.DataFrame:
+    """The linear probes' top-1 of every class, percent: a column for each encoder, and how many test images."""
+    linear = {name: its.top1 for (name, level, kind), its in answers.items() if (level, kind) == (task.name, "linear")}
+    hits = pd.DataFrame({name: 100.0 * top1.mean(0) for name, top1 in linear.items()})
+    by_class = hits.groupby(np.array(task.classes)[test_y], sort=False)
+    return by_class.mean().assign(n_test=by_class.size()).rename_axis("class").reset_index()
 
 
 # --------------------------------------------------------------------------------------------- the paper's protocol
