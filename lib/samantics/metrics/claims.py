@@ -31,7 +31,7 @@ PAPER_PROBE = {"sam": (11.06, 25.37), "sam2": (23.16, 44.44), "clip": (73.92, 92
 
 KEYS = ["claim", "role", "more", "less", "level", "probe"]  # what names a row of evidence
 COLUMNS = [*KEYS, "difference", "low", "high", "p", "effect_of_interest"]
-BOOTSTRAP = 0.03  # of an interval's width: how far its ends move with the seed of 2,000 resamples (two standard errors)
+BOOTSTRAP = 0.04  # of an interval's width: how far its ends move with the seed of 2,000 resamples (two standard errors)
 PROCESSOR = 0.5  # where a model is trained within the run: kernels elsewhere sum in another order and train another one
 NOT_MEASURED = "not measured"
 

@@ -123,7 +123,7 @@ def dots(
     palette = colours(table[hue or y])
     for axis, rows in parts:
         apart = 0.6 * bool(rows[y].duplicated().any())  # only where dots share a row
-        for chosen, at in _groups(rows, y, names, hue, list(palette), apart / (len(palette) if hue else 1)):
+        for chosen, at in _groups(rows, y, names, hue, list(palette), apart / max(1, len(palette))):
             for spot, (_, line) in zip(at, chosen.iterrows(), strict=True):
                 span, colour = _span(line.to_frame().T, x, low, high), palette[line[hue or y]]
                 axis.errorbar(line[x], spot, xerr=span, fmt="o", color=colour, ms=4.5, lw=1.3, capsize=0)
