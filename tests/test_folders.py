@@ -138,24 +138,6 @@ def test_flat_validation_images_are_refused_with_the_layout(folder: Path) -> Non
         folders.image_folders(folder)
 
 
-def test_unreadable_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = tmp_path / "text.jpg"
-    text.write_text("no picture")
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(buffer, "JPEG")
-    cut = tmp_path / "cut.jpg"
-    cut.write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
-    empty = tmp_path / "empty.png"
-    empty.touch()
-    floats = save(tmp_path / "float.tif", Image.fromarray(np.ones((4, 4), np.float32)))
-    for path in (text, cut, empty, floats, tmp_path / "missing.png", tmp_path):
-        with pytest.raises(StudyError, match=path.name):
-            folders.open_image(path)
-    monkeypatch.setattr(folders, "MAX_PIXELS", 100)
-    with pytest.raises(StudyError, match="shrink"):
-        folders.open_image(save(tmp_path / "large.png", Image.fromarray(RAMP)))
-
-
 def test_folder_with_train_and_val(folder: Path) -> None:
     (folder / "test").mkdir()
     train, val = folders.image_folders(folder)

@@ -51,6 +51,7 @@ from samantics.training_free.mask_features import encode_masks
 from samantics.training_free.proposals import ProposalSettings, get_proposals
 from stub_encoder import MEAN, LookUp
 from test_coco import content
+from test_folders import encoded
 
 FOREVER = 20  # seconds
 NAN, INF = float("nan"), float("inf")
@@ -132,12 +133,6 @@ def black_png(side: int, *more: bytes) -> bytes:
     return b"".join([b"\x89PNG\r\n\x1a\n", head, *more, chunk(b"IDAT", rows), chunk(b"IEND", b"")])
 
 
-def encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
 def socket_at(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
@@ -166,6 +161,13 @@ TEXT_BOMB = chunk(b"zTXt", b"title\0\0" + zlib.compress(bytes(10**8)))
     Case("a link to nothing", "a.png", lambda p: p.symlink_to("gone"), "does not exist: check the path"),
     Case("a link out to what is no image", "a.png", lambda p: p.symlink_to("/etc/passwd"), "cannot identify"),
     Case("a GIF cut short", "a.gif", write(encoded(PICTURE, "GIF")[:-300]), "cannot be read"),
+    Case("a JPEG cut short", "a.jpg", write(encoded(PICTURE, "JPEG")[:-300]), "cannot be read .*truncated"),
+    Case("text", "a.jpg", write(b"no picture"), "cannot be read as an image .*cannot identify"),
+    Case("nothing", "a.png", write(b""), "cannot be read as an image .*cannot identify"),
+    Case("fractions", "a.tif", lambda p: Image.fromarray(np.ones((4, 4), np.float32)).save(p), "floating point pixels"),
+    Case(
+        "120 million pixels", "a.png", write(black_png(11_000)), "has 11000x11000 pixels, over 100 million: shrink it"
+    ),
     Case("a name of 256 bytes", "a" * 252 + ".png", lambda p: None, "File name too long"),
     Case("a NUL byte in the name", "a\0.png", lambda p: None, r"a\\x00\.png' cannot be read .*null"),
     Case("a terminal's commands in the name", "\x1b[2J\n.png", lambda p: p.touch(), r"\\x1b\[2J\\n\.png' cannot"),

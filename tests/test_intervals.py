@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from samantics.metrics.intervals import Interval, across_trainings, bootstrap_mean, bootstrap_statistic
+from samantics.metrics.intervals import Interval, bootstrap_mean, bootstrap_statistic
 
 
 def test_mean_interval_agrees_with_scipy() -> None:
@@ -60,21 +60,6 @@ def test_interval_prints_its_bounds() -> None:
     interval = Interval(0.7391, 0.721, 0.7562).times(100)
     assert str(interval) == f"{interval}" == "73.9 [72.1, 75.6]"
     assert f"{interval:.2f}" == "73.91 [72.10, 75.62]"
-
-
-def test_one_training_keeps_its_interval_and_trainings_that_agree_theirs() -> None:
-    one = Interval(40.0, 37.0, 44.0)
-    assert across_trainings([one]) == one == across_trainings([one] * 3)
-
-
-def test_interval_across_trainings_holds_both_errors() -> None:
-    values = np.array([10.0, 12.0, 17.0])
-    theirs = scipy.stats.t.interval(0.95, 2, values.mean(), scipy.stats.sem(values))
-    exact = across_trainings([Interval(v, v, v) for v in values])
-    assert (exact.low, exact.high) == pytest.approx(theirs)
-    ours = across_trainings([Interval(v, v - 3, v + 4) for v in values])
-    assert (13 - ours.low) ** 2 == pytest.approx((13 - theirs[0]) ** 2 + 9)
-    assert (ours.high - 13) ** 2 == pytest.approx((theirs[1] - 13) ** 2 + 16)
 
 
 def test_an_interval_within_bounds_keeps_what_can_be() -> None:

@@ -16,7 +16,7 @@ from transformers import Dinov2Model, ViTMAEForPreTraining
 from samantics.errors import StudyError
 from samantics.models import pocket
 from samantics.models.encoder import load_encoder
-from samantics.mojiworld import captions, catalogue
+from samantics.mojiworld import catalogue
 from samantics.mojiworld.world import World
 
 KINDS = {
@@ -99,7 +99,7 @@ def test_damaged_missing_and_foreign_files_are_refused(tmp_path: Path) -> None:
 
 def test_tokenizer_knows_every_word_of_the_world_and_no_other() -> None:
     tokenizer = pocket.WordTokenizer()
-    for names in (catalogue.classes(), [prompts[0] for prompts in captions.superclass_prompts()]):
+    for names in (catalogue.classes(), catalogue.superclasses()):
         tokens = tokenizer(names)
         assert tokens.shape == (len(names), tokenizer.context_length)
         assert len({tuple(row.tolist()) for row in tokens}) == len(names)

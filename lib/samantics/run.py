@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import os
 import platform
@@ -169,16 +170,12 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def git_revision(project: Path = PROJECT) -> str:
+def git_revision() -> str:
     """The commit of the project, with ``+changes`` when its sources differ from it; ``unknown`` outside git."""
+    git = functools.partial(subprocess.run, cwd=PROJECT, check=True, capture_output=True, text=True)
     try:
-        revision = _git(project, "rev-parse", "HEAD")
-        changes = _git(project, "status", "--porcelain", "--", *SOURCES)
+        revision = git(["git", "rev-parse", "HEAD"]).stdout.strip()
+        changes = git(["git", "status", "--porcelain", "--", *SOURCES]).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return revision + ("+changes" if changes else "")
-
-
-def _git(project: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(project), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()

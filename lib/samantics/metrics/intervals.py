@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import t as student
 
 COVERAGE = 0.95
 
@@ -111,21 +110,6 @@ def paired_difference(
     value, low, high = _interval(float((first - second).mean()), drawn)
     tail = 1 + min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
     return Difference(value, low, high, min(1.0, 2 * tail / (samples + 1)))
-
-
-def across_trainings(found: Sequence[Interval]) -> Interval:
-    """The same measurement of models trained alike from other seeds: their mean, with the noise of training.
-
-    Two errors that do not depend on each other add as squares: that of the mean of n trainings (Student's t with
-    n - 1 degrees of freedom), and that of each measurement, which n trainings do not lessen, because all are measured
-    on the same images. One training alone keeps its interval: its noise is unknown.
-    """
-    values = np.array([one.value for one in found])
-    mean, noise = float(values.mean()), 0.0
-    if len(found) > 1:
-        noise = float(student.ppf((1 + COVERAGE) / 2, len(found) - 1) * values.std(ddof=1) / np.sqrt(len(found)))
-    below, above = (np.mean([abs(one[end] - one.value) for one in found]) for end in (1, 2))
-    return Interval(mean, mean - float(np.hypot(noise, below)), mean + float(np.hypot(noise, above)))
 
 
 def _counts(rng: np.random.Generator, size: int) -> NDArray[np.int64]:

@@ -50,12 +50,6 @@ def class_prompts() -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(f"{opening} {_worded('{a} {name}', label)}" for opening in OPENINGS[:3]) for label in labels)
 
 
-def superclass_prompts() -> tuple[tuple[str, ...], ...]:
-    """The same for every superclass."""
-    forms = [f"{opening} {form}" for opening in OPENINGS[:2] for form in ABOVE_ONLY]
-    return tuple(tuple(form.format(above=above) for form in forms) for above in tables.superclasses())
-
-
 def split_words(text: str) -> list[str]:
     """Lower-case words of a text, without signs: what a tokenizer looks up."""
     return re.findall(r"[a-z0-9]+", text.lower())
