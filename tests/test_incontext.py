@@ -21,21 +21,27 @@ from torch.multiprocessing.spawn import spawn
 from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
 
 from samantics.cache import Checkpoint
-from samantics.data import first_world as mojiworld
 from samantics.data.coco import CocoDataset, load_coco, read_image, write_coco
-from samantics.data.first_world import write_mojiworld
 from samantics.errors import StudyError
-from samantics.incontext.model import DetrOutput, build_model, hint_loss, matched_loss, spread_points
+from samantics.incontext.model import (
+    DetrOutput,
+    InContextModel,
+    build_model,
+    hint_loss,
+    matched_loss,
+    spread_points,
+    who_sees_whom,
+)
 from samantics.incontext.tokens import (
     Objects,
     SamData,
     SamMaps,
     box_masks,
+    box_means,
     live_maps,
     mask_tokens,
     object_arrays,
-    object_tokens,
-    planted_part,
+    object_features,
     read_maps,
     sam_maps,
     stored_maps,
@@ -43,12 +49,14 @@ from samantics.incontext.tokens import (
 )
 from samantics.incontext.training import BatchSampler, draw_references, jittered_boxes, split_categories, train
 from samantics.models import pocket
+from samantics.mojiworld.rendered import write_scenes
+from samantics.mojiworld.world import STREAMS, Stream, World
 from samantics.scales import POCKET_INCONTEXT, POCKET_NOVEL, VOC
 
 torch.set_num_threads(1)
 SIZE, GRID = pocket.DEFAULT.image_size, pocket.DEFAULT.grid
 WIDTH, DIM = pocket.DEFAULT.width, pocket.DEFAULT.dim
-BOXES = torch.tensor([[10.0, 20.0, 90.0, 100.0], [50.0, 5.0, 120.0, 60.0]])
+BOXES = torch.tensor([[10.0, 20.0, 70.0, 80.0], [40.0, 5.0, 90.0, 50.0]])
 TINY = dataclasses.replace(
     POCKET_INCONTEXT,
     dim=32, heads=2, ffn_width=32, decoder_layers=2, queries=9, fuser_width=32, trunk_maps=2, batch=4, epochs=1,
@@ -62,15 +70,16 @@ def sam() -> Sam:
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
-    return write_mojiworld(mojiworld.World(), "test", 24, tmp_path_factory.mktemp("scenes"), 0.0)
+    stream = Stream("test scenes", "references", ("scene",), "novel")  # few classes, so that each is often shown
+    return load_coco(*write_scenes(World(SIZE), stream, 24, tmp_path_factory.mktemp("scenes"), workers=1))
 
 
 @pytest.fixture(scope="module")
 def wide(scenes: CocoDataset, tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
-    """One 100 x 60 image, so that SAM's input has padding below."""
+    """One 90 x 54 image, so that SAM's input has padding below."""
     folder = tmp_path_factory.mktemp("wide")
-    read_image(scenes, 1).crop((0, 0, 100, 60)).save(folder / "wide.png")
-    record = dataclasses.replace(scenes.images[1], file="wide.png", width=100, height=60)
+    read_image(scenes, 1).crop((0, 0, 90, 54)).save(folder / "wide.png")
+    record = dataclasses.replace(scenes.images[1], file="wide.png", width=90, height=54)
     write_coco(folder / "wide.json", [record], scenes.categories, [])
     return load_coco(folder / "wide.json", folder)
 
@@ -79,10 +88,14 @@ def wide(scenes: CocoDataset, tmp_path_factory: pytest.TempPathFactory) -> CocoD
 def sampler(sam: Sam, scenes: CocoDataset, tmp_path_factory: pytest.TempPathFactory) -> BatchSampler:
     folder = tmp_path_factory.mktemp("maps")
     objects, maps = object_arrays(scenes, SIZE), stored_maps(sam, scenes, TINY.trunk_maps, "random", folder)
-    tokens = object_tokens(sam, maps, objects, folder / "tokens")
+    data = SamData(scenes, maps, objects, *object_features(sam, maps, objects, folder / "tokens"))
     # with so few scenes only the common categories have references in several of them
     common = [c for c in scenes.categories if len(np.unique(objects.image[objects.categories == c])) > 2]
-    return BatchSampler(maps, objects, tokens, tuple(common[:-1]), SIZE, TINY)
+    return BatchSampler(data, tuple(common[:-1]), SIZE, TINY)
+
+
+def untrained(sam: Sam, sampler: BatchSampler, seed: int = 0) -> InContextModel:
+    return build_model(sampler.settings, sam, len(sampler.base), seed)
 
 
 # ------------------------------------------------------------------------------------------------- the frozen SAM
@@ -132,46 +145,31 @@ def test_stored_maps_are_the_live_ones_in_half_precision(sam: Sam, scenes: CocoD
     assert len(list(tmp_path.iterdir())) == 6
 
 
-def test_object_tokens_are_of_each_objects_own_image_and_box(
+def test_object_features_are_of_each_objects_own_image_and_box(
     sam: Sam, scenes: CocoDataset, sampler: BatchSampler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert list(scenes.images)[sampler.objects.image[5]] == scenes.instances[5].image_id
-    np.testing.assert_allclose(
-        object_arrays(scenes, 2 * SIZE).boxes[5], np.array(scenes.instances[5].box) * 2, rtol=1e-6
-    )
+    objects, data = sampler.data.objects, sampler.data
+    assert list(scenes.images)[objects.image[5]] == scenes.instances[5].image_id
+    np.testing.assert_allclose(object_arrays(scenes, 2 * SIZE).boxes[5], np.array(scenes.instances[5].box) * 2)
     for row in (0, 17):
-        neck = sampler.maps(sampler.objects.image[[row]]).neck
-        alone = mask_tokens(sam, neck, torch.from_numpy(sampler.objects.boxes[[row]]))
-        np.testing.assert_allclose(sampler.tokens[row], alone[0].numpy(), atol=5e-3)
+        maps = data.maps(objects.image[[row]])
+        alone = mask_tokens(sam, maps.neck, torch.from_numpy(objects.boxes[[row]]))
+        np.testing.assert_allclose(data.tokens[row], alone[0].numpy(), atol=5e-3)
     monkeypatch.setattr("samantics.incontext.tokens.SHARD", 7)
-    shuffled = np.random.default_rng(0).permutation(len(sampler.tokens))
-    objects = Objects(*(part[shuffled] for part in sampler.objects))
-    tokens = object_tokens(sam, sampler.maps, objects, tmp_path)
-    np.testing.assert_allclose(tokens, sampler.tokens[shuffled], atol=5e-3)
+    shuffled = np.random.default_rng(0).permutation(len(data.tokens))
+    other = Objects(*(part[shuffled] for part in objects))
+    tokens, contents = object_features(sam, data.maps, other, tmp_path)
+    np.testing.assert_allclose(tokens, data.tokens[shuffled], atol=5e-3)
+    np.testing.assert_allclose(contents, data.contents[shuffled], atol=5e-3)
     (tmp_path / "0000007.npy").unlink()  # only this one is computed again
-    np.testing.assert_allclose(object_tokens(sam, sampler.maps, objects, tmp_path), tokens, atol=5e-3)
-    none = Objects(*(part[:0] for part in objects))
-    assert object_tokens(sam, sampler.maps, none, tmp_path / "none").shape == (0, *tokens.shape[1:])
+    np.testing.assert_allclose(object_features(sam, data.maps, other, tmp_path)[0], tokens, atol=5e-3)
 
 
-def test_planted_classes_stand_on_their_objects_alone(sampler: BatchSampler, scenes: CocoDataset) -> None:
-    boxes = np.array([[0, 0, SIZE / 2, SIZE / 4], [SIZE - 3, SIZE - 3, SIZE, SIZE]], np.float32)
-    objects = Objects(
-        np.array([1, 1]), boxes, np.array([3, 7]), np.zeros(2, bool), np.ones(2), np.full(2, SIZE, np.float32)
-    )
-    tokens = np.ones((2, 4, WIDTH), np.float16)
-    tokens[:, ::2] = -1  # a standard deviation of 1
-    codes = [torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in (5, 6)]
-    planted = planted_part(SamData(scenes, sampler.maps, objects, tokens), [3, 7], SIZE, seed=5)
-    rows = np.array([0, 1])
-    plain, changed = sampler.maps(rows), planted.maps(rows)
-    added = (changed.trunk - plain.trunk) / plain.trunk.std()
-    assert torch.equal(changed.neck, plain.neck) and (added[0] == 0).all()
-    expected = torch.zeros(added.shape[1:])
-    expected[:, :, : GRID // 4, : GRID // 2] = codes[0][3, None, :, None, None]
-    expected[:, :, -1, -1] = codes[0][7]
-    torch.testing.assert_close(added[1], expected, atol=1e-4, rtol=1e-4)
-    np.testing.assert_allclose(planted.tokens[1, 0], codes[1][7].numpy() - 1, atol=5e-3)
+def test_means_over_boxes_of_whole_cells() -> None:
+    smooth = torch.tensor([0.0, 100.0])[:, None, None, None] + torch.arange(12.0)  # linear in x, as interpolation keeps
+    boxes = torch.tensor([[3, 2, 9, 8], [6, 1, 9, 3]]) / 12
+    found = box_means(smooth.expand(-1, 5, 12, -1).contiguous(), torch.tensor([1, 0]), boxes)
+    torch.testing.assert_close(found, torch.tensor([[105.5] * 5, [7.0] * 5]))
 
 
 # ------------------------------------------------------------------------------------------------------ the model
@@ -185,7 +183,7 @@ def test_anchors_cover_the_image() -> None:
 
 
 def test_padding_does_not_reach_the_answer(sam: Sam) -> None:
-    model = build_model(TINY, sam, 0).eval()
+    model = build_model(dataclasses.replace(TINY, naming=0.0), sam, 3, 0).eval()
     inside = torch.zeros(1, GRID, GRID, dtype=torch.bool)
     inside[:, : GRID - 3] = True
     trunk = torch.randn(1, 2, WIDTH, GRID, GRID)
@@ -194,32 +192,49 @@ def test_padding_does_not_reach_the_answer(sam: Sam) -> None:
     other = torch.where(inside[:, None, None], trunk, torch.randn_like(trunk))
     embedding, neck = torch.randn(1, 32), torch.zeros(1, DIM, GRID, GRID)
     with torch.no_grad():
-        first, second = (
-            model.decode(model.encode(SamMaps(t, neck, inside)), embedding, torch.tensor([0])) for t in (trunk, other)
-        )
+        first, second = (model.decode(model.encode(SamMaps(t, neck, inside)), embedding[None]) for t in (trunk, other))
     torch.testing.assert_close(first.logits, second.logits)
     torch.testing.assert_close(first.boxes, second.boxes)
 
 
-def test_every_pair_is_answered_from_its_own_image_and_reference_whatever_the_hints(
-    sam: Sam, sampler: BatchSampler
+@pytest.mark.parametrize("naming", [0.0, 1.0])
+def test_every_question_is_answered_from_its_own_image_and_reference_whatever_the_hints(
+    naming: float, sam: Sam, sampler: BatchSampler
 ) -> None:
-    model = build_model(TINY, sam, 0).eval()
-    image, maps = torch.tensor([1, 0, 1]), sampler.maps(np.array([2, 5]))
-    tokens, hints = torch.randn(3, 4, DIM) * 3, torch.rand(3, 5, 4) * 0.5 + 0.2
+    model = build_model(dataclasses.replace(TINY, naming=naming), sam, 3, 0).eval()
+    maps = sampler.data.maps(np.array([2, 5]))
+    tokens, hints = torch.randn(2, 3, 4, DIM) * 3, torch.rand(2, 5, 4) * 0.5 + 0.2
     with torch.no_grad():
-        together = model(maps, tokens, image)
-        alone = model(SamMaps(*(part[1:] for part in maps)), tokens[2:], torch.tensor([0]))
-        beside, fewer = model(maps, tokens, image, hints), model(maps, tokens, image, hints[:, :2])
-    torch.testing.assert_close(together.boxes[:, 2:], alone.boxes, atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(together.logits[:, 0], together.logits[:, 2])
-    torch.testing.assert_close(beside.queries(None, TINY.queries).logits, together.logits, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(beside.boxes[:, :, : TINY.queries + 2], fewer.boxes, atol=1e-5, rtol=1e-4)
+        together = model(maps, tokens)[0]
+        alone = model(SamMaps(*(part[1:] for part in maps)), tokens[1:, 2:])[0]
+        beside, fewer = model(maps, tokens, hints)[0], model(maps, tokens, hints[:, :2])[0]
+    torch.testing.assert_close(together.boxes[:, 1:, 2:], alone.boxes, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(together.logits[:, 1:, 2:], alone.logits, atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(together.logits[:, 1, 0], together.logits[:, 1, 2])
+    torch.testing.assert_close(beside.queries(None, TINY.queries).logits, together.logits, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(beside.boxes[..., : TINY.queries + 2, :], fewer.boxes, atol=1e-5, rtol=1e-4)
+
+
+def test_who_sees_whom() -> None:
+    seen = who_sees_whom(classes=2, queries=2, hints=2) == 0
+    own = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]).bool()
+    assert torch.equal(seen, torch.block_diag(own, own))
+
+
+def test_agreement_is_how_much_likelier_than_by_chance_two_have_one_name(sam: Sam) -> None:
+    model = build_model(TINY, sam, 4, 0)
+    model.names.data = torch.eye(4, TINY.dim)
+    first, second = torch.eye(4, TINY.dim)[:2]
+    same, other, nothing = (
+        float(model.agreement(one[None], first[None]).detach()) for one in (first, second, torch.zeros(TINY.dim))
+    )
+    assert same > np.log(3.9) and other < np.log(0.05) and nothing == pytest.approx(np.log(1.01), abs=1e-4)
 
 
 def test_loss_of_one_object_and_one_query_in_closed_form() -> None:
     logit, box, target = 0.7, [0.5, 0.5, 0.4, 0.2], [0.45, 0.55, 0.3, 0.3]
-    output, boxes = DetrOutput(torch.tensor([[[logit]]]), torch.tensor([[[box]]])), [torch.tensor([target])]
+    output = DetrOutput(torch.tensor([[[[logit]]]]), torch.tensor([[[[box]]]]))
+    boxes = [torch.tensor([target])]
     total, terms = matched_loss(output, boxes)
     focal = sigmoid_focal_loss(torch.tensor([logit]), torch.ones(1), alpha=0.25, gamma=2, reduction="sum")
     corners = [box_convert(torch.tensor([c]), "cxcywh", "xyxy") for c in (box, target)]
@@ -227,9 +242,10 @@ def test_loss_of_one_object_and_one_query_in_closed_form() -> None:
     assert list(terms.values()) == pytest.approx(expected, abs=1e-5)
     assert float(total) == pytest.approx(2 * expected[0] + 5 * expected[1] + 2 * expected[2], abs=1e-4)
     # where there is one object, a hint's loss is the matched one; padding does not count
-    torch.testing.assert_close(hint_loss(output, boxes, [torch.ones(1)]), total)
-    padded = DetrOutput(*(torch.cat([part, part], dim=2) for part in output))
-    torch.testing.assert_close(hint_loss(padded, boxes, [torch.ones(1)]), total)
+    torch.testing.assert_close(hint_loss(output, boxes[0][None], torch.ones(1, 1, 1)), total)
+    padded = DetrOutput(output.logits.repeat(1, 1, 1, 2), output.boxes.repeat(1, 1, 1, 2, 1))
+    labels = torch.tensor([[[1.0, math.nan]]])
+    torch.testing.assert_close(hint_loss(padded, boxes[0].repeat(2, 1)[None], labels), total)
     assert torch.isfinite(matched_loss(output, [torch.empty(0, 4)])[0])  # an image without the class
 
 
@@ -237,31 +253,42 @@ def test_loss_of_one_object_and_one_query_in_closed_form() -> None:
 
 
 def test_split_by_names(scenes: CocoDataset) -> None:
-    split = split_categories(scenes, POCKET_NOVEL)
-    assert len(split.base) == 15
-    assert [scenes.categories[c] for c in split.novel] == list(POCKET_NOVEL) == list(mojiworld.categories()[2::3])
-    table = mojiworld.catalogue().drop_duplicates("category")
-    assert table[table["category"].isin(POCKET_NOVEL)]["theme"].is_unique
-    for names, message in ((["dragon"], "no category 'dragon'"), (list(scenes.categories.values()), "0 base")):
+    names = list(scenes.categories.values())
+    split = split_categories(scenes, names[5:])
+    assert [scenes.categories[c] for c in split.base] == names[:5] and split.all == tuple(sorted(scenes.categories))
+    assert sorted(names) == sorted(POCKET_NOVEL) and len(names) == 20
+    for novel, message in ((["dragon"], "no category 'dragon'"), (names, "0 base")):
         with pytest.raises(StudyError, match=message):
-            split_categories(scenes, names)
+            split_categories(scenes, novel)
+
+
+def test_tuning_scenes_show_train_artists_and_base_classes_only(tmp_path: Path) -> None:
+    tuning = load_coco(*write_scenes(World(SIZE), STREAMS["tuning"], 12, tmp_path, workers=1))
+    assert {i.split for i in tuning.instances} == {"train"}
+    assert len(tuning.categories) == 60 and not set(tuning.categories.values()) & set(POCKET_NOVEL)
 
 
 def test_training_never_labels_a_novel_object(sampler: BatchSampler) -> None:
-    objects, corners = sampler.objects, torch.from_numpy(sampler.objects.boxes / SIZE)
+    objects, corners = sampler.data.objects, torch.from_numpy(sampler.data.objects.boxes / SIZE)
+    slots = TINY.classes_per_image + TINY.absent_classes
     for step in range(5):
         rows = sampler.rows(step)
-        for pair in sampler.batch(rows, step)[1]:
-            category, image = objects.categories[pair.references[0]], rows[pair.image]
-            assert category in sampler.base
-            assert (objects.categories[pair.references] == category).all()
-            assert (objects.image[pair.references] != image).all()
+        asked = sampler.questions(rows, step)[1]
+        labelled = np.isin(objects.categories, sampler.base)
+        for number, (references, boxes) in enumerate(zip(asked.references, asked.boxes, strict=True)):
+            category, image = objects.categories[references[0]], rows[number // slots]
+            assert category in sampler.base and (objects.categories[references] == category).all()
+            assert (objects.image[references] != image).all()
             here = (objects.image == image) & (objects.categories == category)
-            assert len(pair.boxes) == here.sum()
-            labelled = (objects.image == image) & np.isin(objects.categories, sampler.base)
-            boxes = box_convert(pair.hint_boxes, "cxcywh", "xyxy")
-            assert torch.isclose(boxes[:, None], corners[labelled][None], atol=1e-5).all(-1).any(1).all()
-            assert pair.hint_labels.sum() == here.sum() * TINY.hints
+            assert len(boxes) == here.sum() and (here.any() or number % slots >= TINY.classes_per_image)
+            labels = asked.hint_labels[number // slots, number % slots]
+            assert labels.nansum() == here.sum() * TINY.hints
+            exact = box_convert(asked.hint_boxes[number // slots][~labels.isnan()], "cxcywh", "xyxy")
+            own = corners[labelled & (objects.image == image)]
+            assert torch.isclose(exact[:, None], own[None], atol=1e-5).all(-1).any(1).all()
+        contents, labels, tokens, classes = sampler.naming(step)
+        assert len(contents) == len(labels) and len(tokens) == len(classes)
+        assert max(labels.max(), classes.max()) < len(sampler.base)
     per_epoch = len(sampler.images) // TINY.batch
     seen = np.concatenate([sampler.rows(step) for step in range(per_epoch)])
     assert len(set(seen.tolist())) == per_epoch * TINY.batch  # an epoch shows every image once
@@ -282,35 +309,34 @@ def test_mirrored_images_and_boxes_are_those_of_the_mirror_image(
     for part, expected in zip(maps, sam_maps(sam, [ImageOps.mirror(read_image(wide, 1))], 2), strict=True):
         torch.testing.assert_close(part, expected, atol=1e-4, rtol=1e-4)
     (flags, plain), (turned_flags, mirror) = (
-        dataclasses.replace(sampler, settings=dataclasses.replace(TINY, flip=flip)).batch(np.array([0, 1]), 0)
+        dataclasses.replace(sampler, settings=dataclasses.replace(TINY, flip=flip)).questions(sampler.images[:2], 0)
         for flip in (0.0, 1.0)
     )
     assert turned_flags.all() and not flags.any()
-    for pair, turned in zip(plain, mirror, strict=True):
-        expected = torch.cat([1 - pair.hint_boxes[:, :1], pair.hint_boxes[:, 1:]], dim=1)
-        torch.testing.assert_close(turned.hint_boxes, expected)
+    expected = torch.cat([1 - plain.hint_boxes[..., :1], plain.hint_boxes[..., 1:]], dim=-1)
+    torch.testing.assert_close(mirror.hint_boxes, expected)
     with pytest.raises(StudyError, match="no mirror images"):
-        sampler.maps(np.array([0]), np.array([True]))
+        sampler.data.maps(np.array([0]), np.array([True]))
 
 
 def test_references_are_large_enough_of_distinct_images_and_nested(sampler: BatchSampler) -> None:
-    category, draw = sampler.base[0], functools.partial(draw_references, sampler.objects, seed=1, min_area=256)
+    category, draw = sampler.base[0], functools.partial(draw_references, sampler.data.objects, seed=1, min_area=256)
     rows = draw([category], 3)[0]
-    assert len(set(sampler.objects.image[rows].tolist())) == 3
-    assert (sampler.objects.categories[rows] == category).all()
-    assert (sampler.objects.area[rows] >= 256).all()
+    assert len(set(sampler.data.objects.image[rows].tolist())) == 3
+    assert (sampler.data.objects.categories[rows] == category).all()
+    assert (sampler.data.objects.area[rows] >= 256).all()
     np.testing.assert_array_equal(rows[:2], draw([category], 2)[0])
     many = draw([category], 1000)[0]  # more than there are images: shown in turn
     count = len(set(many.tolist()))
-    assert count < 1000 and len(set(sampler.objects.image[many[:count]].tolist())) == count
+    assert count < 1000 and len(set(sampler.data.objects.image[many[:count]].tolist())) == count
     np.testing.assert_array_equal(many[count:], many[:-count])
     with pytest.raises(StudyError, match=f"category {category} has no reference of 1000000 pixels"):
         draw([category], 1, min_area=1e6)
-    lonely = int(sampler.objects.categories[0])
-    keep = (sampler.objects.categories != lonely) | (np.arange(len(sampler.objects.image)) == 0)
-    few = dataclasses.replace(sampler, objects=Objects(*(part[keep] for part in sampler.objects)), base=(lonely,))
+    lonely = int(sampler.data.objects.categories[0])
+    keep = (sampler.data.objects.categories != lonely) | (np.arange(len(sampler.data.objects.image)) == 0)
+    data = sampler.data._replace(objects=Objects(*(part[keep] for part in sampler.data.objects)))
     with pytest.raises(StudyError, match=f"category {lonely} has no reference"):
-        few.batch(np.array([0]), 0)
+        dataclasses.replace(sampler, data=data, base=(lonely,)).questions(np.array([0]), 0)
 
 
 # -------------------------------------------------------------------------------------------------------- training
@@ -321,12 +347,13 @@ def test_training_learns_a_few_scenes_and_leaves_sam_as_it_is(
 ) -> None:
     weights = copy.deepcopy(sam.state_dict())
     few = dataclasses.replace(sampler, settings=dataclasses.replace(TINY, epochs=12, learning_rate=2e-3))
-    live = dataclasses.replace(sampler, maps=functools.partial(live_maps, sam, scenes, TINY.trunk_maps))
+    live_data = sampler.data._replace(maps=functools.partial(live_maps, sam, scenes, TINY.trunk_maps))
+    live = dataclasses.replace(sampler, data=live_data)
     path = tmp_path / "model.pt"
-    _, curve = train(build_model(TINY, sam, 0), few, Checkpoint(path, {"base": [1, 2]}))
+    _, curve = train(untrained(sam, sampler), few, Checkpoint(path, {"base": [1, 2]}))
     assert curve["loss"].iloc[-1] < 0.75 * curve["loss"].iloc[0]
     assert np.isfinite(curve.to_numpy()).all()
-    model = build_model(TINY, sam, 0)
+    model = untrained(sam, sampler)
     start = copy.deepcopy(model.state_dict())
     train(model, live, Checkpoint(tmp_path / "live.pt", {}))
     assert all(torch.equal(value, weights[name]) for name, value in sam.state_dict().items())
@@ -345,18 +372,19 @@ def test_a_killed_training_resumes_to_the_same_weights(
     monkeypatch.setattr("samantics.incontext.training.SAVE_EVERY", 2)
     settings = dataclasses.replace(TINY, dropout=0.1)
     with_dropout = dataclasses.replace(sampler, settings=settings)
-    whole, expected = train(build_model(settings, sam, 0), with_dropout, Checkpoint(tmp_path / "whole.pt", {}))
+    whole, expected = train(untrained(sam, with_dropout), with_dropout, Checkpoint(tmp_path / "whole.pt", {}))
     reads = iter(range(3))
 
     def killed_at_fourth(rows: np.ndarray, mirrored: np.ndarray | None = None) -> SamMaps:
         if next(reads, None) is None:
             raise KeyboardInterrupt
-        return sampler.maps(rows, mirrored)
+        return sampler.data.maps(rows, mirrored)
 
+    killed = sampler.data._replace(maps=killed_at_fourth)
     halfway = Checkpoint(tmp_path / "half.pt", {})
     with pytest.raises(KeyboardInterrupt):
-        train(build_model(settings, sam, 0), dataclasses.replace(with_dropout, maps=killed_at_fourth), halfway)
-    resumed, curve = train(build_model(settings, sam, 99), with_dropout, halfway)
+        train(untrained(sam, with_dropout), dataclasses.replace(with_dropout, data=killed), halfway)
+    resumed, curve = train(untrained(sam, with_dropout, 99), with_dropout, halfway)
     np.testing.assert_allclose(curve.to_numpy(), expected.to_numpy(), rtol=2e-3)
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], value, atol=2e-3, rtol=0)  # Adam scales rounding up
@@ -365,7 +393,7 @@ def test_a_killed_training_resumes_to_the_same_weights(
 def _worker(rank: int, sampler: BatchSampler, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    _, curve = train(build_model(TINY, pocket.build("sam"), 0), sampler, Checkpoint(folder / "two.pt", {}))
+    _, curve = train(untrained(pocket.build("sam"), sampler), sampler, Checkpoint(folder / "two.pt", {}))
     if rank == 0:
         curve.to_json(folder / "curve.json", double_precision=10)
     dist.destroy_process_group()
@@ -375,13 +403,15 @@ def test_two_processes_train_as_one(
     sam: Sam, scenes: CocoDataset, sampler: BatchSampler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("samantics.incontext.training.RECORD_EVERY", 1)
-    _, expected = train(build_model(TINY, sam, 0), sampler, Checkpoint(tmp_path / "one.pt", {}))
-    parts = sampler.maps(np.arange(len(scenes.images)))  # memory maps do not travel to another process
+    _, expected = train(untrained(sam, sampler), sampler, Checkpoint(tmp_path / "one.pt", {}))
+    parts = sampler.data.maps(np.arange(len(scenes.images)))  # memory maps do not travel to another process
     in_memory = functools.partial(read_maps, [part.numpy() for part in parts], torch.device("cpu"))
-    spawn(_worker, (dataclasses.replace(sampler, maps=in_memory), tmp_path), nprocs=2)
+    kept = {name: np.array(getattr(sampler.data, name)) for name in ("tokens", "contents")}
+    data = sampler.data._replace(maps=in_memory, **kept)
+    spawn(_worker, (dataclasses.replace(sampler, data=data), tmp_path), nprocs=2)
     curve = {name: list(column.values()) for name, column in json.loads((tmp_path / "curve.json").read_text()).items()}
     recorded = expected[expected["step"].isin(curve["step"])]
-    for name in ("loss", "loss_ce", "loss_bbox", "loss_giou"):
+    for name in ("loss", "loss_ce", "loss_bbox", "loss_giou", "loss_naming"):
         np.testing.assert_allclose(curve[name], recorded[name], rtol=2e-3)
     saved, alone = (torch.load(tmp_path / name, weights_only=True)["model"] for name in ("two.pt", "one.pt"))
     for name, value in alone.items():
@@ -396,9 +426,9 @@ def test_training_on_photographs(sam: Sam, tmp_path: Path) -> None:
     photographs = load_coco(COCO100 / "instances_train2017.json", COCO100 / "train2017")
     split, objects = split_categories(photographs, VOC), object_arrays(photographs, SIZE)
     maps = functools.partial(live_maps, sam, photographs, 2)
-    tokens = object_tokens(sam, maps, objects, tmp_path / "tokens")
+    data = SamData(photographs, maps, objects, *object_features(sam, maps, objects, tmp_path / "tokens"))
     common = tuple(c for c in split.base if len(np.unique(objects.image[objects.categories == c])) > 3)
     settings = dataclasses.replace(TINY, epochs=0.2, absent_classes=0, min_reference_area=0)
-    sampler = BatchSampler(maps, objects, tokens, common, SIZE, settings)
-    _, curve = train(build_model(settings, sam, 0), sampler, Checkpoint(tmp_path / "model.pt", {}))
+    sampler = BatchSampler(data, common, SIZE, settings)
+    _, curve = train(untrained(sam, sampler), sampler, Checkpoint(tmp_path / "model.pt", {}))
     assert np.isfinite(curve.to_numpy()).all()

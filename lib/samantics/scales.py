@@ -54,17 +54,18 @@ class InContextSettings:
         fuser_width: hidden width of the MLP between mask tokens and class embedding.
         epochs, batch, learning_rate, weight_decay, clip: of AdamW; the rate falls to a tenth after four fifths.
         flip: share of training images that are mirrored; 0 where features are stored.
-        classes_per_image: at most so many of an image's base categories are asked for in a step.
-        absent_classes: base categories that the image does not show and that are asked for beside them.
+        classes_per_image: so many of an image's base categories are asked for in a step.
+        absent_classes: base categories that the image does not show, asked for beside them.
         references_per_question: in tuning, the tokens of one to so many references are averaged.
         hints: further queries for each labelled object of an image, started near it, in tuning only (0: none). They
             teach the class long before boxes are found, which short tuning needs.
+        naming: weight of naming objects and references among the base classes, in tuning; above 0 the score of a query
+            also says how well what lies in its box agrees with the class embedding. The paper has neither (0).
         min_reference_area: pixels of a mask; smaller objects are no references.
         top: detections kept per image and class.
         min_score: detections below are left out.
         shots: references per class at which AP is reported.
         reference_seeds: draws of the references, with seeds 0, 1, ...
-        control_epochs: of the positive control, whose maps have the class planted; 0 leaves it out.
     """
 
     novel: tuple[str, ...] = VOC
@@ -94,34 +95,36 @@ class InContextSettings:
     min_score: float = 0.0
     shots: tuple[int, ...] = (1, 5, 10)
     reference_seeds: int = 3
-    control_epochs: float = 0
+    naming: float = 0.0
 
 
 POCKET_NOVEL = tuple(instance_classes().query("part == 'novel'")["class"])  # one of each superclass
 POCKET_INCONTEXT = InContextSettings(
     novel=POCKET_NOVEL,
-    train_scenes=3000,
+    train_scenes=4000,
     store_features=True,
-    trunk_maps=3,
+    trunk_maps=2,
     dim=160,
     heads=5,
     ffn_width=320,
-    decoder_layers=3,
-    queries=36,
+    decoder_layers=2,
+    queries=24,
     dropout=0.0,
     fuser_width=512,
-    epochs=2,
+    epochs=1.2,
     batch=8,
-    learning_rate=7e-4,
+    learning_rate=1e-3,
     clip=1.0,
     flip=0.0,
-    absent_classes=1,
+    classes_per_image=2,
+    absent_classes=2,
     references_per_question=10,
     hints=2,
+    naming=1.0,
     min_reference_area=10.0**2,
     top=10,
     min_score=0.05,
-    control_epochs=1,
+    shots=(1, 10),
 )
 
 
@@ -235,9 +238,7 @@ QUICK = (
         POCKET,
         name="quick",
         probing=ProbingSettings(probe_seeds=1, labels=1, test=1, shots=(1, 2), scenes=(100, 40)),
-        incontext=dataclasses.replace(
-            POCKET_INCONTEXT, train_scenes=300, epochs=1, shots=(1, 10), reference_seeds=2, control_epochs=0.5
-        ),
+        incontext=dataclasses.replace(POCKET_INCONTEXT, train_scenes=300, epochs=1, shots=(1, 10), reference_seeds=2),
         pipeline=dataclasses.replace(
             POCKET_PIPELINE, target_scenes=40, shot_curve=(1, 10), grids=(6, 12), grid_images=10, reference_seeds=2
         ),

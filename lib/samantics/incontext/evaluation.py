@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,29 +12,29 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from pycocotools import mask as mask_tools
 from segment_anything.modeling import Sam
 from torch import Tensor
 from torchvision.ops import box_convert
 from tqdm.auto import tqdm
 
-from samantics.data.coco import CocoDataset, ImageRecord, Instance, box_iou, rles_of
+from samantics.data.coco import CocoDataset, Instance, box_iou, rles_of
 from samantics.data.instances import xywh
 from samantics.errors import StudyError
 from samantics.incontext.model import InContextModel
-from samantics.incontext.tokens import MapSource, box_masks, input_scales
+from samantics.incontext.tokens import SamData, box_masks, input_scales
 from samantics.incontext.training import Split
-from samantics.metrics.coco_ap import IOU_TYPES, Result, ap_interval, evaluate
+from samantics.metrics.coco_ap import Evaluation, Result, ap_interval, evaluate
 from samantics.scales import InContextSettings
 
 VARIANTS = (
     "class_oracle",  # an image is asked only for classes that it shows, as in the paper
-    "all_classes",  # every image is asked for every class
+    "all_classes",  # every image is asked for every class, with the first draw of references
     "wrong_reference",  # as the oracle, with references of another class of the split that the image does not show
     "random_reference",  # as the oracle, with Gaussian noise of the mean and spread of real base embeddings
 )
-FATES = ("found", "bad mask", "confused with base", "confused with novel", "missed")
+FATES = ("found", "confused with base", "confused with novel", "missed")
 CORNERS = ["x0", "y0", "x1", "y1"]
+TOGETHER = 16  # classes that an image is asked for at a time
 Draw = tuple[int, int]  # shots and seed of the references
 
 
@@ -53,54 +54,41 @@ def random_embeddings(real: Tensor, count: int, seed: int) -> Tensor:
 
 @torch.no_grad()
 def detect(
-    model: InContextModel, sam: Sam, dataset: CocoDataset, maps: MapSource, embeddings: Tensor,
-    asked: NDArray[np.bool_], settings: InContextSettings,
-) -> pd.DataFrame:  # fmt: skip
-    """The best detections of every class in every image that is asked for it, with SAM's masks.
+    model: InContextModel, data: SamData, embeddings: Tensor, asked: NDArray[np.bool_], settings: InContextSettings
+) -> pd.DataFrame:
+    """The best detections of every class in every image that is asked for it.
 
-    `embeddings` are `(E, dim)`; `asked (N, E)` says which image is asked for which. Columns: `image` and `embedding`
-    (positions in `asked`), `score` 0-1, `x0, y0, x1, y1` in SAM's frame, `mask` (COCO's run lengths, text).
+    `embeddings` are `(E, dim)`; `asked` `(N, E)` says which image is asked for which. Columns: `image` and `embedding`
+    (positions in `asked`), `score` 0-1, `x0, y0, x1, y1` as shares of the side of SAM's input.
     """
-    parts, records, size = [], list(dataset.images.values()), sam.image_encoder.img_size
-    for image in tqdm(np.flatnonzero(asked.any(1)), desc="detecting", unit="image"):
-        found = maps(np.array([image]))
-        memory, tables = model.encode(found), []
-        for rows in torch.from_numpy(np.flatnonzero(asked[image])).to(embeddings.device).split(256):
-            output = model.decode(memory, embeddings[rows], torch.zeros_like(rows))
-            scores, order = output.logits[-1].sigmoid().topk(min(settings.top, output.logits.shape[-1]), dim=1)
-            boxes = box_convert(output.boxes[-1], "cxcywh", "xyxy").clamp(0, 1) * size
+    tables = []
+    for image in tqdm(np.flatnonzero(asked.any(1)), desc="detecting", unit="image", leave=False):
+        memory = model.encode(data.maps(np.array([image])))
+        for rows in torch.from_numpy(np.flatnonzero(asked[image])).to(embeddings.device).split(TOGETHER):
+            output = model.decode(memory, embeddings[rows][None])
+            scores, order = output.logits[-1, 0].sigmoid().topk(min(settings.top, output.logits.shape[-1]), dim=1)
+            boxes = box_convert(output.boxes[-1, 0], "cxcywh", "xyxy").clamp(0, 1)
             boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
             kept = (scores >= settings.min_score) & (boxes[..., 2:] > boxes[..., :2]).all(-1)
             table = pd.DataFrame(boxes[kept].numpy(force=True), columns=CORNERS).assign(image=image)
             table["embedding"] = rows[:, None].expand_as(scores)[kept].numpy(force=True)
             tables.append(table.assign(score=scores[kept].numpy(force=True)))
-        table = pd.concat(tables, ignore_index=True)
-        parts.append(table.assign(mask=_masks(sam, found.neck, table[CORNERS].to_numpy(), records[image])))
-    return pd.concat(parts, ignore_index=True)
+    return pd.concat(tables, ignore_index=True)
 
 
-def _masks(sam: Sam, neck: Tensor, boxes: NDArray[np.float32], record: ImageRecord) -> list[str]:
-    """SAM's mask of each `(D, 4)` box of an image; boxes that agree to the input's pixel share one, as many do."""
-    different, which = np.unique(boxes.round().astype(np.int64), axis=0, return_inverse=True)
-    parts = torch.from_numpy(different).to(neck).split(64) if len(different) else []
-    rles = [rle for part in parts for rle in rles_of(box_masks(sam, neck, part, record.width, record.height))]
-    return [rles[row]["counts"] for row in which.ravel()]
-
-
-def detect_draws(
-    model: InContextModel, sam: Sam, dataset: CocoDataset, maps: MapSource, embeddings: Mapping[Draw, Tensor],
-    split: Split, settings: InContextSettings,
-) -> pd.DataFrame:  # fmt: skip
-    """`detect` with, draw by draw, first the `(C, dim)` embeddings of `split.all`, then random ones.
-
-    Every image is asked for every class; with random embeddings only for those that it shows.
-    """
-    shown, classes = shown_classes(dataset, split), len(split.all)
-    real = torch.cat(list(embeddings.values()))
-    base = torch.from_numpy(np.isin(split.all, split.base))
-    noise = [random_embeddings(e[base], classes, 1000 * shots + seed) for (shots, seed), e in embeddings.items()]
-    asked = np.concatenate([np.ones((len(shown), len(real)), bool), np.tile(shown, len(noise))], axis=1)
-    return detect(model.eval(), sam, dataset, maps, torch.cat([real, *noise]), asked, settings)
+def with_masks(sam: Sam, data: SamData, results: Sequence[Result]) -> list[Result]:
+    """The results with SAM's mask of each box; boxes that agree to the input's pixel share one, as many do."""
+    rows, side = {image_id: row for row, image_id in enumerate(data.dataset.images)}, sam.image_encoder.img_size
+    scales, whole = input_scales(data.dataset, side), []
+    by_image = itertools.groupby(sorted(results, key=lambda r: rows[r["image_id"]]), key=lambda r: r["image_id"])
+    for image_id, group in tqdm(by_image, desc="SAM's masks", unit="image", leave=False):
+        record, found = data.dataset.images[image_id], list(group)
+        neck, boxes = data.maps(np.array([rows[image_id]])).neck, np.array([corners(r) for r in found])
+        different, which = np.unique((boxes * scales[rows[image_id]]).round(), axis=0, return_inverse=True)
+        parts = torch.from_numpy(different).float().to(neck).split(64)
+        rles = [rle for part in parts for rle in rles_of(box_masks(sam, neck, part, record.width, record.height))]
+        whole += [{**r, "segmentation": rles[n]} for r, n in zip(found, which.ravel(), strict=True)]
+    return whole
 
 
 def shown_classes(dataset: CocoDataset, split: Split) -> NDArray[np.bool_]:
@@ -131,50 +119,105 @@ def asked_pairs(variant: str, shown: NDArray[np.bool_], split: Split, seed: int)
 
 
 @dataclasses.dataclass(frozen=True)
-class DrawDetections:
-    """Detections in a test set, for several draws of references."""
+class Answers:
+    """The model's answers in a test set, for several draws of references; all variants but the oracle at most shots."""
 
     dataset: CocoDataset
     split: Split
     input_size: int  # side of SAM's input, pixels
     draws: tuple[Draw, ...]  # in the order in which `detections` numbers their embeddings
-    detections: pd.DataFrame  # see `detect_draws`
+    detections: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)  # of `detect`
 
-    def results(self, variant: str, draw: Draw) -> list[Result]:
-        """Detections of a variant and a draw (shots, seed) in COCO's result format, in pixels of the image."""
+    def draws_of(self, variant: str) -> list[Draw]:
+        """The draws with which a variant is asked."""
+        most = max(shots for shots, _ in self.draws)
+        chosen = [draw for draw in self.draws if variant == "class_oracle" or draw[0] == most]
+        return chosen[:1] if variant == "all_classes" else chosen
+
+    def pairs(self, variant: str, draw: Draw) -> pd.DataFrame:
+        """`asked_pairs`, embeddings numbered as in `detections`: draw by draw the real ones, then the random ones."""
         pairs = asked_pairs(variant, shown_classes(self.dataset, self.split), self.split, draw[1])
         block = self.draws.index(draw) + len(self.draws) * (variant == "random_reference")
-        pairs["embedding"] += block * len(self.split.all)
-        found = self.detections.merge(pairs, on=["image", "embedding"])
-        records = list(self.dataset.images.values())
-        boxes = found[CORNERS].to_numpy() / input_scales(self.dataset, self.input_size)[found["image"]]
+        return pairs.assign(embedding=pairs["embedding"] + block * len(self.split.all))
+
+    def answered(
+        self, model: InContextModel, data: SamData, embeddings: Mapping[Draw, Tensor], settings: InContextSettings
+    ) -> Answers:
+        """The same with `detections`, from the `(C, dim)` embeddings of `split.all` by draw."""
+        base, classes = torch.from_numpy(np.isin(self.split.all, self.split.base)), len(self.split.all)
+        noise = [random_embeddings(e[base], classes, 1000 * shots + seed) for (shots, seed), e in embeddings.items()]
+        asked = np.zeros((len(self.dataset.images), 2 * len(self.draws) * classes), bool)
+        for variant in VARIANTS:
+            for draw in self.draws_of(variant):
+                asked[tuple(self.pairs(variant, draw)[["image", "embedding"]].to_numpy().T)] = True
+        found = detect(model.eval(), data, torch.cat([*embeddings.values(), *noise]), asked, settings)
+        return dataclasses.replace(self, detections=found)
+
+    def results(self, variant: str, draw: Draw) -> list[Result]:
+        """Boxes of a variant and a draw (shots, seed) in COCO's result format, in pixels of the image."""
+        found = self.detections.merge(self.pairs(variant, draw), on=["image", "embedding"])
+        ids, scales = list(self.dataset.images), input_scales(self.dataset, self.input_size)
+        boxes = found[CORNERS].to_numpy(float) * self.input_size / scales[found["image"]]
         return [
-            {
-                "image_id": records[row.image].id,
-                "category_id": row.category,
-                "score": row.score,
-                "bbox": xywh(box),
-                "segmentation": {"size": [records[row.image].height, records[row.image].width], "counts": row.mask},
-            }
-            for row, box in zip(found.itertuples(), boxes.tolist(), strict=True)
+            {"image_id": ids[image], "category_id": category, "score": score, "bbox": xywh(box)}
+            for image, category, score, box in zip(
+                found["image"], found["category"].tolist(), found["score"], boxes.tolist(), strict=True
+            )
         ]
 
-    def ap(self, samples: int = 1000) -> pd.DataFrame:
-        """AP of every variant, split, number of shots and kind of overlap, percent; mean over draws.
+    @functools.cached_property
+    def _evaluated(self) -> dict[tuple[str, str, int, str], list[Evaluation]]:
+        return {}
 
-        Columns `variant, split, shots, iou_type, AP, AP50, AP75, AR100, low, high, seeds`; low and high are the 95 %
-        bootstrap interval of AP over images and draws.
+    def evaluations(self, variant: str, side: str, shots: int = 0, artists: str = "all") -> list[Evaluation]:
+        """Of boxes, a draw each: for `base` or `novel` categories, at most shots, or so many. Made once.
+
+        `artists`: only objects by `train` or by `test` artists count; what falls on others is ignored.
         """
-        rows, sides = [], {"base": self.split.base, "novel": self.split.novel}
-        for variant, shots in itertools.product(VARIANTS, sorted({shots for shots, _ in self.draws})):
-            draws = [self.results(variant, draw) for draw in self.draws if draw[0] == shots]
-            for side, iou_type in itertools.product(sides, IOU_TYPES):
-                runs = [evaluate(self.dataset, results, iou_type, sides[side]) for results in draws]
-                head = {"variant": variant, "split": side, "shots": shots, "iou_type": iou_type}
-                means = pd.DataFrame([run.metrics for run in runs])[["AP", "AP50", "AP75", "AR100"]].mean()
-                _, low, high = ap_interval(runs, samples)
-                rows.append({**head, **means, "low": low, "high": high, "seeds": len(runs)})
+        key = (variant, side, shots or max(shots for shots, _ in self.draws), artists)
+        if key not in self._evaluated:
+            dataset = self.dataset if artists == "all" else by_artists(self.dataset, artists)
+            draws = [draw for draw in self.draws_of(variant) if draw[0] == key[2]]
+            results, categories = [self.results(variant, draw) for draw in draws], getattr(self.split, side)
+            self._evaluated[key] = [evaluate(dataset, one, "bbox", categories) for one in results]
+        return self._evaluated[key]
+
+    def ap(self, sam: Sam, data: SamData, samples: int = 200) -> pd.DataFrame:
+        """AP of every variant, split and number of shots, percent; mean over draws.
+
+        Columns `variant, split, shots, artists, iou_type, AP, AP50, AP75, AR100, low, high, seeds`; low and high are
+        the 95 % bootstrap interval of AP over images and draws. Masks are SAM's, measured for the oracle at most shots.
+        """
+        rows, most = [], max(shots for shots, _ in self.draws)
+        for variant, side in itertools.product(VARIANTS, ("base", "novel")):
+            asked = sorted({(shots, "all") for shots, _ in self.draws_of(variant)})
+            for shots, artists in [*asked, *((most, name) for name in self.splits_of_artists)]:
+                head = {"variant": variant, "split": side, "shots": shots, "artists": artists, "iou_type": "bbox"}
+                rows.append(head | _means(self.evaluations(variant, side, shots, artists), samples))
+        draws = [draw for draw in self.draws if draw[0] == most]
+        masks = [with_masks(sam, data, self.results("class_oracle", draw)) for draw in draws]
+        for side in ("base", "novel"):
+            runs = [evaluate(self.dataset, results, "segm", getattr(self.split, side)) for results in masks]
+            head = {"variant": "class_oracle", "split": side, "shots": most, "artists": "all", "iou_type": "segm"}
+            rows.append(head | _means(runs, samples))
         return pd.DataFrame(rows)
+
+    @property
+    def splits_of_artists(self) -> tuple[str, ...]:
+        """`test` and `train` where artists are known (MojiWorld), else nothing."""
+        return tuple(sorted({i.split for i in self.dataset.instances} - {""}))
+
+
+def _means(runs: Sequence[Evaluation], samples: int) -> dict[str, Any]:
+    means = pd.DataFrame([run.metrics for run in runs])[["AP", "AP50", "AP75", "AR100"]].astype(float).mean()
+    _, low, high = ap_interval(runs, samples)
+    return {**means, "low": low, "high": high, "seeds": len(runs)}
+
+
+def by_artists(dataset: CocoDataset, split: str) -> CocoDataset:
+    """The data with the objects by artists of another split as crowds: what falls on them is ignored."""
+    instances = tuple(i if i.split == split else dataclasses.replace(i, crowd=True) for i in dataset.instances)
+    return dataclasses.replace(dataset, instances=instances)
 
 
 def corners(result: Result) -> tuple[float, float, float, float]:
@@ -199,53 +242,35 @@ def fates(dataset: CocoDataset, split: Split, results: Sequence[Result]) -> pd.D
     """What became of every object when all classes were asked for, by one rule.
 
     Of the detections of any class whose box overlaps the object's with an IoU of 0.5 or more, the best-scored decides:
-    none: `missed`; of another class: `confused with base` or `... novel`, whichever that class is; of its own: `found`
-    when the masks' IoU is 0.5 or more too, else `bad mask`. `duplicate` is True where a second detection of its own
-    class overlaps it so, with at least half the best one's score.
+    none: `missed`; of its own class: `found`; of another: `confused with base` or `... novel`, whichever that class is.
 
     Returns:
-        Columns `instance, image_id, category_id, held_out, area, split, fate, duplicate, decided_by, score`;
-        `decided_by` is the position of the deciding detection in `results`, -1 for none.
+        Columns `instance, image_id, category_id, artists, area, split, fate, decided_by, score`; `decided_by` is the
+        position of the deciding detection in `results`, -1 for none.
     """
     by_image: dict[int, list[int]] = {image_id: [] for image_id in dataset.images}
     for position, result in enumerate(results):
         by_image[result["image_id"]].append(position)
-    objects = [i for i in dataset.instances if not i.crowd]
-    fields = [(i.id, i.image_id, i.category_id, i.held_out, i.area) for i in objects]
-    table = pd.DataFrame(fields, columns=["instance", "image_id", "category_id", "held_out", "area"])
-    table["split"] = np.where(table["category_id"].isin(split.base), "base", "novel")
-    return table.join(pd.DataFrame([_fate(i, split, results, by_image[i.image_id]) for i in objects]))
-
-
-def _fate(instance: Instance, split: Split, results: Sequence[Result], positions: Sequence[int]) -> dict[str, Any]:
-    overlap = box_iou([corners(results[p]) for p in positions], [instance.box])[:, 0]
-    near = [p for p, iou in zip(positions, overlap, strict=True) if iou >= 0.5]
-    if not near:
-        return {"fate": "missed", "duplicate": False, "decided_by": -1, "score": 0.0}
-    near.sort(key=lambda p: -results[p]["score"])
-    best = results[near[0]]
-    own = [results[p]["score"] for p in near if results[p]["category_id"] == instance.category_id]
-    if best["category_id"] != instance.category_id:
-        fate = "confused with base" if best["category_id"] in split.base else "confused with novel"
-    else:
-        same = mask_tools.iou([best["segmentation"]], [instance.rle], [0])[0, 0] >= 0.5
-        fate = "found" if same else "bad mask"
-    duplicate = len(own) > 1 and own[1] >= own[0] / 2
-    return {"fate": fate, "duplicate": duplicate, "decided_by": near[0], "score": best["score"]}
+    rows = []
+    for one in [i for i in dataset.instances if not i.crowd]:
+        side, positions = "base" if one.category_id in split.base else "novel", by_image[one.image_id]
+        overlap = box_iou([corners(results[p]) for p in positions], [one.box])[:, 0]
+        near = [p for p, iou in zip(positions, overlap, strict=True) if iou >= 0.5]
+        best, fate, score = max(near, key=lambda p: results[p]["score"], default=-1), "missed", 0.0
+        if near:
+            named, score = results[best]["category_id"], results[best]["score"]
+            wrong = "confused with base" if named in split.base else "confused with novel"
+            fate = "found" if named == one.category_id else wrong
+        rows.append((one.id, one.image_id, one.category_id, one.split, one.area, side, fate, best, score))
+    columns = ["instance", "image_id", "category_id", "artists", "area", "split", "fate", "decided_by", "score"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def fate_shares(table: pd.DataFrame) -> pd.DataFrame:
-    """Share of each fate in percent, for base objects of train drawings, of held-out ones, and for novel ones.
-
-    Columns `group, objects, duplicates, fate, share`; `duplicates` is the share of objects found more than once.
-    """
-    group = table["split"] + " categories"
-    if table["held_out"].any():
-        drawings = np.where(table["held_out"], ", held-out drawings", ", train drawings")
-        group = group.where(table["split"] == "novel", group + drawings)
+    """Columns `group, objects, fate, share`: percent of each fate, by split and, where they are known, by artists."""
+    group = table["split"] + np.where(table["artists"] == "", "", ", " + table["artists"] + " artists")
     rows = []
     for name, objects in table.groupby(group):
-        shares = objects["fate"].value_counts(normalize=True)
-        head = {"group": name, "objects": len(objects), "duplicates": 100 * objects["duplicate"].mean()}
-        rows += [{**head, "fate": fate, "share": 100 * shares.get(fate, 0.0)} for fate in FATES]
+        shares = 100 * objects["fate"].value_counts(normalize=True)
+        rows += [{"group": name, "objects": len(objects), "fate": f, "share": shares.get(f, 0.0)} for f in FATES]
     return pd.DataFrame(rows)

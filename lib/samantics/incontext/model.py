@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
 from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
 from transformers import DeformableDetrConfig
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
@@ -27,22 +28,24 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
     inverse_sigmoid,
 )
 
-from samantics.incontext.tokens import SamMaps, processes
+from samantics.incontext.tokens import SamMaps, box_means, processes
 from samantics.scales import InContextSettings
 
 LOSS_WEIGHTS = {"loss_ce": 2.0, "loss_bbox": 5.0, "loss_giou": 2.0}  # also the matcher's costs
+TEMPERATURE = 0.1  # of naming by cosines
+LEAST = 0.01  # added to an agreement, so that no logarithm is without end
 CLASS_PRIOR = 0.01  # a query's score at the start: focal loss needs it small (Lin et al. 2017, section 3.3)
 
 
 class DetrOutput(NamedTuple):
-    """Predictions of Q queries for P pairs of an image and a class embedding, at each decoder layer."""
+    """Predictions of Q queries for each of K class embeddings that B images are asked for, at each decoder layer."""
 
-    logits: Tensor  # (layers, P, Q) of "an instance of the reference's class"
-    boxes: Tensor  # (layers, P, Q, 4) centre x, centre y, width, height, as shares of the input's side
+    logits: Tensor  # (layers, B, K, Q) of "an instance of the reference's class"
+    boxes: Tensor  # (layers, B, K, Q, 4) centre x, centre y, width, height, as shares of the input's side
 
     def queries(self, start: int | None, end: int | None = None) -> DetrOutput:
         """Only the queries from `start` to `end`."""
-        return DetrOutput(self.logits[:, :, start:end], self.boxes[:, :, start:end])
+        return DetrOutput(self.logits[..., start:end], self.boxes[..., start:end, :])
 
 
 class Memory(NamedTuple):
@@ -50,16 +53,24 @@ class Memory(NamedTuple):
 
     tokens: Tensor  # (B, L * h * w, dim)
     inside: Tensor  # (B, L * h * w) bool, False for padding
+    maps: Tensor  # (B, L * C, h, w) SAM's trunk maps themselves
     geometry: dict[str, Any]  # the sizes of the L levels, in the three forms that `transformers` asks for
 
 
 class InContextModel(nn.Module):
     """Fuser and deformable DETR with iterative box refinement (Zhu et al. 2021, arXiv 2010.04159).
 
-    `trunk_width`: channels of SAM's trunk maps; `token_shape`: (T, D) of a reference's mask tokens.
+    The paper's head reads from the sum of query and class embedding whether both are of one class, which it learns in
+    days. Where `settings.naming` is above 0, the head is told how well what lies in a query's box agrees with the
+    embedding, and both learn from naming base classes (see `naming_loss`): minutes are enough.
+
+    `trunk_width`: channels of SAM's trunk maps; `token_shape`: (T, D) of a reference's mask tokens; `classes`: how many
+    are base, for the naming.
     """
 
-    def __init__(self, settings: InContextSettings, trunk_width: int, token_shape: tuple[int, int]) -> None:
+    def __init__(
+        self, settings: InContextSettings, trunk_width: int, token_shape: tuple[int, int], classes: int
+    ) -> None:
         super().__init__()
         dim, layers, width = settings.dim, settings.decoder_layers, settings.fuser_width
         config = DeformableDetrConfig(
@@ -90,18 +101,50 @@ class InContextModel(nn.Module):
             nn.init.zeros_(box.layers[2].bias)
         self.class_heads, self.box_heads = nn.ModuleList(scores), nn.ModuleList(boxes)
         self.decoder.bbox_embed = self.box_heads
+        self.scale: nn.BatchNorm1d | None = None
+        if settings.naming:
+            wide = settings.trunk_maps * trunk_width
+            self.scale = nn.BatchNorm1d(wide, affine=False, momentum=None)  # of SAM's channels, over all steps
+            self.look = nn.Sequential(nn.Linear(wide, width), nn.GELU(), nn.Linear(width, dim))
+            self.names = nn.Parameter(torch.randn(classes, dim))
+            self.gain = nn.Parameter(torch.ones(()))
 
-    def forward(self, maps: SamMaps, tokens: Tensor, image: Tensor, hints: Tensor | None = None) -> DetrOutput:
-        """Find each reference's class in its image.
+    def forward(
+        self, maps: SamMaps, tokens: Tensor, hints: Tensor | None = None, naming: Sequence[Tensor] | None = None
+    ) -> tuple[DetrOutput, Tensor]:
+        """Find the classes of references in images; the loss of naming objects and references (0 without `naming`).
 
         Args:
             maps: of B images.
-            tokens: `(P, T, D)` mask tokens, averaged over the references where there are several.
-            image: `(P,)` row of each pair's image in `maps`.
-            hints: `(P, M, 4)` boxes, as in `DetrOutput`, that M further queries start from, in training only (DN-DETR,
-                Li et al. 2022, arXiv 2203.01305). Their outputs come after the other queries', which do not see them.
+            tokens: `(B, K, T, D)` mask tokens of K classes for each, averaged over the references where there are
+                several.
+            hints: see `decode`.
+            naming: contents and labels of objects, mask tokens and labels of references.
         """
-        return self.decode(self.encode(maps), self.fuser(tokens), image, hints)
+        asked = self.fuser(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+        output = self.decode(self.encode(maps), asked, hints)
+        return output, tokens.new_zeros(()) if naming is None else self.naming_loss(*naming)
+
+    def naming_loss(self, contents: Tensor, labels: Tensor, tokens: Tensor, classes: Tensor) -> Tensor:
+        """Cross-entropy of naming objects by what lies in their boxes, and references by their class embeddings.
+
+        Args:
+            contents: `(N, L * C)` of objects, whose base classes are `labels` `(N,)`.
+            tokens: `(M, T, D)` mask tokens of references, whose base classes are `classes` `(M,)`.
+        """
+        assert self.scale is not None
+        seen, embeddings = self.named(self.look(self.scale(contents))), self.named(self.fuser(tokens))
+        return cross_entropy(seen, labels) + cross_entropy(embeddings, classes)
+
+    def looked(self, contents: Tensor) -> Tensor:
+        """`(N, dim)` of `(N, L * C)` contents, scaled by what all steps saw: no batch or process depends on another."""
+        assert self.scale is not None
+        mean, variance = self.scale.running_mean, self.scale.running_var
+        return self.look(nn.functional.batch_norm(contents, mean, variance))
+
+    def named(self, features: Tensor) -> Tensor:
+        """`(..., base classes)` logits of `(..., dim)` features: their cosine with the direction of each class."""
+        return normalize(features, dim=-1) @ normalize(self.names, dim=-1).T / TEMPERATURE
 
     def encode(self, maps: SamMaps) -> Memory:
         """SAM's trunk maps, projected to `dim` channels and passed through the DETR's encoder."""
@@ -123,44 +166,76 @@ class InContextModel(nn.Module):
             valid_ratios=torch.ones(batch, levels, 2, device=device),
             **geometry,
         )
-        return Memory(encoded.last_hidden_state, inside, geometry)
+        return Memory(encoded.last_hidden_state, inside, maps.trunk.flatten(1, 2), geometry)
 
-    def decode(self, memory: Memory, embeddings: Tensor, image: Tensor, hints: Tensor | None = None) -> DetrOutput:
-        """Boxes and scores from `(P, dim)` class embeddings, each added to every query; else as `forward`."""
-        pairs, queries = len(image), len(self.anchors)
-        boxes, content, mask = self.anchors.sigmoid().expand(pairs, -1, -1), self.query_content.weight, None
+    def decode(self, memory: Memory, embeddings: Tensor, hints: Tensor | None = None) -> DetrOutput:
+        """Boxes and scores from `(B, K, dim)` class embeddings, each added to every query of its own.
+
+        Args:
+            memory: of B images.
+            embeddings: what each image is asked for. The queries of one class do not see those of another.
+            hints: `(B, M, 4)` boxes, as in `DetrOutput`, that M further queries of each class start from, in training
+                only (DN-DETR, Li et al. 2022, arXiv 2203.01305). Their outputs come after the other queries', which
+                do not see them.
+        """
+        (images, classes, dim), queries = embeddings.shape, len(self.anchors)
+        boxes, content = self.anchors.sigmoid().expand(images, -1, -1), self.query_content.weight
         if hints is not None:
             boxes = torch.cat([boxes, hints], dim=1)
             content = torch.cat([content, self.hint_content.expand(hints.shape[1], -1)])
-            mask = content.new_zeros(boxes.shape[1], boxes.shape[1])  # added to the attention
-            mask[:, queries:] = -math.inf  # nobody but itself sees a hint
-            mask = mask.fill_diagonal_(0.0)[None, None]
+        boxes = boxes.repeat(1, classes, 1)  # (B, K * (Q + M), 4): an image's classes share its memory
         decoded = self.decoder(
-            inputs_embeds=content + embeddings[:, None],
-            object_queries_position_embeddings=self.place(box_waves(boxes, content.shape[1] // 2)),
-            encoder_hidden_states=memory.tokens.index_select(0, image),  # tokens[image] adds gradients in any order
-            encoder_attention_mask=memory.inside[image],
+            inputs_embeds=(content + embeddings[:, :, None]).flatten(1, 2),
+            object_queries_position_embeddings=self.place(box_waves(boxes, dim // 2)),
+            encoder_hidden_states=memory.tokens,
+            encoder_attention_mask=memory.inside,
             reference_points=boxes,
-            valid_ratios=torch.ones(pairs, len(self.level_embedding), 2, device=boxes.device),
-            attention_mask=mask,
+            valid_ratios=torch.ones(images, len(self.level_embedding), 2, device=boxes.device),
+            attention_mask=who_sees_whom(classes, queries, len(content) - queries).to(boxes)[None, None],
             **memory.geometry,
         )
-        states = decoded.intermediate_hidden_states.unbind(1)
         starts = [boxes, *decoded.intermediate_reference_points.unbind(1)[:-1]]
-        logits = [head(state)[..., 0] for head, state in zip(self.class_heads, states, strict=True)]
-        moved = [
-            (head(state) + inverse_sigmoid(start)).sigmoid()
-            for head, state, start in zip(self.box_heads, states, starts, strict=True)
-        ]
+        logits, moved = [], []
+        for layer, (state, start) in enumerate(zip(decoded.intermediate_hidden_states.unbind(1), starts, strict=True)):
+            logits.append(self.class_heads[layer](state)[..., 0].unflatten(1, (classes, -1)))
+            moved.append((self.box_heads[layer](state) + inverse_sigmoid(start)).sigmoid().unflatten(1, (classes, -1)))
+        if self.scale is not None:
+            image = torch.arange(images, device=boxes.device).repeat_interleave(boxes.shape[1])
+            for layer, found in enumerate(moved):
+                # a box of NaN, which the training refuses, would make roi_align read outside its memory
+                corners = box_convert(found.detach().flatten(0, 2), "cxcywh", "xyxy").nan_to_num()
+                contents = self.looked(box_means(memory.maps, image, corners)).view(images, classes, -1, dim)
+                logits[layer] = logits[layer] + self.gain * self.agreement(contents, embeddings[:, :, None])
         return DetrOutput(torch.stack(logits), torch.stack(moved))
 
+    def agreement(self, contents: Tensor, embeddings: Tensor) -> Tensor:
+        """How much likelier than by chance `(..., dim)` contents and embeddings have one base class, as a log."""
+        same = (self.named(contents).softmax(-1) * self.named(embeddings).softmax(-1)).sum(-1)
+        return torch.log(len(self.names) * same + LEAST)
 
-def build_model(settings: InContextSettings, sam: Sam, seed: int) -> InContextModel:
-    """An untrained model for that SAM, its initialisation seeded."""
+
+def who_sees_whom(classes: int, queries: int, hints: int) -> Tensor:
+    """`(N, N)` added to the self-attention of N queries, class by class: those of a class see each other, and no hint.
+
+    A hint sees them and itself.
+    """
+    own = torch.full((queries + hints, queries + hints), -math.inf)
+    own[:, :queries] = 0.0
+    own.fill_diagonal_(0.0)
+    whole = torch.full((classes, queries + hints, classes, queries + hints), -math.inf)
+    for row in range(classes):
+        whole[row, :, row] = own
+    return whole.flatten(0, 1).flatten(1)
+
+
+def build_model(settings: InContextSettings, sam: Sam, classes: int, seed: int) -> InContextModel:
+    """An untrained model for that SAM and so many base classes, its initialisation seeded."""
     decoder, width = sam.mask_decoder, sam.image_encoder.neck[0].in_channels
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return InContextModel(settings, width, (decoder.num_mask_tokens, decoder.transformer_dim)).to(sam.device)
+        return InContextModel(settings, width, (decoder.num_mask_tokens, decoder.transformer_dim), classes).to(
+            sam.device
+        )
 
 
 def spread_points(count: int) -> Tensor:
@@ -180,11 +255,12 @@ def box_waves(boxes: Tensor, width: int) -> Tensor:
 def matched_loss(output: DetrOutput, boxes: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
     """Focal + L1 + GIoU loss after Hungarian matching, summed over decoder layers, and the last layer's three terms.
 
-    `boxes` are for each pair the `(n, 4)` to be found, as in `DetrOutput`. Divided by the objects to be found in the
-    batch of all processes: the mean over processes, which `DistributedDataParallel` takes, is the whole batch's loss.
+    `boxes` are for each of the B * K questions the `(n, 4)` to be found, as in `DetrOutput`. Divided by the objects to
+    be found in the batch of all processes: the mean over processes, which `DistributedDataParallel` takes, is the
+    whole batch's loss.
     """
-    device = output.logits.device
-    layers = [{"logits": logits[..., None], "pred_boxes": found} for logits, found in zip(*output, strict=True)]
+    device, asked = output.logits.device, DetrOutput(*(part.flatten(1, 2) for part in output))
+    layers = [{"logits": logits[..., None], "pred_boxes": found} for logits, found in zip(*asked, strict=True)]
     labels = [{"class_labels": torch.zeros(len(b)).long().to(device), "boxes": b.to(device)} for b in boxes]
     matcher = DeformableDetrHungarianMatcher(*LOSS_WEIGHTS.values())
     criterion = DeformableDetrImageLoss(matcher, num_classes=1, focal_alpha=0.25, losses=["labels", "boxes"])
@@ -196,24 +272,23 @@ def matched_loss(output: DetrOutput, boxes: Sequence[Tensor]) -> tuple[Tensor, d
     return total * share, {name: float((terms[name] * share).detach()) for name in LOSS_WEIGHTS}
 
 
-def hint_loss(output: DetrOutput, boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
+def hint_loss(output: DetrOutput, boxes: Tensor, labels: Tensor) -> Tensor:
     """The same three losses for the queries that start at hints; each knows its object, so nothing is matched.
 
-    `output` is of the hints, padded to the longest list; for each pair `boxes` `(m, 4)` are the hints' objects and
-    `labels` `(m,)` 1 where the object is of the pair's class, else 0.
+    Args:
+        output: of M hints, padded to the longest list.
+        boxes: `(B, M, 4)` the hints' objects.
+        labels: `(B, K, M)` 1 where the object is of the class asked for, 0 where it is not, NaN for padding.
     """
-    device = output.logits.device
-    counts = torch.tensor([len(b) for b in boxes], device=device)
-    real = torch.arange(output.logits.shape[-1], device=device) < counts[:, None]
-    label, target = torch.cat(list(labels)).to(device), torch.cat(list(boxes)).to(device)
+    real, total = ~labels.isnan(), torch.zeros((), device=boxes.device)
+    target = boxes[:, None].expand(*labels.shape, 4)[real]
     corners = box_convert(target, "cxcywh", "xyxy")
-    total = torch.zeros((), device=device)
     for logits, found in zip(*output, strict=True):
-        focal = sigmoid_focal_loss(logits[real], label, alpha=0.25, gamma=2, reduction="sum")
+        focal = sigmoid_focal_loss(logits[real], labels[real], alpha=0.25, gamma=2, reduction="sum")
         distance = (found[real] - target).abs().sum()
         giou = generalized_box_iou_loss(box_convert(found[real], "cxcywh", "xyxy"), corners, reduction="sum")
         total = total + sum(w * v for w, v in zip(LOSS_WEIGHTS.values(), (focal, distance, giou), strict=True))
-    return total / mean_count(len(target), device)
+    return total / mean_count(len(target), boxes.device)
 
 
 def mean_count(count: int, device: torch.device) -> float:

@@ -1,7 +1,7 @@
-"""How well classes keep apart in a space of features: four numbers, each against the same number for shuffled labels.
+"""How well classes keep apart in a space of features, always against the same number for shuffled labels.
 
-A point is one object. Points of one *group* show the same thing (another rendering of the drawing, another object of
-the photograph): a group never serves to recognise its own members, else a number would reward remembering.
+Reference objects, drawn by train artists, stand for their classes; test objects are to be recognised among them. Base
+classes are taken in sets of as many classes as are novel, so that a guess is worth the same for both.
 """
 
 from __future__ import annotations
@@ -17,68 +17,86 @@ from sklearn.cluster import KMeans
 from sklearn.linear_model import RidgeClassifier
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_samples
-from sklearn.model_selection import GroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
-from tqdm.auto import tqdm
 
 from samantics.errors import StudyError
-from samantics.metrics.intervals import Interval, bootstrap_mean, bootstrap_statistic
+from samantics.metrics.intervals import bootstrap_mean
 
-METRICS = ("silhouette", "knn", "nmi", "linear")
-NEIGHBOURS = 5
-FOLDS = 5
-SHUFFLES = 5
+NEIGHBOURS = 10
+SHUFFLES = 3
 
 Points = NDArray[np.floating]
 Labels = NDArray[np.int64]
 
 
-def separability(points: Points, labels: Labels, groups: Labels, seed: int = 0) -> pd.DataFrame:
-    """Four numbers of `(n, d)` points with `(n,)` labels and groups.
+def knn_predictions(references: Points, labels: Labels, points: Points) -> Labels:
+    """`(n,)` class with the largest summed cosine among the `NEIGHBOURS` nearest of `(m, d)` references."""
+    cosines = normalize(np.asarray(points, np.float64)) @ normalize(np.asarray(references, np.float64)).T
+    nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :NEIGHBOURS]
+    weight, classes = np.take_along_axis(cosines, nearest, axis=1), np.unique(labels)
+    votes = np.stack([(weight * (labels[nearest] == c)).sum(axis=1) for c in classes], axis=1)
+    return classes[votes.argmax(axis=1)]
 
-    - `silhouette`: mean cosine silhouette, -1 to 1 (Rousseeuw 1987).
-    - `knn`: share of points whose 5 nearest by cosine, of other groups, vote for their class.
-    - `nmi`: normalised mutual information of labels and as many k-means clusters of the directions, 0 to 1.
-    - `linear`: share of points that a ridge classifier names right, in 5-fold cross-validation over groups.
+
+def linear_predictions(references: Points, labels: Labels, points: Points) -> Labels:
+    """`(n,)` class by ridge regression of `(m, d)` references onto their classes."""
+    model = make_pipeline(StandardScaler(), RidgeClassifier(alpha=len(labels)))
+    predicted: Labels = model.fit(references, labels).predict(points)
+    return predicted
+
+
+PROBES = {"knn": knn_predictions, "linear": linear_predictions}
+
+
+def class_sets(base: Sequence[int], novel: Sequence[int]) -> list[tuple[int, ...]]:
+    """The novel classes, and the base classes in sets of about as many (of a sorted list every k-th)."""
+    count = max(1, round(len(base) / len(novel)))
+    return [tuple(novel), *(tuple(base[start::count]) for start in range(count))]
+
+
+def recognised(
+    spaces: Mapping[str, tuple[Points, Points]], references: pd.DataFrame, points: pd.DataFrame,
+    sets: Sequence[Sequence[int]], seed: int = 0,
+) -> pd.DataFrame:  # fmt: skip
+    """Which test objects each probe recognises in each space, among the classes of their set.
+
+    Args:
+        spaces: by stage the `(m, d)` features of the references and the `(n, d)` ones of the test objects.
+        references: a row each, with `category_id`.
+        points: the test objects, a row each, with `category_id`, `split` and `artists`.
+        sets: of category ids.
+        seed: of the shuffled labels.
 
     Returns:
-        Columns `metric, value, low, high, shuffled`: low and high are the 95 % bootstrap interval over points,
-        `shuffled` is the mean for five shuffles of the labels.
+        `points` once for each stage and probe, with columns `stage, probe, hit` (0 or 1) and `shuffled`: the share of
+        hits when the references' labels are shuffled.
 
     Raises:
-        StudyError: too few classes, points of a class or groups; a number that is not finite.
+        StudyError: a set has a single class of references; a number that is not finite.
     """
-    classes, counts = np.unique(labels, return_counts=True)
-    if len(classes) < 2 or counts.min() < 2:
-        raise StudyError("separability needs two classes or more with two objects each: add objects")
-    if len(np.unique(groups)) < FOLDS:
-        raise StudyError(f"separability needs {FOLDS} groups or more: add drawings or images")
-    if not np.isfinite(points).all():
-        raise StudyError("separability was given features that are not finite: compute them again with --fresh")
-    directions = normalize(np.asarray(points, np.float64))
-    clusters = KMeans(len(classes), n_init=4, random_state=seed).fit_predict(directions)
-    rng = np.random.default_rng(seed)
-    shuffles = [rng.permutation(labels) for _ in range(SHUFFLES)]
-    rows = []
-    for metric in METRICS:
-        found = _measured(metric, directions, clusters, labels, groups, seed)
-        floors = [_measured(metric, directions, clusters, s, groups, seed, samples=1).value for s in shuffles]
-        rows.append({"metric": metric, **found._asdict(), "shuffled": float(np.mean(floors))})
-    return pd.DataFrame(rows)
+    rng, tables = np.random.default_rng(seed), []
+    for (stage, (known, asked)), wanted in itertools.product(spaces.items(), sets):
+        if not (np.isfinite(known).all() and np.isfinite(asked).all()):
+            raise StudyError("separability was given features that are not finite: compute them again with --fresh")
+        rows, part = references["category_id"].isin(wanted).to_numpy(), points[points["category_id"].isin(wanted)]
+        labels, truth = references["category_id"].to_numpy()[rows], part["category_id"].to_numpy()
+        if len(np.unique(labels)) < 2:
+            raise StudyError("separability needs references of two classes or more: add objects")
+        for probe, predict in PROBES.items():
+            hits = predict(known[rows], labels, asked[part.index]) == truth
+            shuffles = [predict(known[rows], rng.permutation(labels), asked[part.index]) for _ in range(SHUFFLES)]
+            found = {"stage": stage, "probe": probe, "hit": hits.astype(float)}
+            tables.append(part.assign(**found, shuffled=np.mean(np.array(shuffles) == truth, axis=0)))
+    return pd.concat(tables).rename_axis("point").reset_index()
 
 
-def _measured(
-    metric: str, directions: Points, clusters: Labels, labels: Labels, groups: Labels, seed: int, samples: int = 1000
-) -> Interval:
-    if metric == "nmi":
-        found = bootstrap_statistic(lambda rows: nmi(labels[rows], clusters[rows]), len(labels), seed, samples)
-        shift = found.value - (found.low + found.high) / 2  # repeated points make NMI, and it alone, larger
-        return Interval(found.value, max(0.0, found.low + shift), min(1.0, found.high + shift))
-    if metric == "silhouette":
-        return bootstrap_mean(silhouette_samples(directions, labels, metric="cosine"), seed, samples)
-    predictions = knn_predictions if metric == "knn" else linear_predictions
-    return bootstrap_mean(predictions(directions, labels, groups) == labels, seed, samples)
+def structure(space: Points, labels: Labels, seed: int = 0) -> dict[str, float]:
+    """`silhouette` by cosine (-1 to 1) and `nmi` of k-means clusters with the classes (0 to 1), of `(n, d)` points."""
+    directions = normalize(np.asarray(space, np.float64))
+    clusters = KMeans(len(np.unique(labels)), n_init=4, random_state=seed).fit_predict(directions)
+    apart = silhouette_samples(directions, labels, metric="cosine")
+    return {"silhouette": float(apart.mean()), "nmi": nmi(labels, clusters)}
 
 
 def nmi(labels: Labels, clusters: Labels) -> float:
@@ -91,50 +109,40 @@ def nmi(labels: Labels, clusters: Labels) -> float:
     return float(2 * (single - both) / single) if single > 0 else 1.0
 
 
-def knn_predictions(directions: Points, labels: Labels, groups: Labels, neighbours: int = NEIGHBOURS) -> Labels:
-    """`(n,)` class with the largest summed cosine among each point's nearest neighbours of other groups."""
-    cosines = directions @ directions.T
-    cosines[groups[:, None] == groups[None, :]] = -np.inf
-    nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :neighbours]
-    weight = np.take_along_axis(cosines, nearest, axis=1).clip(min=0)  # a group may leave fewer neighbours than asked
-    classes = np.unique(labels)
-    votes = np.stack([(weight * (labels[nearest] == c)).sum(axis=1) for c in classes], axis=1)
-    return classes[votes.argmax(axis=1)]
+def summary(outcomes: pd.DataFrame, spaces: Mapping[str, tuple[Points, Points]], seed: int = 0) -> pd.DataFrame:
+    """Columns `stage, split, artists, metric, value, low, high, shuffled, objects`, from the outcomes of `recognised`.
 
-
-def linear_predictions(points: Points, labels: Labels, groups: Labels) -> Labels:
-    """`(n,)` class of each point by ridge regression onto classes, fitted to the folds without its group."""
-    predicted = np.empty_like(labels)
-    for train, test in GroupKFold(FOLDS).split(points, labels, groups):
-        model = make_pipeline(StandardScaler(), RidgeClassifier(alpha=len(train)))
-        predicted[test] = model.fit(points[train], labels[train]).predict(points[test])
-    return predicted
-
-
-def class_structure(spaces: Mapping[str, Points], points: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """`separability` of base and of novel points in each space: `stage, split, metric, value, low, high, shuffled`.
-
-    `spaces` are `(n, d)` features by stage, of n `points` with `category_id`, `group` and `split`.
+    The probes' accuracy (0 to 1) has a 95 % bootstrap interval over objects; silhouette and NMI, of the test objects
+    themselves, are means over the sets' classes and have none.
     """
-    tables = []
-    for (stage, features), (name, part) in itertools.product(spaces.items(), points.groupby("split")):
-        groups = pd.factorize(part["group"])[0]
-        table = separability(features[part.index], part["category_id"].to_numpy(), groups, seed)
-        tables.append(pd.DataFrame({"stage": stage, "split": name}, table.index).join(table))
-    return pd.concat(tables, ignore_index=True)
+    rows = []
+    for (stage, split, artists, probe), part in outcomes.groupby(["stage", "split", "artists", "probe"], sort=False):
+        head = {"stage": stage, "split": split, "artists": artists, "metric": probe}
+        found = bootstrap_mean(part["hit"].to_numpy(), seed)._asdict()
+        rows.append({**head, **found, "shuffled": part["shuffled"].mean(), "objects": len(part)})
+    rng = np.random.default_rng(seed)
+    groups = outcomes.drop_duplicates(["stage", "point"]).groupby(["stage", "split", "artists"], sort=False)
+    for (stage, split, artists), part in groups:
+        features, labels = spaces[stage][1][part["point"]], part["category_id"].to_numpy()
+        floors = structure(features, rng.permutation(labels), seed)
+        head = {"stage": stage, "split": split, "artists": artists, "objects": len(part)}
+        found = structure(features, labels, seed)
+        rows += [{**head, "metric": name, "value": value, "shuffled": floors[name]} for name, value in found.items()]
+    return pd.DataFrame(rows)
 
 
-def tsne_maps(spaces: Mapping[str, Points], points: pd.DataFrame, settings: Sequence[tuple[int, int]]) -> pd.DataFrame:
-    """t-SNE by cosine distance (van der Maaten and Hinton 2008) of each space at each (perplexity, seed).
+def class_gains(outcomes: pd.DataFrame, probe: str, split: str) -> pd.Series:
+    """By category: how much more of its objects are recognised after the MLP than before it, in points."""
+    rows = outcomes[(outcomes["probe"] == probe) & (outcomes["split"] == split)]
+    shares = 100 * rows.pivot_table(index="category_id", columns="stage", values="hit")
+    return shares["after"] - shares["before"]
 
-    Columns `stage, perplexity, seed, x, y, category_id, split`; arguments as in `class_structure`.
-    """
-    parts = []
-    for (stage, features), (perplexity, seed) in tqdm([*itertools.product(spaces.items(), settings)], desc="t-SNE"):
-        if perplexity >= len(points):
-            raise StudyError(f"t-SNE of {len(points)} points needs a perplexity below that, not {perplexity}: lower it")
-        tsne = TSNE(perplexity=perplexity, metric="cosine", init="random", random_state=seed)
-        placed = tsne.fit_transform(np.asarray(features, np.float32))
-        head = {"stage": stage, "perplexity": perplexity, "seed": seed, "x": placed[:, 0], "y": placed[:, 1]}
-        parts.append(pd.DataFrame(head).join(points[["category_id", "split"]]))
-    return pd.concat(parts, ignore_index=True)
+
+def tsne_map(space: Points, perplexity: int = 30, seed: int = 0) -> Points:
+    """`(n, 2)` t-SNE by cosine distance (van der Maaten and Hinton 2008) of `(n, d)` points."""
+    if perplexity >= len(space):
+        raise StudyError(f"t-SNE of {len(space)} points needs a perplexity below that, not {perplexity}: lower it")
+    placed: Points = TSNE(perplexity=perplexity, metric="cosine", init="random", random_state=seed).fit_transform(
+        np.asarray(space, np.float32)
+    )
+    return placed

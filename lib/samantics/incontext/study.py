@@ -26,19 +26,20 @@ from samantics.cache import Checkpoint, hash_value, kept
 from samantics.data.coco import CocoDataset
 from samantics.data.detection import load_data, scenes
 from samantics.errors import StudyError
-from samantics.incontext.evaluation import Draw, DrawDetections, class_embeddings, detect_draws
+from samantics.incontext.evaluation import Answers, class_embeddings
 from samantics.incontext.model import InContextModel, build_model
-from samantics.incontext.tokens import SamData, live_maps, object_arrays, object_tokens, planted_part, stored_maps
+from samantics.incontext.tokens import SamData, live_maps, object_arrays, object_features, stored_maps
 from samantics.incontext.training import BatchSampler, Split, draw_references, split_categories, train
 from samantics.models.encoder import Encoder, load_encoder
 from samantics.run import Run, own_data, start_run
 from samantics.scales import InContextSettings
 from samantics.training_free.mask_features import reference_features
 
-FORMAT = 1  # of what is cached; raised when the same settings would give other numbers
+FORMAT = 2  # of what is cached; raised when the same settings would give other numbers
+OTHERS = ("dinov2", "clip")  # whose features are measured at the same place
 PER_CATEGORY = 40  # reference objects of a category whose class structure is measured
 WITHOUT_EFFECT = (  # settings that the trained weights do not depend on
-    "test_scenes", "store_features", "top", "min_score", "shots", "reference_seeds", "control_epochs",
+    "store_features", "top", "min_score", "shots", "reference_seeds",
 )  # fmt: skip
 
 
@@ -61,13 +62,15 @@ class InContextStudy:
 
     def sampler(self) -> BatchSampler:
         """The training's batches."""
-        part, size = self.tuning, self.encoder.image_size
-        return BatchSampler(part.maps, part.objects, part.tokens, self.split.base, size, self.settings, self.run.seed)
+        return BatchSampler(self.tuning, self.split.base, self.encoder.image_size, self.settings, self.run.seed)
+
+    def untrained(self) -> InContextModel:
+        """The model before tuning."""
+        return build_model(self.settings, self.encoder.model, len(self.split.base), self.run.seed)
 
     def checkpoint(self) -> Checkpoint:
         """Where the training is saved, and resumed from."""
-        name = "control" if "control" in self.identity else "model"
-        return Checkpoint(self._folder / f"{name}_{hash_value(self.identity)}.pt", self.identity)
+        return Checkpoint(self._folder / f"model_{hash_value(self.identity)}.pt", self.identity)
 
     def reference_rows(self, shots: int, seed: int = 0) -> NDArray[np.int64]:
         """`(C, shots)` rows of randomly drawn reference objects for the categories of `split.all`."""
@@ -86,57 +89,70 @@ class InContextStudy:
         data = [part.dataset.hash for part in (self.references, self.targets)]
         return [self.identity, *data, dataclasses.asdict(self.settings)]
 
-    def evaluate(self, model: InContextModel, draws: Sequence[Draw] = ()) -> DrawDetections:
-        """Ask every target for every class with the trained model: computed once, then read.
-
-        Args:
-            draws: (shots, seed) of the references; default: all shots and seeds of the settings.
-        """
-        draws = tuple(draws or itertools.product(self.settings.shots, range(self.settings.reference_seeds)))
+    def evaluate(self, model: InContextModel) -> Answers:
+        """Ask the targets with the trained model, for all shots and seeds of the settings: computed once, then read."""
+        draws = tuple(itertools.product(sorted(self.settings.shots), range(self.settings.reference_seeds)))
+        answers = Answers(self.targets.dataset, self.split, self.encoder.image_size, draws)
 
         def compute() -> dict[str, NDArray[Any]]:
-            tokens, (dataset, maps, *_) = self.references.tokens, self.targets
+            tokens = self.references.tokens
             embeddings = {draw: class_embeddings(model, tokens, self.reference_rows(*draw)) for draw in draws}
-            found = detect_draws(model, self.encoder.model, dataset, maps, embeddings, self.split, self.settings)
-            return {name: np.array(found[name], np.bytes_ if name == "mask" else None) for name in found}
+            found = answers.answered(model, self.targets, embeddings, self.settings).detections
+            return {name: np.asarray(found[name]) for name in found}
 
-        table = pd.DataFrame(kept(self._folder / f"detections_{hash_value([*self._key, draws])}.npz", compute))
-        table["mask"] = table["mask"].str.decode("ascii")
-        return DrawDetections(self.targets.dataset, self.split, self.encoder.image_size, draws, table)
+        found = kept(self._folder / f"detections_{hash_value(self._key)}.npz", compute)
+        return dataclasses.replace(answers, detections=pd.DataFrame(found))
 
-    def reference_points(self) -> pd.DataFrame:
-        """The reference objects whose class structure is measured: `row, category_id, group, split`.
+    def points(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """The objects whose class structure is measured, of the references and of the targets.
 
-        All that may be a reference, at most `PER_CATEGORY` of a category (the first). A group is a drawing, or an image
-        where there are no drawings.
+        Columns `row, category_id, split, artists`; of the references at most `PER_CATEGORY` of a category (the first),
+        of the targets those whose category has references.
         """
-        instances, objects = self.references.dataset.instances, self.references.objects
-        rows = np.flatnonzero(objects.reference_candidates(self.settings.min_reference_area))
-        table = pd.DataFrame({"row": rows, "category_id": objects.categories[rows]})
-        table["group"] = [
-            f"{one.category_id} by {one.artist}" if one.artist else f"image {one.image_id}"
-            for one in (instances[row] for row in rows)
+        tables = []
+        for part in (self.references, self.targets):
+            rows = np.flatnonzero(part.objects.reference_candidates(self.settings.min_reference_area))
+            table = pd.DataFrame({"row": rows, "category_id": part.objects.categories[rows]})
+            table["split"] = np.where(table["category_id"].isin(self.split.base), "base", "novel")
+            tables.append(table.assign(artists=[part.dataset.instances[row].split or "all" for row in rows]))
+        references, targets = tables
+        references = references[references.groupby("category_id").cumcount() < PER_CATEGORY]
+        targets = targets[targets["category_id"].isin(references["category_id"])]
+        return references.reset_index(drop=True), targets.reset_index(drop=True)
+
+    def spaces(self, model: InContextModel) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+        """By stage the features of the objects of `points`: of the references, and of the targets.
+
+        `before` and `after` the MLP; `planted`: before it, with a random code of its class added to every object, as
+        large as the tokens' own spread; `maps`, `dinov2`, `clip`: an encoder's last map, averaged over its mask.
+        """
+        parts, points = (self.references, self.targets), self.points()
+        tokens = [part.tokens[table["row"]].astype(np.float32) for part, table in zip(parts, points, strict=True)]
+        device, rng = self.encoder.device, np.random.default_rng(self.run.seed)
+        with torch.no_grad():
+            after = [model.fuser(torch.from_numpy(one).to(device)).numpy(force=True) for one in tokens]
+        before = [one.reshape(len(one), -1) for one in tokens]
+        codes = rng.normal(scale=before[0].std(), size=(len(self.split.all), before[0].shape[1])).astype(np.float32)
+        planted = [
+            one + codes[np.searchsorted(self.split.all, table["category_id"])]
+            for one, table in zip(before, points, strict=True)
         ]
-        table["split"] = np.where(table["category_id"].isin(self.split.base), "base", "novel")
-        same = table.groupby("category_id")["row"]
-        return table[(same.cumcount() < PER_CATEGORY) & (same.transform("size") > 1)].reset_index(drop=True)
+        found = {"before": before, "after": after, "planted": planted} | self._mean_features(points)
+        return {stage: (known, asked) for stage, (known, asked) in found.items()}
 
-    def object_features(self, rows: Sequence[int]) -> dict[str, NDArray[np.float32]]:
-        """SAM's (`maps`) and DINOv2's (`dinov2`) last map, averaged over each reference object's mask: `(n, C)`."""
-        encoders = {"maps": self.encoder, "dinov2": load_encoder("dinov2", self.run.scale.weights, self.run.device)}
-        self.run.record("dinov2_weights", encoders["dinov2"].weights_hash)
-        objects = [self.references.dataset.instances[row] for row in rows]
-        found = reference_features(encoders, self.references.dataset, objects, self._folder / "mask_features")
-        return {name: np.stack([vectors[i.id] for i in objects]) for name, vectors in found.items()}
-
-    def planted(self) -> InContextStudy:
-        """The positive control: the same study with a random code of its class added on every object and its tokens."""
-        epochs, size = self.settings.control_epochs, self.encoder.image_size
-        run = _with_settings(self.run, epochs=epochs, flip=0.0)
-        parts = (self.tuning, self.references, self.targets)
-        tuning, references, targets = (planted_part(part, self.split.all, size, run.seed) for part in parts)
-        identity = {**self.identity, "control": epochs}
-        return InContextStudy(run, self.encoder, self.split, tuning, references, targets, identity)
+    def _mean_features(self, points: Sequence[pd.DataFrame]) -> dict[str, list[NDArray[np.float32]]]:
+        others = {name: load_encoder(name, self.run.scale.weights, self.run.device) for name in OTHERS}
+        for name, encoder in others.items():
+            self.run.record(f"{name}_weights", encoder.weights_hash)
+        found: dict[str, list[NDArray[np.float32]]] = {name: [] for name in ("maps", *OTHERS)}
+        for part, table in zip((self.references, self.targets), points, strict=True):
+            objects = [part.dataset.instances[row] for row in table["row"]]
+            vectors = reference_features(
+                {"maps": self.encoder, **others}, part.dataset, objects, self._folder / "mask_features"
+            )
+            for name in found:
+                found[name].append(np.stack([vectors[name][i.id] for i in objects]))
+        return found
 
 
 def _with_settings(run: Run, **settings: Any) -> Run:
@@ -178,21 +194,19 @@ def load_study(
         "seed": run.seed,
         "settings": of_tuning,
     }
-    parts = _part(run, encoder, tuning), _part(run, encoder, data.references), _part(run, encoder, data.targets, False)
+    parts = [_part(run, encoder, dataset) for dataset in (tuning, data.references, data.targets)]
     return InContextStudy(run, encoder, split, *parts, identity)
 
 
-def _part(run: Run, encoder: Encoder, dataset: CocoDataset, with_tokens: bool = True) -> SamData:
+def _part(run: Run, encoder: Encoder, dataset: CocoDataset) -> SamData:
     settings, folder, sam = run.scale.incontext, run.cache / "incontext", encoder.model
     if settings.store_features:
         maps = stored_maps(sam, dataset, settings.trunk_maps, encoder.weights_hash, folder)
     else:
         maps = functools.partial(live_maps, sam, dataset, settings.trunk_maps)
-    objects, key = object_arrays(dataset, encoder.image_size), hash_value([FORMAT, dataset.hash, encoder.weights_hash])
-    if with_tokens:
-        return SamData(dataset, maps, objects, object_tokens(sam, maps, objects, folder / f"tokens_{key}"))
-    none = np.empty((0, sam.mask_decoder.num_mask_tokens, sam.mask_decoder.transformer_dim), np.float16)
-    return SamData(dataset, maps, objects, none)
+    objects = object_arrays(dataset, encoder.image_size)
+    key = hash_value([FORMAT, dataset.hash, encoder.weights_hash, settings.trunk_maps])
+    return SamData(dataset, maps, objects, *object_features(sam, maps, objects, folder / f"tokens_{key}"))
 
 
 def tune(
@@ -211,8 +225,7 @@ def tune(
         run = _with_settings(start_run(scale, "02_in_context"), **(settings or {}))
         study = load_study(run, references, targets, images, weights)
         started = time.perf_counter()
-        model = build_model(study.settings, study.encoder.model, run.seed)
-        _, curve = train(model, study.sampler(), study.checkpoint())
+        _, curve = train(study.untrained(), study.sampler(), study.checkpoint())
         seconds, steps, loss = time.perf_counter() - started, int(curve["step"].max()) + 1, curve["loss"].iloc[-1]
         host = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         used = torch.cuda.max_memory_allocated() if run.device == "cuda" else host

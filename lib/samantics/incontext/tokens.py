@@ -1,4 +1,4 @@
-"""What SAM gives the in-context model: maps of images and mask tokens of boxes, live, kept, or with the class planted.
+"""What SAM gives the in-context model: maps of images, mask tokens of boxes and what lies in them, live or kept.
 
 Boxes are `(x0, y0, x1, y1)` in pixels of SAM's input: the image's long side fills the square, the rest is padding.
 """
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from segment_anything.modeling import Sam
 from torch import Tensor
+from torchvision.ops import roi_align
 from tqdm.auto import tqdm
 
 from samantics.cache import atomic_path, hash_value, reading
@@ -130,7 +131,8 @@ class SamData(NamedTuple):
     dataset: CocoDataset
     maps: MapSource
     objects: Objects
-    tokens: NDArray[np.float16]  # (R, T, D) mask tokens of the objects; (0, T, D) of the test images, which need none
+    tokens: NDArray[np.float16]  # (R, T, D) mask tokens of the objects
+    contents: NDArray[np.float16]  # (R, L * C) means of SAM's trunk maps over their boxes
 
 
 def input_scales(dataset: CocoDataset, input_size: int) -> NDArray[np.float64]:
@@ -188,42 +190,24 @@ def stored_maps(sam: Sam, dataset: CocoDataset, trunk_maps: int, weights_hash: s
     return functools.partial(read_maps, [_load(path) for path in paths.values()], sam.device)
 
 
-def planted_part(part: SamData, categories: Sequence[int], input_size: int, seed: int) -> SamData:
-    """The positive control: a random code for each category id, added on its objects and to their mask tokens.
+def box_means(maps: Tensor, image: Tensor, boxes: Tensor) -> Tensor:
+    """`(N, C)` mean of `(B, C, h, w)` maps over N boxes.
 
-    A model that cannot learn from these cannot use a reference at all; one that can, and learns nothing from SAM's own
-    maps, did not find the class there. Codes are in units of the maps' and tokens' standard deviation.
+    Args:
+        maps: of B images.
+        image: `(N,)` row of each box's image.
+        boxes: `(N, 4)` as `(x0, y0, x1, y1)`, shares of the map's side.
     """
-    widths = part.maps(np.array([0])).trunk.shape[2], part.tokens.shape[-1]
-    map_codes, token_codes = (
-        torch.randn(max(categories) + 1, width, generator=torch.Generator().manual_seed(seed + number))
-        for number, width in enumerate(widths)
-    )
-    maps = functools.partial(_planted_maps, part.maps, part.objects, input_size, map_codes)
-    strength = float(part.tokens.astype(np.float32).std()) if len(part.tokens) else 0.0
-    added = strength * token_codes.numpy()[part.objects.categories[: len(part.tokens)]][:, None]
-    return part._replace(maps=maps, tokens=np.asarray(part.tokens + added, np.float16))
+    rows = torch.cat([image[:, None].to(boxes), boxes], dim=1)
+    return roi_align(maps, rows, output_size=1, spatial_scale=maps.shape[-1], sampling_ratio=3, aligned=True)[
+        :, :, 0, 0
+    ]
 
 
-def _planted_maps(
-    source: MapSource, objects: Objects, input_size: int, codes: Tensor, rows: Rows, mirrored: Mirrored = None
-) -> SamMaps:
-    """See `MapSource`: another source's maps with the code of its class, `(K, C)` by category id, on every object."""
-    maps = source(rows, mirrored)
-    trunk, codes = maps.trunk.clone(), codes.to(maps.trunk) * maps.trunk.std()
-    grid = trunk.shape[-1]
-    tokens = np.round(objects.boxes * grid / input_size).astype(int)
-    tokens[:, :2] = tokens[:, :2].clip(0, grid - 1)
-    tokens[:, 2:] = np.maximum(tokens[:, 2:], tokens[:, :2] + 1)  # smaller than a token, an object has one all the same
-    for position, row in enumerate(rows):
-        for number in np.flatnonzero(objects.image == row):
-            x0, y0, x1, y1 = tokens[number]
-            trunk[position, :, :, y0:y1, x0:x1] += codes[objects.categories[number], :, None, None]
-    return maps._replace(trunk=trunk)
-
-
-def object_tokens(sam: Sam, source: MapSource, objects: Objects, folder: Path) -> NDArray[np.float16]:
-    """`(R, T, D)` mask tokens of every object's own box, read from `folder`, else computed and written there first.
+def object_features(
+    sam: Sam, source: MapSource, objects: Objects, folder: Path
+) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
+    """Mask tokens and contents of every object's own box (see `SamData`), from `folder`, else written there first.
 
     A file holds the objects of `SHARD` images, so a killed run goes on where it was; under `torchrun` the processes
     share the files out.
@@ -232,23 +216,28 @@ def object_tokens(sam: Sam, source: MapSource, objects: Objects, folder: Path) -
     paths = [folder / f"{number * SHARD:07d}.npy" for number in range(int(shard.max(initial=0)) + 1)]
     missing = [number for number in range(rank, len(paths), world) if not paths[number].is_file()]
     for number in tqdm(missing, desc="mask tokens", unit="file", disable=rank > 0 or not missing):
-        _save(paths[number], _tokens_of(sam, source, Objects(*(part[shard == number] for part in objects))))
+        _save(paths[number], _features_of(sam, source, Objects(*(part[shard == number] for part in objects))))
     if world > 1:
         dist.barrier()
-    return np.concatenate([_load(path) for path in paths])[np.argsort(np.argsort(shard, kind="stable"))]
+    found = np.concatenate([_load(path) for path in paths])[np.argsort(np.argsort(shard, kind="stable"))]
+    shape = sam.mask_decoder.num_mask_tokens, sam.mask_decoder.transformer_dim
+    tokens, contents = np.split(found, [shape[0] * shape[1]], axis=1)
+    return tokens.reshape(-1, *shape), contents
 
 
-def _tokens_of(sam: Sam, source: MapSource, objects: Objects) -> NDArray[np.float16]:
-    """`(R, T, D)` of all these objects, 16 images at a time."""
-    decoder, images = sam.mask_decoder, np.unique(objects.image)
-    tokens = np.zeros((len(objects.image), decoder.num_mask_tokens, decoder.transformer_dim), np.float16)
-    for start in range(0, len(images), 16):
-        some = images[start : start + 16]
-        chosen = np.isin(objects.image, some)
-        neck = source(some).neck[np.searchsorted(some, objects.image[chosen])]
+def _features_of(sam: Sam, source: MapSource, objects: Objects) -> NDArray[np.float16]:
+    """`(R, T * D + L * C)` mask tokens and contents of all these objects, 16 images at a time."""
+    images, side = np.unique(objects.image), sam.image_encoder.img_size
+    rows, parts = [], []
+    for some in np.split(images, range(16, len(images), 16)):
+        maps, chosen = source(some), np.flatnonzero(np.isin(objects.image, some))
+        image = torch.from_numpy(np.searchsorted(some, objects.image[chosen])).to(sam.device)
         boxes = torch.from_numpy(objects.boxes[chosen]).to(sam.device)
-        tokens[chosen] = mask_tokens(sam, neck, boxes).numpy(force=True)
-    return tokens
+        tokens = mask_tokens(sam, maps.neck[image], boxes).flatten(1)
+        contents = box_means(maps.trunk.flatten(1, 2), image, boxes / side)
+        rows.append(chosen)
+        parts.append(torch.cat([tokens, contents], dim=1).half().numpy(force=True))
+    return np.asarray(np.concatenate(parts)[np.argsort(np.concatenate(rows))])
 
 
 def _save(path: Path, array: NDArray[Any]) -> None:

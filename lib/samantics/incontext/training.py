@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,11 +22,12 @@ from samantics.cache import Checkpoint, remove_leftovers
 from samantics.data.coco import CocoDataset
 from samantics.errors import StudyError
 from samantics.incontext.model import InContextModel, hint_loss, matched_loss
-from samantics.incontext.tokens import MapSource, Objects, processes
+from samantics.incontext.tokens import Objects, SamData, processes
 from samantics.scales import InContextSettings
 
 RECORD_EVERY = 10  # steps between rows of the loss curve
 SAVE_EVERY = 100  # steps between checkpoints
+NAMED = 256  # objects of a step that are named among all base classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,24 +76,21 @@ def draw_references(
     return np.stack(chosen)
 
 
-class Pair(NamedTuple):
-    """An image of a batch and a class to be found in it. Boxes are as in `DetrOutput`."""
+class Questions(NamedTuple):
+    """What the B images of a batch are asked: K classes each. Boxes are as in `DetrOutput`."""
 
-    image: int  # position in the batch
-    references: NDArray[np.int64]  # rows of the reference objects
-    boxes: Tensor  # (n, 4) to be found
-    hints: Tensor  # (m, 4) jittered boxes of the image's base objects
-    hint_boxes: Tensor  # (m, 4) those boxes exactly
-    hint_labels: Tensor  # (m,) 1 where the object is of the pair's class, else 0
+    references: list[NDArray[np.int64]]  # B * K arrays of rows of reference objects
+    boxes: list[Tensor]  # B * K of (n, 4), to be found
+    hints: Tensor  # (B, M, 4) jittered boxes of the image's base objects, padded
+    hint_boxes: Tensor  # (B, M, 4) those boxes exactly
+    hint_labels: Tensor  # (B, K, M) 1 where the object is of the class, 0 where it is not, NaN for padding
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchSampler:
     """Draws the batches of a training; a draw depends on seed, step and image alone, so a resumed run repeats it."""
 
-    maps: MapSource  # SAM's, of the training images
-    objects: Objects
-    tokens: NDArray[np.float16]  # (R, T, D) mask tokens of the objects
+    data: SamData  # the training images
     base: tuple[int, ...]  # category ids; objects of others are never to be found and never a reference
     input_size: int  # side of SAM's input, pixels
     settings: InContextSettings
@@ -100,12 +99,23 @@ class BatchSampler:
     @functools.cached_property
     def _labelled(self) -> NDArray[np.bool_]:
         """`(R,)` objects of base categories, crowds apart."""
-        return np.isin(self.objects.categories, self.base) & ~self.objects.crowd
+        return np.isin(self.data.objects.categories, self.base) & ~self.data.objects.crowd
+
+    @functools.cached_property
+    def _candidates(self) -> dict[int, NDArray[np.int64]]:
+        """Rows of the objects that may be references, by base category."""
+        objects, large = self.data.objects, self.data.objects.reference_candidates(self.settings.min_reference_area)
+        return {category: np.flatnonzero(large & (objects.categories == category)) for category in self.base}
+
+    @property
+    def _known(self) -> list[int]:
+        """The base categories that have references."""
+        return [category for category, rows in self._candidates.items() if len(rows)]
 
     @functools.cached_property
     def images(self) -> NDArray[np.int64]:
         """Rows of the images that show a base category: only in them is something to be found."""
-        return np.unique(self.objects.image[self._labelled])
+        return np.unique(self.data.objects.image[self._labelled])
 
     @property
     def steps(self) -> int:
@@ -120,34 +130,54 @@ class BatchSampler:
         epoch, place = divmod(step, count // size)
         return np.random.default_rng([self.seed, epoch]).permutation(self.images)[place * size :][:size]
 
-    def batch(self, rows: NDArray[np.int64], step: int) -> tuple[NDArray[np.bool_], list[Pair]]:
-        """For each image some of its base categories and `absent_classes` others; which images are to be mirrored."""
-        mirrored, pairs = np.zeros(len(rows), bool), []
+    def questions(self, rows: NDArray[np.int64], step: int) -> tuple[NDArray[np.bool_], Questions]:
+        """For each image `classes_per_image` of its base categories and `absent_classes` others; which are mirrored.
+
+        An image with fewer categories is asked for some of them again, with other references.
+        """
+        settings, objects, mirrored = self.settings, self.data.objects, np.zeros(len(rows), bool)
+        references, boxes, hints, exact, labels = [], [], [], [], []
         for position, row in enumerate(rows):
             rng = np.random.default_rng([self.seed, step, int(row)])  # of the image: no process depends on another
-            members = np.flatnonzero((self.objects.image == row) & self._labelled)
-            categories, corners = self.objects.categories[members], self.objects.boxes[members]
-            present = rng.permutation(np.unique(categories))[: self.settings.classes_per_image]
-            absent = rng.permutation(np.setdiff1d(self.base, categories))[: self.settings.absent_classes]
-            if rng.random() < self.settings.flip:
+            members = np.flatnonzero((objects.image == row) & self._labelled)
+            categories, corners = objects.categories[members], objects.boxes[members]
+            present = np.resize(rng.permutation(np.unique(categories)), settings.classes_per_image)
+            absent = rng.permutation(np.setdiff1d(self._known, categories))[: settings.absent_classes]
+            asked = np.concatenate([present, absent]).astype(np.int64)
+            if rng.random() < settings.flip:
                 mirrored[position] = True
-                corners[:, [2, 0]] = self.objects.right[members, None] - corners[:, [0, 2]]
-            boxes = box_convert(torch.from_numpy(corners) / self.input_size, "xyxy", "cxcywh")
-            exact = boxes.repeat(self.settings.hints, 1)
-            for category in (*present, *absent):
-                same = torch.from_numpy(categories == category)
-                references = self._references(int(category), int(row), rng)
-                labels = same.float().repeat(self.settings.hints)
-                pairs.append(Pair(position, references, boxes[same], jittered_boxes(exact, rng), exact, labels))
-        return mirrored, pairs
+                corners[:, [2, 0]] = objects.right[members, None] - corners[:, [0, 2]]
+            found = box_convert(torch.from_numpy(corners) / self.input_size, "xyxy", "cxcywh")
+            references += [self._references(int(category), int(row), rng) for category in asked]
+            boxes += [found[torch.from_numpy(categories == category)] for category in asked]
+            exact.append(found.repeat(settings.hints, 1))
+            hints.append(jittered_boxes(exact[-1], rng))
+            labels.append(torch.from_numpy(np.tile(categories, settings.hints) == asked[:, None]).float().T)
+        whole, starts = (nn.utils.rnn.pad_sequence(part, True, 0.5) for part in (exact, hints))
+        hint_labels = nn.utils.rnn.pad_sequence(labels, True, math.nan).mT
+        return mirrored, Questions(references, boxes, starts, whole, hint_labels)
 
     def _references(self, category: int, row: int, rng: np.random.Generator) -> NDArray[np.int64]:
-        candidates = (self.objects.categories == category) & (self.objects.image != row)
-        found = np.flatnonzero(candidates & self.objects.reference_candidates(self.settings.min_reference_area))
+        found = self._candidates[category]
+        found = found[self.data.objects.image[found] != row]
         if not found.size:
             where = f"outside image row {row}"
             raise StudyError(f"category {category} has no reference {where}: add images or make it novel")
         return rng.choice(found, rng.integers(1, self.settings.references_per_question + 1))
+
+    def tokens(self, references: Sequence[NDArray[np.int64]]) -> Tensor:
+        """`(len, T, D)` mask tokens, averaged over each of these lists of rows."""
+        return torch.from_numpy(np.stack([self.data.tokens[rows].astype(np.float32).mean(0) for rows in references]))
+
+    def naming(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Objects and references to be named among all base classes: `(n, L * C)`, `(n,)`, `(m, T, D)`, `(m,)`."""
+        rng = np.random.default_rng([self.seed, step, len(self.data.dataset.images)])
+        rows = rng.choice(np.flatnonzero(self._labelled), NAMED)
+        labels = torch.from_numpy(np.searchsorted(self.base, self.data.objects.categories[rows]))
+        most = self.settings.references_per_question
+        chosen = [rng.choice(self._candidates[c], rng.integers(1, most + 1)) for c in self._known]
+        contents = torch.from_numpy(self.data.contents[rows].astype(np.float32))
+        return contents, labels, self.tokens(chosen), torch.from_numpy(np.searchsorted(self.base, self._known))
 
 
 def jittered_boxes(boxes: Tensor, rng: np.random.Generator) -> Tensor:
@@ -165,7 +195,7 @@ def train(model: InContextModel, sampler: BatchSampler, checkpoint: Checkpoint) 
 
     Returns:
         The model, in evaluation mode, and its loss curve, one row every `RECORD_EVERY` steps: `step, loss, loss_ce,
-        loss_bbox, loss_giou`.
+        loss_bbox, loss_giou, loss_naming`.
 
     Raises:
         StudyError: the checkpoint belongs to another training; the model's boxes are not finite.
@@ -202,18 +232,19 @@ def _train_step(
     model.train()
     torch.manual_seed(sampler.seed * 1_000_003 + step)  # of dropout, the same after a resumption
     rows = sampler.rows(step)[rank::world]
-    mirrored, pairs = sampler.batch(rows, step)
-    tokens = np.stack([sampler.tokens[pair.references].astype(np.float32).mean(0) for pair in pairs])
-    image, hints = torch.tensor([pair.image for pair in pairs], device=device), None
-    if settings.hints:
-        hints = nn.utils.rnn.pad_sequence([pair.hints for pair in pairs], True, 0.5).to(device)
-    output = model(sampler.maps(rows, mirrored), torch.from_numpy(tokens).to(device), image, hints)
+    mirrored, asked = sampler.questions(rows, step)
+    tokens = sampler.tokens(asked.references).unflatten(0, (len(rows), -1)).to(device)
+    naming = [part.to(device) for part in sampler.naming(step)] if settings.naming else None
+    hints = asked.hints.to(device) if settings.hints else None
+    output, named = model(sampler.data.maps(rows, mirrored), tokens, hints, naming)
     if not torch.isfinite(output.boxes).all():
         raise StudyError(f"the model's boxes are not finite at step {step}: lower the learning rate in scales.py")
-    loss, terms = matched_loss(output.queries(None, settings.queries), [pair.boxes for pair in pairs])
+    loss, terms = matched_loss(output.queries(None, settings.queries), asked.boxes)
     if settings.hints:
-        boxes, labels = [pair.hint_boxes for pair in pairs], [pair.hint_labels for pair in pairs]
-        loss = loss + hint_loss(output.queries(settings.queries), boxes, labels)
+        its = output.queries(settings.queries)
+        loss = loss + hint_loss(its, asked.hint_boxes.to(device), asked.hint_labels.to(device))
+    loss = loss + settings.naming * named
+    terms["loss_naming"] = float(named.detach())
     values = torch.tensor([loss.item(), *terms.values()], device=device)
     if world > 1:
         dist.all_reduce(values)
