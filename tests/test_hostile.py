@@ -165,9 +165,7 @@ TEXT_BOMB = chunk(b"zTXt", b"title\0\0" + zlib.compress(bytes(10**8)))
     Case("text", "a.jpg", write(b"no picture"), "cannot be read as an image .*cannot identify"),
     Case("nothing", "a.png", write(b""), "cannot be read as an image .*cannot identify"),
     Case("fractions", "a.tif", lambda p: Image.fromarray(np.ones((4, 4), np.float32)).save(p), "floating point pixels"),
-    Case(
-        "121 million pixels", "a.png", write(black_png(11_000)), "has 11000x11000 pixels, over 100 million: shr"
-    ),
+    Case("121 million pixels", "a.png", write(black_png(11_000)), "has 11000x11000 pixels, over 100 million: shr"),
     Case("a name of 256 bytes", "a" * 252 + ".png", lambda p: None, "File name too long"),
     Case("a NUL byte in the name", "a\0.png", lambda p: None, r"a\\x00\.png' cannot be read .*null"),
     Case("a terminal's commands in the name", "\x1b[2J\n.png", lambda p: p.touch(), r"\\x1b\[2J\\n\.png' cannot"),

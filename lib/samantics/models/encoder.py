@@ -156,13 +156,9 @@ def masked_mean(dense: Tensor, masks: Tensor) -> Tensor:
 
 
 def load_encoder(
-    name: str,
-    weights: str | Path = "zoo",
-    device: str | torch.device = "cpu",
-    seed: int = 0,
-    image_size: int | None = None,
-    half: bool = False,
-) -> Encoder:
+    name: str, weights: str | Path = "zoo", device: str | torch.device = "cpu", seed: int = 0,
+    image_size: int | None = None, half: bool = False,
+) -> Encoder:  # fmt: skip
     """The encoder of that name, frozen, in evaluation mode, with its own preprocessing.
 
     Args:
@@ -217,13 +213,9 @@ def _entry(name: str) -> Entry:
 
 
 def _encoder(
-    name: str,
-    weights_hash: str,
-    model: nn.Module,
-    preprocess: Preprocessing,
-    device: str | torch.device = "cpu",
+    name: str, weights_hash: str, model: nn.Module, preprocess: Preprocessing, device: str | torch.device = "cpu",
     half: bool = False,
-) -> Encoder:
+) -> Encoder:  # fmt: skip
     model = model.to(device).eval().requires_grad_(False)
     return Encoder(name, weights_hash, model, preprocess, _entry(name).architecture, torch.device(device), half)
 
