@@ -108,7 +108,7 @@ def test_layers_poolings_and_the_protocol_have_their_rows(tmp_path, pocket_run) 
     layers = tables.layer_rows(found, _task())
     assert layers["depth"].iloc[-1] == 1 and layers["layer"].tolist() == list(found["clip"].layers)
     assert tables.pooling_rows(found, _task())["pooling"].tolist() == ["mean", "cls", "object"]
-    floors = tables.floor_rows(data)
+    floors = tables.floor_rows(data, found)
     assert floors["instrument"].tolist() == ["pixels", "colour histogram", "untrained network"]
 
 

@@ -72,7 +72,8 @@ def outlines(instances: NDArray[np.uint8], cells: int) -> NDArray[np.bool_]:
     edge[:, :, :-1] |= instances[:, :, :-1] != instances[:, :, 1:]
     edge[:, :-1] |= instances[:, :-1] != instances[:, 1:]
     side = instances.shape[1] // cells
-    return edge.reshape(len(edge), cells, side, cells, side).any((2, 4))
+    passed: NDArray[np.bool_] = edge.reshape(len(edge), cells, side, cells, side).max((2, 4))
+    return passed
 
 
 @torch.no_grad()

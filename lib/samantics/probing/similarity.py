@@ -6,7 +6,7 @@ other space may be a model's, or something that the world knows of its pictures:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from samantics.data.classification import ClassificationData, Task
+from samantics.data.folders import Images
 from samantics.metrics.intervals import bootstrap_mean
 from samantics.mojiworld.floors import colour_histograms
 
@@ -73,14 +74,20 @@ def similarity_table(spaces: Mapping[str, NDArray[np.bool_]], known: Mapping[str
     return pd.DataFrame(rows)
 
 
-def silhouettes(masks: NDArray[Any]) -> NDArray[np.float32]:
+def silhouettes(masks: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
     """`(N, 256)` shape of every picture's object: its mask cut to its box, at 16x16, less its mean."""
     small = []
-    for mask in np.asarray(masks) > 0:
+    for mask in (np.asarray(one) > 0 for one in masks):
         ys, xs = np.nonzero(mask)
         cut = Image.fromarray(mask[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1].astype(np.float32))
         small.append(np.asarray(cut.resize((16, 16), Image.Resampling.BOX)).ravel())
     return np.stack(small) - np.mean(small, axis=1, keepdims=True)
+
+
+def squares(images: Images, rows: NDArray[np.int64], side: int = 96) -> NDArray[np.uint8]:
+    """`(n, side, side, 3)` RGB of the images in `rows`, squashed, whatever their size."""
+    found = (Image.fromarray(np.asarray(images[int(row)])).resize((side, side)) for row in rows)
+    return np.stack([np.asarray(image) for image in found])
 
 
 def known_relations(data: ClassificationData, task: Task, rows: NDArray[np.int64]) -> dict[str, NDArray[np.bool_]]:
@@ -91,11 +98,10 @@ def known_relations(data: ClassificationData, task: Task, rows: NDArray[np.int64
         task: whose test images.
         rows: `(n,)` which of them.
     """
-    images = [Image.fromarray(np.asarray(data.splits[task.test.split][int(row)])).resize((96, 96)) for row in rows]
     labels = task.test.labels[rows]
-    known = {"colour": nearest(colour_histograms(np.stack([np.asarray(image) for image in images])))}
+    known = {"colour": nearest(colour_histograms(squares(data.splits[task.test.split], rows)))}
     if data.masks:
-        known["shape"] = nearest(silhouettes(data.masks[task.test.split][rows]))
+        known["shape"] = nearest(silhouettes([data.masks[task.test.split][int(row)] for row in rows]))
     if task.families != task.classes:
         known["superclass"] = same(np.array(task.families)[labels])
     return known | {"class": same(labels)}

@@ -26,11 +26,13 @@ from samantics.probing.features import Column, FeatureStore, encode_images
 from samantics.probing.knn import knn_probe
 from samantics.probing.linear import Features, Labels, ProbeResult, few_shot_rows, linear_probe
 from samantics.probing.protocol import Data, paper_input, projected_probe, training_changes
+from samantics.probing.similarity import squares
 from samantics.probing.zero_shot import class_texts, zero_shot_probe
 from samantics.run import Run, available_cores
 
 PROBES = 2  # of what is kept; raised when the same probe would give other numbers
 ENCODED_AGAIN = 100_000  # images of a split, at most, that are encoded again with another input
+FLOOR_IMAGES = 20_000  # of a split, at most, that instruments without training look at
 QUICK_RATE, QUICK_EPOCHS = 0.1, 20  # where many layers are compared, and where few images leave nothing to choose on
 TOKENS = ("final", "tokens")
 Answers = dict[tuple[str, str, str], ProbeResult]  # by encoder, level and probe
@@ -227,14 +229,16 @@ def zero_shot(run: Run, features: Mapping[str, Encoded], tasks: Mapping[str, Tas
     return pd.DataFrame(table), answers
 
 
-def floor_rows(data: ClassificationData) -> pd.DataFrame:
-    """What instruments that learned nothing know: their nearest neighbours on the same images, by level."""
-    table = []
+def floor_rows(data: ClassificationData, features: Mapping[str, Encoded]) -> pd.DataFrame:
+    """What instruments that learned nothing know: their nearest neighbours on the same images (some, of very many)."""
+    stores, rng = next(iter(features.values())).stores, np.random.default_rng(0)
+    rows = {name: np.sort(rng.permutation(store.kept)[:FLOOR_IMAGES]) for name, store in stores.items()}
+    pictures, table = {name: squares(images, rows[name]) for name, images in data.splits.items()}, []
     for name, vectors_of in INSTRUMENTS.items():
-        vectors = {split: vectors_of(np.asarray(images)) for split, images in data.splits.items()}
+        vectors = {split: vectors_of(images) for split, images in pictures.items()}
         for task in data.tasks.values():
-            train, test = vectors[task.train.split], vectors[task.test.split]
-            found = knn_probe(train, task.train.labels, test, task.test.labels, len(task.classes))
+            parts = [(vectors[part.split], part.labels[rows[part.split]]) for part in (task.train, task.test)]
+            found = knn_probe(*parts[0], *parts[1], len(task.classes), k=min(10, len(parts[0][1])))
             table.append({"instrument": name, "labels": task.name, "probe": "knn", **percent("top1", found.top1)})
     return pd.DataFrame(table)
 
@@ -281,8 +285,8 @@ def _few_shot_hits(encoded: Encoded, task: Task, count: int, seeds: int) -> NDAr
     for seed in range(seeds):
         few = few_shot_rows(y, count, seed)
         few_x = x.take(few) if isinstance(x, Column) else x[few]
-        options = {"rates": (QUICK_RATE,), "max_epochs": QUICK_EPOCHS}
-        hits.append(linear_probe(few_x, y[few], test_x, test_y, classes, (seed,), **options).top1[0])
+        data = few_x, y[few], test_x, test_y, classes
+        hits.append(linear_probe(*data, (seed,), (QUICK_RATE,), max_epochs=QUICK_EPOCHS).top1[0])
     return np.stack(hits)
 
 

@@ -31,7 +31,7 @@ def _tokenizer(clip: Encoder) -> Callable[[list[str]], Tensor]:
 
     own = WordTokenizer()
     tokenizer: Any = own if clip.model.vocab_size == own.vocab_size else open_clip.get_tokenizer("ViT-B-32")
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 def zero_shot_probe(test_x: Features, test_y: Labels, texts: NDArray[np.float32]) -> ProbeResult:
