@@ -264,8 +264,8 @@ def _colour_matrix(rng: np.random.Generator) -> tuple[float, ...]:
 class Canvas:
     """A picture in the making: the newest object lies on top."""
 
-    def __init__(self, background: Image.Image, min_pixels: int = MIN_PIXELS) -> None:
-        self.image, self.min_pixels = background, min_pixels
+    def __init__(self, background: Image.Image) -> None:
+        self.image = background
         self.instances = np.zeros((background.height, background.width), np.uint8)
         self.full_areas: list[int] = []
         self.drawings: list[int] = []
@@ -283,7 +283,7 @@ class Canvas:
         hidden = np.bincount(self.instances[rows, columns][covered], minlength=len(self.drawings) + 1)[1:]
         seen = np.bincount(self.instances.ravel(), minlength=len(self.drawings) + 1)[1:] - hidden
         seen, areas = np.append(seen, covered.sum()), np.array([*self.full_areas, opaque.sum()])
-        if (seen < MIN_VISIBLE * areas).any() or seen[-1] < self.min_pixels:
+        if (seen < MIN_VISIBLE * areas).any() or seen[-1] < MIN_PIXELS:
             return False
         self.image.paste(sprite, (left, top), sprite)
         self.drawings.append(drawing)
