@@ -18,16 +18,17 @@ class ProbingSettings:
     Attributes:
         probe_seeds: probes trained for each row, with seeds 0, 1, ...
         image_size: side of MojiWorld's pictures, pixels: what the zoo takes.
-        labels, views, test: MojiWorld pictures of each drawing: to train on, other views, test artists' drawings.
+        labels, views, test: MojiWorld pictures of each drawing: to train on, other views, test artists' drawings;
+            below 1, of the first classes' drawings only.
         shots: train images per class of the few-shot curve, as far as there are as many.
         scenes: MojiWorld scenes that the dense readouts learn from and are asked.
     """
 
     probe_seeds: int = 3
     image_size: int = 96
-    labels: int = 2
-    views: int = 1
-    test: int = 2
+    labels: float = 2
+    views: float = 1
+    test: float = 2
     shots: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     scenes: tuple[int, int] = (300, 150)
 
@@ -233,17 +234,22 @@ POCKET_ENCODERS = ("sam", "sam2", "mae", "clip", "dinov2", "supervised", "random
 OFFICIAL_ENCODERS = ("sam", "sam2", "clip", "dinov2", *MORE_ENCODERS, "random")
 STUDY = ("01", "02", "03", "04")  # what needs data and weights that do not come with the project
 POCKET = Scale("pocket", "zoo", POCKET_ENCODERS, POCKET_PROBING, POCKET_INCONTEXT, POCKET_PIPELINE)
-QUICK = (
-    dataclasses.replace(  # every cell and figure of pocket in four minutes, from too little data to conclude anything
-        POCKET,
-        name="quick",
-        probing=ProbingSettings(probe_seeds=1, labels=1, test=1, shots=(1, 2), scenes=(100, 40)),
-        incontext=dataclasses.replace(POCKET_INCONTEXT, train_scenes=300, epochs=1, shots=(1, 10), reference_seeds=2),
-        pipeline=dataclasses.replace(
-            POCKET_PIPELINE, target_scenes=40, shot_curve=(1, 10), grids=(6, 12), grid_images=10, reference_seeds=2
-        ),
-        mark="quick run: small samples, for a first look only",
-    )
+# every cell and figure of pocket in some four minutes, from too little data to conclude anything
+QUICK = dataclasses.replace(
+    POCKET,
+    name="quick",
+    probing=ProbingSettings(probe_seeds=1, labels=0.15, views=0.15, test=0.15, shots=(1, 2), scenes=(100, 40)),
+    incontext=dataclasses.replace(POCKET_INCONTEXT, train_scenes=300, epochs=1, shots=(1, 10), reference_seeds=2),
+    pipeline=dataclasses.replace(
+        POCKET_PIPELINE,
+        target_scenes=40,
+        targets=20,
+        shot_curve=(1, 10),
+        grids=(4, 8),
+        grid_images=10,
+        reference_seeds=2,
+    ),
+    mark="quick run: small samples, for a first look only",
 )
 SCALES = {
     scale.name: scale

@@ -105,21 +105,23 @@ def scale_data(run: Run, folder: Path | str = "") -> ClassificationData:
     raise StudyError("the scale paper needs ImageNet-1k: name its folder (train/ and val/ inside) with --data DIR")
 
 
-def mojiworld_data(world: World, labels: int, views: int, test: int) -> ClassificationData:
+def mojiworld_data(world: World, labels: float, views: float, test: float) -> ClassificationData:
     """Pictures of one object each, in a studio and in a place by turns.
 
     Args:
         world: what the pictures are made of.
         labels, views, test: of these streams, pictures of every drawing that they show: what probes learn from, other
-            views of the same drawings, drawings by the test artists.
+            views of the same drawings, drawings by the test artists. Below 1: of the first classes' drawings only.
     """
     counts = {"labels": labels, "views": views, "test": test}
     found = {name: _pictures(world, name, count) for name, count in counts.items()}
     part = {name: Part(name, its.labels, np.array(KINDS)[its.kinds]) for name, its in found.items()}
     artist = pd.factorize(catalogue.catalogue()["artist"])[0][found["labels"].drawings[:, 0]]
-    names, families = catalogue.classes(), tuple(np.array(catalogue.superclasses())[catalogue.superclass_of_class()])
+    known = 1 + max(int(its.labels.max()) for its in found.values())  # the catalogue is in the order of classes
+    names, prompts = catalogue.classes()[:known], captions.class_prompts()[:known]
+    families = tuple(np.array(catalogue.superclasses())[catalogue.superclass_of_class()[:known]])
     tasks = {
-        task: Task(task, names, part["labels"], part[asked], families, captions.class_prompts(), artist)
+        task: Task(task, names, part["labels"], part[asked], families, prompts, artist)
         for task, asked in (("view", "views"), ("artist", "test"))
     }
     hashes = {name: f"{world.hash}:{count}" for name, count in counts.items()}
@@ -127,11 +129,11 @@ def mojiworld_data(world: World, labels: int, views: int, test: int) -> Classifi
     return ClassificationData("MojiWorld", images, hashes, tasks, masks)
 
 
-def _pictures(world: World, name: str, count: int) -> Pictures:
+def _pictures(world: World, name: str, count: float) -> Pictures:
     """`count` pictures of every drawing that the stream shows, which must serve what it is called."""
     stream = STREAMS[name]
     stream.require(name)
-    return stored_pictures(world, stream, count * sum(map(len, visible_drawings(stream.role, stream.classes))))
+    return stored_pictures(world, stream, round(count * sum(map(len, visible_drawings(stream.role, stream.classes)))))
 
 
 def folder_data(name: str, folders: tuple[ImageFolder, ImageFolder], knows_words: bool = True) -> ClassificationData:
