@@ -8,46 +8,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers as hf
 from safetensors.torch import save_file
 from torch import nn
-from transformers import (
-    Dinov2Config,
-    Dinov2Model,
-    DINOv3ViTConfig,
-    DINOv3ViTModel,
-    HieraConfig,
-    HieraForPreTraining,
-    HieraModel,
-    Sam3VisionConfig,
-    Sam3VisionModel,
-    SiglipConfig,
-    SiglipModel,
-    SiglipVisionModel,
-    ViTMAEConfig,
-    ViTMAEForPreTraining,
-    ViTMAEModel,
-)
 
 from samantics.models import pocket
 
 TRUNK = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-DINOV2 = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=16)
-DINOV3 = DINOv3ViTConfig(**TRUNK, image_size=64, num_register_tokens=4)
-MAE = ViTMAEConfig(
+DINOV2 = hf.Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=16)
+DINOV3 = hf.DINOv3ViTConfig(**TRUNK, image_size=64, num_register_tokens=4)
+MAE = hf.ViTMAEConfig(
     **TRUNK, image_size=64, mask_ratio=0.0, decoder_hidden_size=16, decoder_num_hidden_layers=1,
     decoder_num_attention_heads=2, decoder_intermediate_size=16,
 )  # fmt: skip
-HIERA = HieraConfig(
+HIERA = hf.HieraConfig(
     embed_dim=8, image_size=(64, 64), depths=(1, 1, 2, 1), num_heads=(1, 1, 2, 2), decoder_hidden_size=16,
     decoder_depth=1, decoder_num_heads=2,
 )  # fmt: skip
-SAM3 = Sam3VisionConfig(
+SAM3 = hf.Sam3VisionConfig(
     backbone_config={
         **TRUNK, "image_size": 56, "pretrain_image_size": 56, "window_size": 2, "global_attn_indexes": [1],
         "model_type": "sam3_vit_model",
     }
 )  # fmt: skip
-SIGLIP = SiglipConfig(
+SIGLIP = hf.SiglipConfig(
     vision_config={**TRUNK, "image_size": 64}, text_config={**TRUNK, "vocab_size": 50, "projection_size": 32}
 )
 
@@ -80,50 +64,56 @@ def torchscript(model: nn.Module, path: Path) -> None:
 
 def hiera_encoder(whole: Any) -> nn.Module:
     """The encoder without the masking of pretraining."""
-    model = HieraModel(HIERA, add_pooling_layer=False)
+    model = hf.HieraModel(HIERA, add_pooling_layer=False)
     model.load_state_dict({key: value for key, value in whole.hiera.state_dict().items() if "pooler" not in key})
     return model.eval()
 
 
 @dataclasses.dataclass(frozen=True)
 class Small:
-    """A small model: what is saved, how, the encoder to fill with it, its input's side, the encoder in the whole."""
+    """A small model: what is saved, how, its input's side, the encoder to fill with it, the encoder in the whole."""
 
     whole: Callable[[], nn.Module]
-    save: Callable[[Any, Path], None]
-    empty: Callable[[], nn.Module]
+    save: Callable[[Any, Path], None] = safetensors
     size: int = 64
+    filled: Callable[[], nn.Module] | None = None  # where it is not made as the whole is
     encoder: Callable[[Any], nn.Module] = lambda whole: whole
+
+    def empty(self) -> nn.Module:
+        return (self.filled or self.whole)()
+
+
+def state_dict(model: nn.Module, path: Path) -> None:
+    torch.save(model.state_dict(), path)
+
+
+def nested(model: nn.Module, path: Path) -> None:
+    torch.save({"model": model.state_dict()}, path)
+
+
+def prefixed(model: nn.Module, path: Path) -> None:
+    save_file({"detector_model.vision_encoder." + key: value for key, value in model.state_dict().items()}, path)
 
 
 SIDE = pocket.DEFAULT.image_size
 SMALL: dict[str, Small] = {
-    "sam": Small(pocket.build_sam, lambda m, path: torch.save(m.state_dict(), path), pocket.build_sam, SIDE),
-    "sam2": Small(
-        pocket.build_sam2, lambda m, path: torch.save({"model": m.state_dict()}, path), pocket.build_sam2, SIDE
-    ),
-    "clip": Small(pocket.build_clip, torchscript, pocket.build_clip, SIDE, lambda whole: whole.float()),
-    "dinov2": Small(lambda: Dinov2Model(DINOV2), safetensors, lambda: Dinov2Model(DINOV2)),
+    "sam": Small(pocket.build_sam, state_dict, SIDE),
+    "sam2": Small(pocket.build_sam2, nested, SIDE),
+    "clip": Small(pocket.build_clip, torchscript, SIDE, encoder=lambda whole: whole.float()),
+    "dinov2": Small(lambda: hf.Dinov2Model(DINOV2)),
     "mae": Small(
-        lambda: ViTMAEForPreTraining(MAE), safetensors, lambda: ViTMAEModel(MAE), encoder=lambda whole: whole.vit
+        lambda: hf.ViTMAEForPreTraining(MAE), filled=lambda: hf.ViTMAEModel(MAE), encoder=lambda whole: whole.vit
     ),
     "hiera": Small(
-        lambda: HieraForPreTraining(HIERA),
-        safetensors,
-        lambda: HieraModel(HIERA, add_pooling_layer=False),
+        lambda: hf.HieraForPreTraining(HIERA),
+        filled=lambda: hf.HieraModel(HIERA, add_pooling_layer=False),
         encoder=hiera_encoder,
     ),
-    "sam3": Small(
-        lambda: Sam3VisionModel(SAM3),
-        lambda m, path: save_file({"detector_model.vision_encoder." + k: v for k, v in m.state_dict().items()}, path),
-        lambda: Sam3VisionModel(SAM3),
-        56,
-    ),
-    "dinov3": Small(lambda: DINOv3ViTModel(DINOV3), safetensors, lambda: DINOv3ViTModel(DINOV3)),
+    "sam3": Small(lambda: hf.Sam3VisionModel(SAM3), prefixed, 56),
+    "dinov3": Small(lambda: hf.DINOv3ViTModel(DINOV3)),
     "siglip2": Small(
-        lambda: SiglipModel(SIGLIP),
-        safetensors,
-        lambda: SiglipVisionModel(SIGLIP.vision_config),
+        lambda: hf.SiglipModel(SIGLIP),
+        filled=lambda: hf.SiglipVisionModel(SIGLIP.vision_config),
         encoder=lambda whole: whole.vision_model,
     ),
 }

@@ -138,11 +138,8 @@ def _key(name: str) -> str:
 
 def _differ(references: CocoDataset, targets: CocoDataset) -> bool:
     """Whether an id stands for two names, or a name for two ids."""
-    first, second = ({c: _key(name) for c, name in d.categories.items()} for d in (references, targets))
-    swapped = [{name: c for c, name in ids.items()} for ids in (first, second)]
-    return any(first[c] != second[c] for c in first.keys() & second.keys()) or any(
-        swapped[0][name] != swapped[1][name] for name in swapped[0].keys() & swapped[1].keys()
-    )
+    first, second = ([(c, _key(name)) for c, name in d.categories.items()] for d in (references, targets))
+    return first != second and any((c == d) != (one == other) for c, one in first for d, other in second)
 
 
 def _renumbered(references: CocoDataset, targets: CocoDataset) -> CocoDataset:

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as mask_tools
 from tqdm.auto import tqdm
 
-from samantics.cache import cache_dir, hash_value, reading, write_json
+from samantics.cache import alone, cache_dir, hash_value, reading, write_json
 from samantics.errors import StudyError
 from samantics.mojiworld import catalogue as tables
 from samantics.mojiworld.places import PLACES
@@ -110,8 +109,7 @@ def _made_once(folder: Path, count: int) -> Iterator[Path | None]:
     """Yield a folder to fill, which appears under its name when all is there; None where it is there already."""
     if count < 1:
         raise StudyError(f"{count} pictures were asked for: choose 1 or more")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with nullcontext() if folder.exists() else FileLock(f"{folder}.lock"):  # who comes second waits, and finds it
+    with nullcontext() if folder.exists() else alone(folder):  # who comes second waits, and finds it
         if folder.exists():
             yield None
             return
