@@ -251,9 +251,15 @@ def layer_rows(features: Mapping[str, Encoded], task: Task) -> pd.DataFrame:
 
 
 def pooling_rows(features: Mapping[str, Encoded], task: Task) -> pd.DataFrame:
-    """Quick probes of the final layer under every pooling: is the class absent, or only averaged away?"""
-    pooled = [(e, task, readout) for e in features.values() for readout in e.dims(task) if readout[0] == "final"]
-    return _quick_rows([job for job in pooled if job[2] != TOKENS])
+    """Quick probes of the output, of CLIP before its projection and of the trunk (`where`) under every pooling."""
+    jobs, where = [], []
+    for one in features.values():
+        trunk = [layer for layer in one.layers if layer.startswith("block")][-1]
+        names = {"final": "output", "before_projection": "before projection", trunk: "trunk"}
+        chosen = [readout for readout in one.dims(task) if readout[0] in names and readout != TOKENS]
+        jobs += [(one, task, readout) for readout in chosen]
+        where += [names[layer] for layer, _ in chosen]
+    return _quick_rows(jobs).assign(where=where)
 
 
 def _quick_rows(jobs: Sequence[tuple[Encoded, Task, Readout]]) -> pd.DataFrame:
