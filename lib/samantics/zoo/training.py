@@ -250,7 +250,8 @@ def train(
             began = time.perf_counter()
             take_step(objective, optimisers, data.pool, recipe, step)
             seconds += time.perf_counter() - began
-    export(name, recipe, config, folder, objective, rows)
+    parent = hash_file(start) if entry(name).parent else ""
+    export(name, recipe, config, folder, objective, rows, parent)
     checkpoint.path.unlink(missing_ok=True)
     return objective
 
@@ -339,9 +340,15 @@ def attention_kernel(device: torch.device) -> contextlib.AbstractContextManager[
 
 
 def export(
-    name: str, recipe: Recipe, config: pocket.ZooConfig, folder: Path, objective: Objective, rows: list[dict[str, Any]]
+    name: str,
+    recipe: Recipe,
+    config: pocket.ZooConfig,
+    folder: Path,
+    objective: Objective,
+    rows: list[dict[str, Any]],
+    parent: str = "",
 ) -> None:
-    """Write the model in 16 bit, its curve, and its card."""
+    """Write the model in 16 bit, its curve, and its card, which names the hash of the weights it started from."""
     weights = {
         key: (value.half() if value.is_floating_point() else value).contiguous().cpu()
         for key, value in objective.shipped().state_dict().items()
@@ -356,6 +363,7 @@ def export(
     card = {
         "model": name,
         "sha256": hash_file(path),
+        "parent": parent,
         "recipe": dataclasses.asdict(recipe),
         "architecture": dataclasses.asdict(config),
         "world": {**dataclasses.asdict(world), "hash": world.hash},
