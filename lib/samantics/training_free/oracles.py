@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as mask_tools
 
 from samantics.data.coco import CocoDataset, Rle, box_iou, read_image
-from samantics.metrics.coco_ap import IOU_TYPES, Result, ap_interval, evaluate, perfect_results
+from samantics.metrics.coco_ap import IOU_TYPES, Result, ap_difference, ap_interval, evaluate, perfect_results
 from samantics.metrics.intervals import Interval, bootstrap_statistic
 from samantics.training_free.mask_features import encode_masks
 from samantics.training_free.matching import match, ranked, result_of
@@ -157,14 +157,20 @@ def subset_table(pipeline: Pipeline, variants: Iterable[Variant]) -> pd.DataFram
     """`source, subset, AP, low, high`: mask AP on base and novel classes, and on the objects of each split of artists.
 
     All classes compete for every name. A training-free method has seen none of them: base and novel are 02's. Subsets
-    that the data do not have are left out.
+    that the data do not have are left out. Rows `a minus b` are paired differences of two subsets.
     """
-    rows = []
+    rows, parts = [], subsets(pipeline)
     for variant in variants:
         runs = [pipeline.predict(variant, seed) for seed in pipeline.references]
-        for name, (dataset, categories) in subsets(pipeline).items():
-            interval = ap_interval([evaluate(dataset, results, "segm", categories) for results in runs])
-            rows.append((variant.source, name, *interval))
+        found = {
+            name: [evaluate(dataset, results, "segm", categories) for results in runs]
+            for name, (dataset, categories) in parts.items()
+        }
+        rows += [(variant.source, name, *ap_interval(evaluations)) for name, evaluations in found.items()]
+        for more, less in (("base", "novel"), ("train artists", "test artists")):
+            if more in found and less in found:
+                difference = ap_difference([(1, found[more]), (-1, found[less])])
+                rows.append((variant.source, f"{more} minus {less}", *difference[:3]))
     return pd.DataFrame(rows, columns=["source", "subset", "AP", "low", "high"])
 
 

@@ -13,15 +13,7 @@ from samantics.cache import hash_value, kept
 from samantics.data.coco import CocoDataset, Instance
 from samantics.data.detection import Data, load_data
 from samantics.data.references import ReferenceRule, choose_references
-from samantics.metrics.coco_ap import (
-    IOU_TYPES,
-    METRICS,
-    Result,
-    ap_difference,
-    ap_interval,
-    evaluate,
-    perfect_results,
-)
+from samantics.metrics.coco_ap import IOU_TYPES, METRICS, Result, ap_difference, ap_interval, evaluate
 from samantics.metrics.intervals import Difference
 from samantics.models.encoder import Encoder, load_encoder, within_reach
 from samantics.run import Run
@@ -227,10 +219,3 @@ def ap_row(targets: CocoDataset, runs: Sequence[Sequence[Result]], iou_type: str
     interval = ap_interval(evaluations)
     metrics = means.astype(object).where(means.notna(), None).to_dict()
     return {"iou_type": iou_type, **metrics, "low": interval.low, "high": interval.high, "seeds": len(runs)}
-
-
-def truth_rows(pipeline: Pipeline) -> pd.DataFrame:
-    """The annotations given as predictions: the evaluation is sound where they score AP 100."""
-    targets = pipeline.data.targets
-    labels = {"proposals": "truth", "source": "truth", "merging": "none", "shots": 0}
-    return pd.DataFrame([labels | ap_row(targets, [perfect_results(targets)], t) for t in IOU_TYPES])
