@@ -19,7 +19,7 @@ class ProbingSettings:
         probe_seeds: probes trained for each row, with seeds 0, 1, ...
         image_size: side of MojiWorld's pictures, pixels: what the zoo takes.
         labels, views, test: MojiWorld pictures of each drawing: to train on, other views, test artists' drawings;
-            below 1, of the first classes' drawings only.
+            below 1, of this share of the classes.
         shots: train images per class of the few-shot curve, as far as there are as many.
         scenes: MojiWorld scenes that the dense readouts learn from and are asked.
     """

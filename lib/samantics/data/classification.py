@@ -111,13 +111,13 @@ def mojiworld_data(world: World, labels: float, views: float, test: float) -> Cl
     Args:
         world: what the pictures are made of.
         labels, views, test: of these streams, pictures of every drawing that they show: what probes learn from, other
-            views of the same drawings, drawings by the test artists. Below 1: of the first classes' drawings only.
+            views of the same drawings, drawings by the test artists. Below 1: this share of the classes only.
     """
     counts = {"labels": labels, "views": views, "test": test}
     found = {name: _pictures(world, name, count) for name, count in counts.items()}
     part = {name: Part(name, its.labels, np.array(KINDS)[its.kinds]) for name, its in found.items()}
     artist = pd.factorize(catalogue.catalogue()["artist"])[0][found["labels"].drawings[:, 0]]
-    known = 1 + max(int(its.labels.max()) for its in found.values())  # the catalogue is in the order of classes
+    known = 1 + int(found["labels"].labels.max())
     names, prompts = catalogue.classes()[:known], captions.class_prompts()[:known]
     families = tuple(np.array(catalogue.superclasses())[catalogue.superclass_of_class()[:known]])
     tasks = {
@@ -133,7 +133,9 @@ def _pictures(world: World, name: str, count: float) -> Pictures:
     """`count` pictures of every drawing that the stream shows, which must serve what it is called."""
     stream = STREAMS[name]
     stream.require(name)
-    return stored_pictures(world, stream, round(count * sum(map(len, visible_drawings(stream.role, stream.classes)))))
+    rows = np.concatenate(visible_drawings(stream.role, stream.classes))
+    shown = catalogue.class_of_drawing()[rows] < count * len(catalogue.classes())  # in the order of classes
+    return stored_pictures(world, stream, round(max(1, count) * int(shown.sum())))
 
 
 def folder_data(name: str, folders: tuple[ImageFolder, ImageFolder], knows_words: bool = True) -> ClassificationData:
