@@ -270,7 +270,7 @@ def _quick_rows(jobs: Sequence[tuple[Encoded, Task, Readout]]) -> pd.DataFrame:
 
 def few_shot(features: Mapping[str, Encoded], task: Task, shots: Sequence[int], seeds: int) -> pd.DataFrame:
     """Quick probes on 1, 2, 4 ... images of every class, as far as each has as many; each seed draws other images."""
-    fewest = int(np.bincount(task.train.labels, minlength=len(task.classes)).min())
+    fewest = int(np.unique(task.train.labels, return_counts=True)[1].min())
     possible = [count for count in shots if count <= fewest]
 
     def make() -> pd.DataFrame:
