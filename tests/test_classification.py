@@ -48,7 +48,9 @@ def test_no_probe_learns_from_a_test_artist_and_settings_are_chosen_on_artists(r
 
 
 def test_less_than_one_picture_a_drawing_is_that_share_of_the_classes(rows) -> None:
-    tasks = classification.mojiworld_data(World(96), 0.25, 0.25, 0.25).tasks
+    data = classification.mojiworld_data(World(96), 0.25, 0.25, 0.25)
+    assert len(set(data.hashes.values())) == 3  # features of one stream are not another's
+    tasks = data.tasks
     for task in tasks.values():
         assert len(task.classes) == len(task.families) == len(task.prompts) == 116
         assert set(task.train.labels) == set(task.test.labels) == set(range(116))

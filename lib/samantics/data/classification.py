@@ -124,7 +124,7 @@ def mojiworld_data(world: World, labels: float, views: float, test: float) -> Cl
         task: Task(task, names, part["labels"], part[asked], families, prompts, artist)
         for task, asked in (("view", "views"), ("artist", "test"))
     }
-    hashes = {name: f"{world.hash}:{count}" for name, count in counts.items()}
+    hashes = {name: f"{world.hash}:{name}:{count}" for name, count in counts.items()}
     images, masks = ({name: vars(its)[what] for name, its in found.items()} for what in ("images", "instances"))
     return ClassificationData("MojiWorld", images, hashes, tasks, masks)
 
