@@ -294,6 +294,12 @@ def test_training_never_labels_a_novel_object(sampler: BatchSampler) -> None:
     assert len(set(seen.tolist())) == per_epoch * TINY.batch  # an epoch shows every image once
 
 
+def test_every_image_is_asked_equally_often_where_classes_are_few(sampler: BatchSampler) -> None:
+    few = dataclasses.replace(sampler, base=sampler.base[:2])
+    references = few.questions(few.images[:3], 0)[1].references
+    assert len(references) == 3 * (TINY.classes_per_image + TINY.absent_classes)
+
+
 def test_jittered_boxes_stay_near() -> None:
     boxes = torch.tensor([[0.5, 0.5, 0.3, 0.2]]).repeat(200, 1)
     moved = jittered_boxes(boxes, np.random.default_rng(0))

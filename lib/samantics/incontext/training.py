@@ -143,7 +143,8 @@ class BatchSampler:
             categories, corners = objects.categories[members], objects.boxes[members]
             present = np.resize(rng.permutation(np.unique(categories)), settings.classes_per_image)
             absent = rng.permutation(np.setdiff1d(self._known, categories))[: settings.absent_classes]
-            asked = np.concatenate([present, absent]).astype(np.int64)
+            slots = settings.classes_per_image + settings.absent_classes
+            asked = np.resize(np.concatenate([present, absent]).astype(np.int64), slots)  # few classes: some again
             if rng.random() < settings.flip:
                 mirrored[position] = True
                 corners[:, [2, 0]] = objects.right[members, None] - corners[:, [0, 2]]
