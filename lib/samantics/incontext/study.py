@@ -194,7 +194,7 @@ def load_study(
         "seed": run.seed,
         "settings": of_tuning,
     }
-    parts = [_part(run, encoder, dataset) for dataset in (tuning, data.references, data.targets)]
+    parts = _part(run, encoder, tuning), _part(run, encoder, data.references), _part(run, encoder, data.targets)
     return InContextStudy(run, encoder, split, *parts, identity)
 
 

@@ -28,6 +28,7 @@ from samantics.scales import InContextSettings
 RECORD_EVERY = 10  # steps between rows of the loss curve
 SAVE_EVERY = 100  # steps between checkpoints
 NAMED = 256  # objects of a step that are named among all base classes
+QUESTIONS = 4  # sets of references of each base class that are named beside them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,10 +176,10 @@ class BatchSampler:
         rng = np.random.default_rng([self.seed, step, len(self.data.dataset.images)])
         rows = rng.choice(np.flatnonzero(self._labelled), NAMED)
         labels = torch.from_numpy(np.searchsorted(self.base, self.data.objects.categories[rows]))
-        most = self.settings.references_per_question
-        chosen = [rng.choice(self._candidates[c], rng.integers(1, most + 1)) for c in self._known]
+        most, known = self.settings.references_per_question, np.repeat(self._known, QUESTIONS)
+        chosen = [rng.choice(self._candidates[c], rng.integers(1, most + 1)) for c in known.tolist()]
         contents = torch.from_numpy(self.data.contents[rows].astype(np.float32))
-        return contents, labels, self.tokens(chosen), torch.from_numpy(np.searchsorted(self.base, self._known))
+        return contents, labels, self.tokens(chosen), torch.from_numpy(np.searchsorted(self.base, known))
 
 
 def jittered_boxes(boxes: Tensor, rng: np.random.Generator) -> Tensor:
