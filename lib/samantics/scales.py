@@ -241,6 +241,7 @@ QUICK = dataclasses.replace(
     incontext=dataclasses.replace(POCKET_INCONTEXT, train_scenes=300, epochs=1, shots=(1, 10), reference_seeds=2),
     pipeline=dataclasses.replace(
         POCKET_PIPELINE,
+        sources=("dinov2", "clip", "sam2", "sam", "random"),
         target_scenes=40,
         targets=20,
         shot_curve=(1, 10),
