@@ -13,7 +13,7 @@ _ROOMS = {
     "data.folders": "image_folders open_image",
     "data.references": "ReferenceRule choose_references",
     "incontext.model": "InContextModel build_model",
-    "incontext.separability": "separability",
+    "incontext.separability": "knn_predictions linear_predictions tsne_map",
     "incontext.tokens": "box_masks mask_tokens sam_maps",
     "incontext.training": "train",
     "metrics.coco_ap": "ap_interval evaluate",
