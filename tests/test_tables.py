@@ -80,8 +80,6 @@ def test_a_separable_task_is_probed_perfectly_by_kind_and_shuffled_labels_are_no
     assert (table[table["probe"] != "attentive"]["top1"] == 100).all() and (table["top1"] > 60).all()
     assert set(table["dim"]) == {6, 6 * 36}
     assert set(answers) == {("sam", "artist", kind) for kind in ("linear", "attentive", "knn")}
-    families = tables.family_rows(answers, _task(), LABELS[40:])
-    assert families["family"].tolist() == ["first", "second"] and (families["top1"] == 100).all()
     classes = tables.class_rows(answers, _task(), LABELS[40:]).set_index("class")
     assert classes["sam"].to_dict() == dict.fromkeys("abc", 100) and classes["n_test"].sum() == 20
     shots = tables.few_shot({"sam": encoded}, _task(), (1, 4, 64), seeds=2)

@@ -137,8 +137,8 @@ def _first_verdict(rows: pd.DataFrame, slack: float) -> dict[str, Any]:
 def chance(row: dict[str, Any], side: int, slack: float = 0.0) -> float:
     """Two-sided p of a difference against its smallest effect of interest; 1 on the other side of it.
 
-    Below 0.05 just where the 95 % interval, moved by `slack` of its width, ends above (`side` 1) or below (-1) the
-    effect: the half of the interval on that side is taken for 1.96 standard errors. 1, too, where nothing was measured.
+    It is below 0.05 exactly where the 95 % interval, moved by `slack` times its width, lies above (`side` 1) or below
+    (-1) the effect: half of the interval counts as 1.96 standard errors. An interval without width gives 0 or 1.
     """
     distance = side * (row["difference"] - row["effect_of_interest"]) - slack * (row["high"] - row["low"])
     half = row["difference"] - row["low"] if side > 0 else row["high"] - row["difference"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from textwrap import fill
 from typing import Any
 
 import matplotlib as mpl
@@ -42,8 +43,9 @@ def style() -> None:
 
 
 def headline(figure: Figure, text: str) -> None:
-    """Write the message of a figure above its panels."""
-    figure.suptitle(text, fontweight="bold", fontsize=12, x=0.01, ha="left")
+    """Write the message of a figure above its panels, on as many lines as its width asks for."""
+    lines = fill(text, int(figure.get_figwidth() / 0.105))  # inches of a letter
+    figure.suptitle(lines, fontweight="bold", fontsize=12, x=0.01, ha="left")
 
 
 def label(name: Any) -> str:

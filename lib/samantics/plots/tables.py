@@ -96,7 +96,11 @@ def bars(
             if floor is not None:
                 axis.hlines(chosen[floor], at - width / 2, at + width / 2, colors="black", linestyles=":", zorder=5)
         axis.set(xlabel="", ylabel="")
-        axis.set_xticks(range(len(names)), [label(name) for name in names])
+        words = [label(name) for name in names]
+        crowded = max(len(line) for word in words for line in word.split("\n")) * 0.1 > 0.85 * size[0] / len(
+            words
+        )  # inches
+        axis.set_xticks(range(len(words)), words, **({"rotation": 30, "ha": "right"} if crowded else {}))
         axis.grid(axis="x", visible=False)
         axis.margins(y=0.12)
     parts[0][0].set_ylabel(ylabel or y)
@@ -120,7 +124,7 @@ def dots(
     """
     names = list(dict.fromkeys(table[y]))
     figure, parts = _panels(table, panel, size or (5.5, 0.3 * len(names) + 1.2))
-    palette = colours(table[hue or y])
+    palette = colours(table[hue]) if hue else {name: COLOURS.get(str(name), "black") for name in names}
     for axis, rows in parts:
         apart = 0.6 * bool(rows[y].duplicated().any())  # only where dots share a row
         for chosen, at in _groups(rows, y, names, hue, list(palette), apart / max(1, len(palette))):

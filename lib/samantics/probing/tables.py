@@ -296,18 +296,6 @@ def _few_shot_hits(encoded: Encoded, task: Task, count: int, seeds: int) -> NDAr
     return np.stack(hits)
 
 
-def family_rows(answers: Answers, task: Task, test_y: Labels) -> pd.DataFrame:
-    """The linear probes' top-1 in every family of classes, percent, with intervals over test images and seeds."""
-    family, table = np.array(task.families)[test_y], []
-    linear = {name: its.top1 for (name, level, kind), its in answers.items() if (level, kind) == (task.name, "linear")}
-    for name, top1 in linear.items():
-        for its in dict.fromkeys(family.tolist()):
-            hits = top1[:, family == its]
-            what = {"encoder": name, "family": its, "n_test": hits.shape[1], "seeds": hits.shape[0]}
-            table.append(what | percent("top1", hits))
-    return pd.DataFrame(table)
-
-
 def class_rows(answers: Answers, task: Task, test_y: Labels) -> pd.DataFrame:
     """The linear probes' top-1 of every class, percent: a column for each encoder, and how many test images."""
     linear = {name: its.top1 for (name, level, kind), its in answers.items() if (level, kind) == (task.name, "linear")}

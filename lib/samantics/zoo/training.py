@@ -303,7 +303,7 @@ def make_optimisers(objective: Objective, recipe: Recipe) -> list[torch.optim.Op
 
 def is_table(name: str) -> bool:
     """Whether a matrix of that name is a table of embeddings, whose rows are looked up one by one."""
-    return any(part in name for part in ("embed", "names", "token", "weight_g", "weight_v", "parametrizations"))
+    return any(part in name for part in ("embed", "names", "token"))
 
 
 def take_step(
