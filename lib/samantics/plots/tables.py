@@ -100,7 +100,9 @@ def bars(
         crowded = max(len(line) for word in words for line in word.split("\n")) * 0.1 > 0.85 * size[0] / len(
             words
         )  # inches
-        axis.set_xticks(range(len(words)), words, **({"rotation": 30, "ha": "right"} if crowded else {}))
+        axis.set_xticks(range(len(words)), words)
+        if crowded:
+            plt.setp(axis.get_xticklabels(), rotation=30, ha="right")
         axis.grid(axis="x", visible=False)
         axis.margins(y=0.12)
     parts[0][0].set_ylabel(ylabel or y)
