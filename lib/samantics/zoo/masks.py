@@ -17,15 +17,16 @@ from typing_extensions import override
 from samantics.models import pocket
 from samantics.zoo.contract import Batch, Objective, at_size
 
-PROMPTED = 4  # objects of every image
+PROMPTED = 4  # prompts for every image
 
 
 class SamObjective(Objective):
     """Masks from clicks and boxes as in SAM (Kirillov et al. 2023, arXiv 2304.02643, sections 3 and A).
 
     Focal and dice loss 20:1, the best of three masks for a single click, a predicted IoU, and one corrective click
-    in the region of error with the last mask as a prompt. Of every encoded image `PROMPTED` objects are asked for,
-    half by clicks, half by boxes; masks are compared at the resolution of the logits.
+    in the region of error with the last mask as a prompt. For every encoded image `PROMPTED` prompts are asked, half
+    clicks, half boxes, spread over all objects of the batch: a scene of six counts six times as much as a picture of
+    one, where masks are easy. Masks are compared at the resolution of the logits.
     """
 
     build: Callable[[pocket.ZooConfig], Any] = staticmethod(pocket.build_sam)
@@ -38,9 +39,8 @@ class SamObjective(Objective):
     @override
     def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         instances = functional.interpolate(batch.instances[:, None], batch.side, mode="nearest-exact")[:, 0]
-        masks = chosen_masks(instances)
-        maps = self.embed(batch.pixels)
-        image = tuple(level.repeat(PROMPTED, 1, 1, 1) for level in maps)
+        masks, owner = chosen_masks(instances)
+        image = tuple(level[owner] for level in self.embed(batch.pixels))
         target, half, side = shrunk_masks(masks, 4 * image[0].shape[-1]), len(masks) // 2, masks.shape[-1]
         clicked, boxed = target[:half], target[half:]
         points, labels = sampled_clicks(clicked.bool(), clicked, side)
@@ -137,16 +137,21 @@ class Sam2Objective(SamObjective):
         )
 
 
-def chosen_masks(instances: Tensor) -> Tensor:
-    """`(PROMPTED * B, S, S)` bool masks: an object of every image, another of every image ..., in turn.
+def chosen_masks(instances: Tensor) -> tuple[Tensor, Tensor]:
+    """Objects drawn evenly from all objects of a batch, none a second time before each was drawn once.
 
     Args:
         instances: `(B, S, S)` uint8, 0 for background, i + 1 on object i; each image shows one at least.
+
+    Returns:
+        `(PROMPTED * B, S, S)` bool masks, and which of the B images each is on.
     """
     counts = instances.flatten(1).amax(1).long()
-    first = (torch.rand(len(counts), device=counts.device) * counts).long()
-    chosen = (first + torch.arange(PROMPTED, device=counts.device)[:, None]) % counts + 1
-    return (instances == chosen[..., None, None].to(instances.dtype)).flatten(0, 1)
+    owner = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    number = torch.arange(1, len(owner) + 1, device=counts.device) - (counts.cumsum(0) - counts)[owner]
+    wanted = PROMPTED * len(counts)
+    order = torch.randperm(len(owner), device=counts.device).repeat(-(-wanted // len(owner)))[:wanted]
+    return instances[owner[order]] == number[order, None, None].to(instances.dtype), owner[order]
 
 
 def shrunk_masks(masks: Tensor, side: int) -> Tensor:
