@@ -126,6 +126,29 @@ def test_pictures_grow_to_their_own_size(monkeypatch, data) -> None:
     assert sides == [32, 32, 64, 64]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_rounded_numbers_have_five_bits_and_stay_when_rounded_again(dtype) -> None:
+    tiny = torch.finfo(dtype).smallest_normal
+    value = torch.cat([torch.randn(1000), tiny * torch.randn(1000), torch.tensor([0.0, 1.0, -0.5])]).to(dtype)
+    found = training.rounded(value)
+    assert ((found - value).abs() <= value.abs() * 2**-5).all() and found.dtype == dtype
+    assert torch.equal(training.rounded(found), found) and torch.equal(found[-3:], value[-3:])
+    mantissa, _ = torch.frexp(found.double())
+    assert torch.equal(32 * mantissa, (32 * mantissa).round())
+
+
+def test_shipped_models_name_their_shipped_parents(tmp_path, data) -> None:
+    recipe, trained, shipped = dataclasses.replace(RECIPE, images=4, pool=4), tmp_path / "trained", tmp_path / "shipped"
+    shipped.mkdir()
+    for name in ("mae", "sam"):
+        training.train(name, recipe, trained, data)
+    training.ship(["sam", "mae"], trained, shipped)
+    assert pocket.card("sam", shipped)["parent"] == pocket.verify("mae", shipped)
+    assert pocket.verify("sam", shipped) == pocket.verify("sam", trained)  # rounded already when it was trained
+    with pytest.raises(StudyError, match=r"clip\.safetensors is missing"):
+        training.ship(["clip"], trained, shipped)
+
+
 def test_tables_of_embeddings_are_left_to_adamw() -> None:
     objective = build_objective("clip")
     muon, adamw = training.make_optimisers(objective, RECIPE)

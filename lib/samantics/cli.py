@@ -210,6 +210,17 @@ def train(
 
 
 @app.command()
+def ship(
+    names: Annotated[list[str], typer.Argument(help="Trained models of the zoo")],
+    source: Annotated[Path, typer.Option("--from", help="Folder of their weights, cards and curves")],
+) -> None:
+    """Copy trained models to where the zoo is loaded from, their weights rounded so that git can keep them."""
+    from samantics.zoo.training import ship as ship_models
+
+    ship_models(names, source)
+
+
+@app.command()
 def quality(
     names: Annotated[list[str] | None, typer.Argument(help="Only these, on the validation artist (to choose)")] = None,
     folder: Annotated[Path | None, typer.Option(help="Of their weights (default: where the zoo is loaded)")] = None,

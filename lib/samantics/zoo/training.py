@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import hashlib
 import itertools
 import math
 import os
 import platform
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -348,14 +350,10 @@ def export(
     rows: list[dict[str, Any]],
     parent: str = "",
 ) -> None:
-    """Write the model in 16 bit, its curve, and its card, which names the hash of the weights it started from."""
-    weights = {
-        key: (value.half() if value.is_floating_point() else value).contiguous().cpu()
-        for key, value in objective.shipped().state_dict().items()
-    }
+    """Write the model, its curve, and its card, which names the hash of the weights it started from."""
     path, device = folder / f"{name}.safetensors", next(objective.parameters()).device
     with atomic_path(path) as temporary:
-        temporary.write_bytes(save(weights))  # save_file would hide that a disk is full
+        temporary.write_bytes(stored(objective.shipped().state_dict()))  # save_file would hide that a disk is full
     with atomic_path(folder / f"{name}.csv") as temporary:
         pd.DataFrame(rows).to_csv(temporary, index=False, float_format="%.5g")
     cpu = f"{platform.machine()} CPU, {os.cpu_count()} cores"
@@ -375,6 +373,45 @@ def export(
         "licence": LICENCE,
     }
     write_json(folder / f"{name}.json", card)
+
+
+def stored(weights: dict[str, Tensor]) -> bytes:
+    """The file of these weights: 16-bit numbers, those of large tensors to five significant bits.
+
+    Such a file packs to 60 %, and git keeps every zoo that ever shipped. Biases, norms and SAM's frequencies keep
+    all their digits: they weigh nothing, and their errors would move every token alike.
+    """
+    halves = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
+    return save({k: (rounded(v) if v.numel() > 1024 else v).contiguous().cpu() for k, v in halves.items()})
+
+
+def rounded(value: Tensor, bits: int = 5) -> Tensor:
+    """The nearest numbers of so many significant bits: errors of at most `2**-bits`, relative; integers stay."""
+    if not value.is_floating_point():
+        return value
+    mantissa, exponent = torch.frexp(value.double())
+    return torch.ldexp((mantissa * 2**bits).round() / 2**bits, exponent).to(value.dtype)
+
+
+def ship(names: Sequence[str], source: Path, folder: Path = pocket.ASSETS) -> None:
+    """Copy trained models to where the zoo is loaded from: weights as `stored`, cards with the new hashes.
+
+    A parent is named by the hash of its shipped file, if the one in `source` is what the model started from.
+
+    Raises:
+        StudyError: a model is missing in `source` or damaged.
+    """
+    for name in names:
+        pocket.verify(name, source)
+        card, parent = pocket.card(name, source), source / f"{entry(name).parent}.safetensors"
+        path = folder / f"{name}.safetensors"
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(stored(load_file(source / path.name)))
+        if parent.is_file() and hash_file(parent) == card.get("parent"):
+            card["parent"] = hashlib.sha256(stored(load_file(parent))).hexdigest()
+        write_json(folder / f"{name}.json", card | {"sha256": hash_file(path)})
+        with atomic_path(folder / f"{name}.csv") as temporary:
+            shutil.copyfile(source / f"{name}.csv", temporary)
 
 
 def train_models(
