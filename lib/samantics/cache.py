@@ -57,7 +57,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         os.chmod(temporary, 0o644)  # temporary files are private; results are for everyone
         os.replace(temporary, path)
     except Exception as error:
-        reason = getattr(error, "errno", None) or _refusal(temporary)
+        reason = getattr(error, "errno", None) or (temporary and _refusal(temporary))
         if reason in FULL:
             raise StudyError(f"no space left while writing {path}: free some space and run again") from error
         if reason in (errno.EACCES, errno.EROFS, errno.EPERM):
@@ -79,10 +79,8 @@ def _lock(handle: int) -> bool:
     return True
 
 
-def _refusal(temporary: Path | None) -> int | None:
+def _refusal(temporary: Path) -> int | None:
     """Why a file can grow no further, as an error number: NumPy, torch and safetensors do not pass it on."""
-    if temporary is None:
-        return None
     try:
         with open(temporary, "ab") as file:
             file.write(bytes(1 << 16))
@@ -125,35 +123,30 @@ def hash_file(path: Path | str) -> str:
 
 def hash_value(value: Any) -> str:
     """SHA-256 (first 16 hexadecimal digits) of any JSON-able value; equal values give equal hashes."""
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 # ----------------------------------------------------------------------------------------------------- the cache
 
 
-def _write_npz(arrays: Any, path: Path) -> None:
-    with open(path, "wb") as file:  # given a name, NumPy would add an ending of its own
-        np.savez(file, **arrays)
+def _read(path: Path) -> Any:
+    if path.suffix == ".csv":
+        return pd.read_csv(path, keep_default_na=False, na_values=[MISSING])
+    if path.suffix == ".npz":
+        with np.load(path) as arrays:
+            return dict(arrays)
+    return load_file(path) if path.suffix == ".safetensors" else json.loads(path.read_text(encoding="utf-8"))
 
 
-def _read_npz(path: Path) -> dict[str, Any]:
-    with np.load(path) as arrays:
-        return dict(arrays)
-
-
-_FORMATS: dict[str, tuple[Callable[[Path], Any], Callable[[Any, Path], object]]] = {  # how to read and to write
-    ".csv": (
-        lambda path: pd.read_csv(path, keep_default_na=False, na_values=[MISSING]),
-        lambda table, path: table.to_csv(path, index=False, na_rep=MISSING),
-    ),
-    ".json": (
-        lambda path: json.loads(path.read_text(encoding="utf-8")),
-        lambda value, path: path.write_text(json.dumps(value, allow_nan=False), encoding="utf-8"),
-    ),
-    ".npz": (_read_npz, _write_npz),
-    ".safetensors": (load_file, save_file),
-}
+def _write(value: Any, path: Path) -> None:
+    if path.suffix == ".csv":
+        value.to_csv(path, index=False, na_rep=MISSING)
+    elif path.suffix == ".npz":
+        np.savez(path, **value)
+    elif path.suffix == ".safetensors":
+        save_file(value, path)
+    else:
+        path.write_text(json.dumps(value, allow_nan=False), encoding="utf-8")
 
 
 def kept(path: Path, make: Callable[[], T]) -> T:
@@ -170,15 +163,14 @@ def kept(path: Path, make: Callable[[], T]) -> T:
     Raises:
         StudyError: the file is damaged, its folder cannot be written, or the disk is full.
     """
-    read, write = _FORMATS[path.suffix]
     if not path.is_file():
         with alone(path):
             if not path.is_file():
                 value = make()
                 with atomic_path(path) as temporary:
-                    write(value, temporary)
+                    _write(value, temporary)
     with reading(path):
-        found: T = read(path)
+        found: T = _read(path)
     return found
 
 
@@ -201,22 +193,13 @@ def alone(path: Path) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Where a training is saved, and what it must have been trained with to be resumed.
-
-    Attributes:
-        path: of the file.
-        identity: JSON-able values by name: settings, hashes of data and weights, seed.
-    """
+    """Where a training is saved; what it must have been trained with to be resumed: JSON-able values by name."""
 
     path: Path
     identity: dict[str, Any]
 
     def load(self, device: torch.device | str = "cpu") -> dict[str, Any] | None:
-        """What was saved, or None where nothing was.
-
-        Raises:
-            StudyError: the file is damaged, or belongs to a training with other settings.
-        """
+        """What was saved, or None where nothing was; StudyError where it is damaged or has other settings."""
         if not self.path.is_file():
             return None
         try:
@@ -224,12 +207,12 @@ class Checkpoint:
             saved = state["identity"]
         except Exception as error:  # torch.load raises nearly anything on a damaged file
             raise StudyError(f"the checkpoint {self.path} is damaged: delete it, and training starts anew") from error
-        changed = [name for name in self.identity if saved.get(name) != self.identity[name]]
-        if changed:
-            raise StudyError(
-                f"the checkpoint {self.path} was trained with another {changed[0]} ({saved.get(changed[0])!r}, now "
-                f"{self.identity[changed[0]]!r}): delete it, or train under another name"
-            )
+        for name, value in self.identity.items():
+            if saved.get(name) != value:
+                raise StudyError(
+                    f"the checkpoint {self.path} was trained with another {name} ({saved.get(name)!r}, now {value!r}): "
+                    "delete it, or train under another name"
+                )
         return state
 
     def save(self, state: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import os
 import sys
@@ -14,16 +13,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from samantics.errors import StudyError
 
 app = typer.Typer(
-    help="Does SAM know what it segments? Runs the study and its parts.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+    help="Does SAM know what it segments? Runs the study and its parts.", no_args_is_help=True, add_completion=False,
+    rich_markup_mode=None, pretty_exceptions_enable=False,
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,40 +51,27 @@ def _given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _device() -> str:
-    import torch
-
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-
-
 # -------------------------------------------------------------------------------------------------------- the study
-
-Text = Annotated[str | None, typer.Option()]
-Number = Annotated[int | None, typer.Option()]
-Decimal = Annotated[float | None, typer.Option()]
-Folder = Annotated[Path | None, typer.Option()]
-Only = Annotated[list[str] | None, typer.Option(help="These notebooks only, by number or name: --only 01 03")]
-More = Annotated[list[str] | None, typer.Argument(hidden=True)]
 
 
 @app.command()
 def run(
-    more: More = None,  # an option takes one value, so the further words of --only 01 03 arrive here
-    only: Only = None,
-    scale: Annotated[str, typer.Option(help="pocket, lite or paper")] = "pocket",
-    quick: Annotated[bool, typer.Option("--quick", help="pocket from small samples: a first look")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="First empty this scale's caches")] = False,
-    student: Annotated[bool, typer.Option("--student", help="Only write notebooks without solutions")] = False,
-    seed: Annotated[int | None, typer.Option(help="Another seed than the notebooks' own")] = None,
-    data: Annotated[Path | None, typer.Option(help="Your images, a sub-folder for each class")] = None,
-    references: Annotated[Path | None, typer.Option(help="Your reference instances, COCO JSON")] = None,
-    targets: Annotated[Path | None, typer.Option(help="Your target images, COCO JSON")] = None,
-    images: Annotated[Path | None, typer.Option(help="The folder of the images that both name")] = None,
-    weights: Annotated[str | None, typer.Option(help="Others than the scale's: zoo, official or random")] = None,
-    shots: Annotated[int | None, typer.Option(help="Notebook 05: references per class")] = None,
-    min_area: Annotated[float | None, typer.Option(help="Notebook 05: pixels that references exceed")] = None,
-    min_score: Annotated[float | None, typer.Option(help="Notebook 05: no instances below")] = None,
-    skip_bad_images: Annotated[bool, typer.Option("--skip-bad-images", help="Notebook 05: leave them out")] = False,
+    more: Annotated[list[str] | None, Argument(hidden=True)] = None,  # the 03 of --only 01 03: options take one
+    only: Annotated[list[str] | None, Option(help="These notebooks only, by number or name: --only 01 03")] = None,
+    scale: Annotated[str, Option(help="pocket, lite or paper")] = "pocket",
+    quick: Annotated[bool, Option("--quick", help="pocket from small samples: a first look")] = False,
+    fresh: Annotated[bool, Option("--fresh", help="First empty this scale's caches")] = False,
+    student: Annotated[bool, Option("--student", help="Only write notebooks without solutions")] = False,
+    seed: Annotated[int | None, Option(help="Another seed than the notebooks' own")] = None,
+    data: Annotated[Path | None, Option(help="Your images, a sub-folder for each class")] = None,
+    references: Annotated[Path | None, Option(help="Your reference instances, COCO JSON")] = None,
+    targets: Annotated[Path | None, Option(help="Your target images, COCO JSON")] = None,
+    images: Annotated[Path | None, Option(help="The folder of the images that both name")] = None,
+    weights: Annotated[str | None, Option(help="Others than the scale's: zoo, official or random")] = None,
+    shots: Annotated[int | None, Option(help="Notebook 05: references per class")] = None,
+    min_area: Annotated[float | None, Option(help="Notebook 05: pixels that references exceed")] = None,
+    min_score: Annotated[float | None, Option(help="Notebook 05: no instances below")] = None,
+    skip_bad_images: Annotated[bool, Option("--skip-bad-images", help="Notebook 05: leave them out")] = False,
 ) -> None:
     """Run the notebooks; leave figures, tables and a report (./run_all.sh --help says more)."""
     study, chosen = _script("study"), [*(only or ()), *(more or ())]
@@ -132,13 +116,12 @@ def catalogue() -> None:
 
 
 @app.command()
-def drawings(out: Annotated[Path, typer.Argument(help="The file to write, for SAMANTICS_DRAWINGS elsewhere")]) -> None:
+def drawings(out: Annotated[Path, Argument(help="The file to write, for SAMANTICS_DRAWINGS elsewhere")]) -> None:
     """Write all rasterised drawings into one file (7 MB): a machine without npm can train with it."""
     from samantics.mojiworld.catalogue import keys
     from samantics.mojiworld.drawings import export_drawings
 
     export_drawings(out, keys())
-    print(out)
 
 
 # ------------------------------------------------------------------------------------------ parts that take their time
@@ -146,73 +129,73 @@ def drawings(out: Annotated[Path, typer.Argument(help="The file to write, for SA
 
 @app.command()
 def extract(
-    folder: Annotated[Path, typer.Argument(help="Image folder: train/ and val/, or a sub-folder for each class")],
+    folder: Annotated[Path, Argument(help="Image folder: train/ and val/, or a sub-folder for each class")],
     encoder: str = "sam",
     weights: str = "zoo",
-    layers: Annotated[list[str] | None, typer.Option(help="LAYER:POOLING, repeatable (default: the headline)")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images at once (default: by the size of the input)")] = None,
+    layers: Annotated[list[str] | None, Option(help="LAYER:POOLING, repeatable (default: the headline)")] = None,
+    batch_size: Annotated[int | None, Option(help="Images at once (default: by the size of the input)")] = None,
     workers: int = os.cpu_count() or 2,
-    half: Annotated[bool, typer.Option("--half", help="Compute in bfloat16")] = False,
-    max_unreadable: float = 0.01,
-    shard_rows: Annotated[int | None, typer.Option(help="Images in a file")] = None,
+    half: Annotated[bool, Option("--half", help="Compute in bfloat16")] = False,
+    shard_rows: Annotated[int | None, Option(help="Images in a file")] = None,
 ) -> None:
     """Encode both splits of an image folder into the store of features."""
+    import torch
+
     from samantics.data.folders import image_folders
     from samantics.models.encoder import load_encoder
     from samantics.probing.features import encode_images
 
-    splits, model = image_folders(folder), load_encoder(encoder, weights, _device(), half=half)
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    splits, model = image_folders(folder), load_encoder(encoder, weights, device, half=half)
     names = layers or [":".join(model.headline)]
     wanted = [(name.partition(":")[0], name.partition(":")[2] or "mean") for name in names]
-    options = _given(batch_size=batch_size, workers=workers, max_unreadable=max_unreadable, shard_rows=shard_rows)
     for split in splits:
+        options = _given(batch_size=batch_size, workers=workers, shard_rows=shard_rows)
         store = encode_images(model, split, wanted, split.hash, **options)
         print(f"{store.folder}: {len(store.kept)} images, {len(store.skipped)} unreadable")
 
 
 @app.command()
 def tune(
-    scale: str = "paper",
-    references: Folder = None, targets: Folder = None, images: Folder = None, weights: Text = None,
-    epochs: Annotated[float | None, typer.Option(help="Other than the scale's")] = None,
-    batch: Annotated[int | None, typer.Option(help="Images per step over all processes")] = None,
+    scale: str = "paper", references: str = "", targets: str = "", images: str = "", weights: str = "",
+    epochs: Annotated[float | None, Option(help="Other than the scale's")] = None,
+    batch: Annotated[int | None, Option(help="Images per step over all processes")] = None,
 ) -> None:  # fmt: skip
     """Tune the in-context model by itself, as notebook 02 does."""
     from samantics.incontext.study import tune as tune_model
 
-    sources = {name: str(path) for name, path in _given(references=references, targets=targets, images=images).items()}
-    print(tune_model(scale, **sources, **_given(weights=weights), settings=_given(epochs=epochs, batch=batch)), end="")
+    print(tune_model(scale, references, targets, images, weights, _given(epochs=epochs, batch=batch)), end="")
 
 
 # ---------------------------------------------------------------------------------------------------- the pocket zoo
 
+Models = Annotated[list[str], Argument(help="Models of the zoo or its controls, one after the other")]
+
 
 @app.command()
 def train(
-    names: Annotated[list[str], typer.Argument(help="Models of the zoo or its controls, one after the other")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the results (default: where the zoo is loaded)")] = None,
-    start_from: Annotated[Path | None, typer.Option(help="Weights of the parent: mae for sam, hiera for sam2")] = None,
-    workers: Annotated[int, typer.Option(help="Processes that render (default: all cores)")] = 0,
-    image_size: Annotated[int | None, typer.Option(help="Pixels of a side; other sizes do not fit the zoo")] = None,
-    images: Annotated[int | None, typer.Option(help="Pictures seen, counted with repetition")] = None,
-    pool: Annotated[int | None, typer.Option(help="Different pictures rendered")] = None,
-    batch: Number = None, learning_rate: Decimal = None, weight_decay: Decimal = None, warmup: Decimal = None,
-    clip: Decimal = None, probe_points: Number = None, checkpoint_every: Number = None,
-    theme_strength: Decimal = None, small: Number = None, growth: Decimal = None, seed: Number = None,
-) -> None:  # fmt: skip
-    """Train models of the pocket zoo; killed? Run it again."""
-    given = dict(locals())  # every option is a field of the recipe or an argument of the training
+    names: Models,
+    out: Annotated[Path | None, Option(help="Folder of the results (default: where the zoo is loaded)")] = None,
+    workers: Annotated[int, Option(help="Processes that render (default: all cores)")] = 0,
+    images: Annotated[int | None, Option(help="Pictures seen, counted with repetition")] = None,
+    pool: Annotated[int | None, Option(help="Different pictures rendered")] = None,
+    batch: Annotated[int | None, Option(help="Pictures per step")] = None,
+    learning_rate: Annotated[float | None, Option(help="The highest")] = None,
+    growth: Annotated[float | None, Option(help="Share of the training on smaller pictures")] = None,
+    probe_points: Annotated[int | None, Option(help="Points of the curves")] = None,
+    seed: int = 0,
+) -> None:
+    """Train models of the pocket zoo, parents first; killed? Run it again."""
     from samantics.zoo.training import Recipe, train_models
 
-    fields = {field.name for field in dataclasses.fields(Recipe)}
-    recipe = Recipe(**{name: given[name] for name in fields if given[name] is not None})
-    train_models(names, recipe, **_given(folder=out, start_from=start_from, workers=workers, image_size=image_size))
+    given = _given(images=images, pool=pool, batch=batch, learning_rate=learning_rate, growth=growth, seed=seed)
+    recipe = Recipe(**given, **_given(probe_points=probe_points))
+    train_models(names, recipe, workers=workers, **_given(folder=out))
 
 
 @app.command()
 def ship(
-    names: Annotated[list[str], typer.Argument(help="Trained models of the zoo")],
-    source: Annotated[Path, typer.Option("--from", help="Folder of their weights, cards and curves")],
+    names: Models, source: Annotated[Path, Option("--from", help="Folder of their weights, cards and curves")]
 ) -> None:
     """Copy trained models to where the zoo is loaded from, their weights rounded so that git can keep them."""
     from samantics.zoo.training import ship as ship_models
@@ -222,9 +205,9 @@ def ship(
 
 @app.command()
 def quality(
-    names: Annotated[list[str] | None, typer.Argument(help="Only these, on the validation artist (to choose)")] = None,
-    folder: Annotated[Path | None, typer.Option(help="Of their weights (default: where the zoo is loaded)")] = None,
-) -> None:  # fmt: skip
+    names: Annotated[list[str] | None, Argument(help="Only these, on the validation artist (to choose)")] = None,
+    folder: Annotated[Path | None, Option(help="Of their weights (default: where the zoo is loaded)")] = None,
+) -> None:
     """Measure the shipped zoo on test artists and write the table beside its weights."""
     from samantics.zoo.quality import choice_table, write_quality
 

@@ -58,16 +58,15 @@ class Run:
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def record(self, key: str, value: Any) -> None:
-        """Add a JSON-able fact, such as a weight or data hash, to the provenance of every later file of the run.
+        """Add a JSON-able fact, such as a weight or data hash, to the origin of every later file of the run.
 
         Raises:
             StudyError: another value was recorded under that name.
         """
-        if self.facts.get(key, value) != value:
+        if self.facts.setdefault(key, value) != value:
             raise StudyError(
                 f"{self.notebook} recorded {key!r} as {self.facts[key]!r} and now as {value!r}: use two names"
             )
-        self.facts[key] = value
 
     def save(self, figure: Figure | None, table: pd.DataFrame, name: str, caption: str = "") -> None:
         """Write a result: picture (`.png`, 1400 pixels wide), the numbers it shows (`.csv`), their origin (`.json`).
@@ -93,24 +92,7 @@ class Run:
                     few.save(temporary, optimize=True)
         with atomic_path(path) as temporary:
             table.to_csv(temporary, index=False, float_format=NUMBERS)
-        write_json(path.with_suffix(".json"), {"name": name, "caption": caption} | provenance(self))
-
-
-def few_colours(picture: Image.Image) -> Image.Image:
-    """A picture in 256 colours: a third of its size as a file."""
-    return picture.convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG)
-
-
-def figures_dir() -> Path:
-    """Folder of all results: ``$SAMANTICS_FIGURES``, else ``figures`` in the project."""
-    return Path(os.environ.get("SAMANTICS_FIGURES") or PROJECT / "figures")
-
-
-def checked_seed(seed: int) -> int:
-    """The seed; StudyError where numpy, torch or scikit-learn would not take it (negative, over 32 bits)."""
-    if not 0 <= seed < 2**32:
-        raise StudyError(f"seed is {seed}: choose one from 0 to {2**32 - 1}")
-    return seed
+        write_json(path.with_suffix(".json"), {"name": name, "caption": caption} | origin(self))
 
 
 def start_run(scale: str = "pocket", notebook: str = "", seed: int = 0) -> Run:
@@ -136,6 +118,23 @@ def own_figures(scale: str) -> Path:
     return figures_dir() / scale / ("own_data" if scale != "paper" else "")
 
 
+def figures_dir() -> Path:
+    """Folder of all results: ``$SAMANTICS_FIGURES``, else ``figures`` in the project."""
+    return Path(os.environ.get("SAMANTICS_FIGURES") or PROJECT / "figures")
+
+
+def few_colours(picture: Image.Image) -> Image.Image:
+    """A picture in 256 colours: a third of its size as a file."""
+    return picture.convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG)
+
+
+def checked_seed(seed: int) -> int:
+    """The seed; StudyError where numpy, torch or scikit-learn would not take it (negative, over 32 bits)."""
+    if not 0 <= seed < 2**32:
+        raise StudyError(f"seed is {seed}: choose one from 0 to {2**32 - 1}")
+    return seed
+
+
 def available_cores() -> int:
     """Processor cores that this process may use: its affinity, further limited by ``$OMP_NUM_THREADS``."""
     cores = len(os.sched_getaffinity(0))
@@ -143,31 +142,22 @@ def available_cores() -> int:
     return min(cores, int(limit)) if limit.isdecimal() and int(limit) > 0 else cores
 
 
-def provenance(run: Run) -> dict[str, Any]:
+def origin(run: Run) -> dict[str, Any]:
     """All that is known of a run at this moment, as JSON-able values."""
-    return {
-        "notebook": run.notebook,
-        "scale": run.scale.name,
-        "mark": run.scale.mark,
-        "seed": run.seed,
-        "recorded": dict(run.facts),
-        "git_revision": git_revision(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "python": platform.python_version(),
-        "machine": machine(run.device),
-        "seconds_since_start": round(time.time() - run.started, 1),
-        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def machine(device: str) -> dict[str, Any]:
-    """Device, processor kind, cores at hand and memory (GiB)."""
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+    machine = {
+        "device": torch.cuda.get_device_name() if run.device == "cuda" else "cpu",
         "processor": f"{platform.system()} {platform.machine()}",
         "cores": available_cores(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
     }
+    return {
+        "notebook": run.notebook, "scale": run.scale.name, "mark": run.scale.mark, "seed": run.seed,
+        "recorded": dict(run.facts), "git_revision": git_revision(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(), "machine": machine,
+        "seconds_since_start": round(time.time() - run.started, 1),
+        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
 
 
 def git_revision() -> str:

@@ -33,9 +33,6 @@ class ProbingSettings:
     scenes: tuple[int, int] = (300, 150)
 
 
-POCKET_PROBING = ProbingSettings(probe_seeds=2)
-
-
 VOC = (  # the 20 COCO categories that PASCAL VOC has too: novel in the usual 60/20 split
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "boat", "bird", "cat",
     "dog", "horse", "sheep", "cow", "bottle", "chair", "couch", "potted plant", "dining table", "tv",
@@ -91,42 +88,22 @@ class InContextSettings:
     absent_classes: int = 0
     references_per_question: int = 1
     hints: int = 0
+    naming: float = 0.0
     min_reference_area: float = 32.0**2
     top: int = 100
     min_score: float = 0.0
     shots: tuple[int, ...] = (1, 5, 10)
     reference_seeds: int = 3
-    naming: float = 0.0
 
 
 POCKET_NOVEL = tuple(instance_classes().query("part == 'novel'")["class"])  # one of each superclass
 POCKET_INCONTEXT = InContextSettings(
-    novel=POCKET_NOVEL,
-    train_scenes=4000,
-    store_features=True,
-    trunk_maps=2,
-    dim=160,
-    heads=5,
-    ffn_width=320,
-    decoder_layers=2,
-    queries=24,
-    dropout=0.0,
-    fuser_width=512,
-    epochs=1,
-    batch=8,
-    learning_rate=1e-3,
-    clip=1.0,
-    flip=0.0,
-    classes_per_image=2,
-    absent_classes=2,
-    references_per_question=10,
-    hints=2,
-    naming=1.0,
-    min_reference_area=10.0**2,
-    top=10,
-    min_score=0.05,
-    shots=(1, 10),
-)
+    novel=POCKET_NOVEL, train_scenes=4000, store_features=True,
+    trunk_maps=2, dim=160, heads=5, ffn_width=320, decoder_layers=2, queries=24, dropout=0.0, fuser_width=512,
+    epochs=1, batch=8, learning_rate=1e-3, clip=1.0, flip=0.0,
+    classes_per_image=2, absent_classes=2, references_per_question=10, hints=2, naming=1.0,
+    min_reference_area=10.0**2, top=10, min_score=0.05, shots=(1, 10),
+)  # fmt: skip
 
 
 # the parents of SAM and SAM 2, and today's models: official weights only
@@ -173,18 +150,10 @@ class PipelineSettings:
 # 96 pixels instead of some 640: objects take 20-60 % of the side; smaller ones are mostly covered by others
 POCKET_PIPELINE = PipelineSettings(
     sources=("dinov2", "clip", "mae", "supervised", "sam2", "sam", "random"),
-    reference_scenes=800,
-    target_scenes=300,
-    targets=100,
-    min_reference_area=12.0**2,
-    reference_inset=2.0,
-    points_per_side=8,
-    stability=0.1,  # with the next one the most whole objects among fewest masks, on the validation artist's scenes
-    box_nms=0.5,
-    semantic_size=0,
-    grids=(3, 4, 6, 8, 12),
-    grid_images=24,
-)
+    reference_scenes=800, target_scenes=300, targets=100, min_reference_area=12.0**2, reference_inset=2.0,
+    # stability and NMS: the most whole objects among fewest masks, on the validation artist's scenes
+    points_per_side=8, stability=0.1, box_nms=0.5, semantic_size=0, grids=(3, 4, 6, 8, 12), grid_images=24,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,45 +198,31 @@ class Scale:
     mark: str = ""
 
 
-POCKET_ENCODERS = ("sam", "sam2", "mae", "clip", "dinov2", "supervised", "random")
 OFFICIAL_ENCODERS = ("sam", "sam2", "clip", "dinov2", *MORE_ENCODERS, "random")
 STUDY = ("01", "02", "03", "04")  # what needs data and weights that do not come with the project
-POCKET = Scale("pocket", "zoo", POCKET_ENCODERS, POCKET_PROBING, POCKET_INCONTEXT, POCKET_PIPELINE)
+POCKET = Scale(
+    "pocket", "zoo", ("sam", "sam2", "mae", "clip", "dinov2", "supervised", "random"), ProbingSettings(probe_seeds=2),
+    POCKET_INCONTEXT, POCKET_PIPELINE,
+)  # fmt: skip
 # every cell and figure of pocket in some four minutes, from too little data to conclude anything
 QUICK = dataclasses.replace(
     POCKET,
     name="quick",
     probing=ProbingSettings(probe_seeds=1, labels=0.15, views=0.15, test=0.15, shots=(1, 2), scenes=(100, 40)),
-    incontext=dataclasses.replace(POCKET_INCONTEXT, train_scenes=300, epochs=1, shots=(1, 10), reference_seeds=2),
+    incontext=dataclasses.replace(POCKET_INCONTEXT, train_scenes=300, reference_seeds=2),
     pipeline=dataclasses.replace(
-        POCKET_PIPELINE,
-        sources=("dinov2", "clip", "sam2", "sam", "random"),
-        target_scenes=40,
-        targets=20,
-        shot_curve=(1, 10),
-        grids=(4, 8),
-        grid_images=10,
-        reference_seeds=2,
+        POCKET_PIPELINE, sources=("dinov2", "clip", "sam2", "sam", "random"), target_scenes=40, targets=20,
+        shot_curve=(1, 10), grids=(4, 8), grid_images=10, reference_seeds=2,
     ),
     mark="quick run: small samples, for a first look only",
-)
-SCALES = {
-    scale.name: scale
-    for scale in (
-        POCKET,
-        QUICK,
-        Scale("lite", "official", OFFICIAL_ENCODERS, coco=CocoSubset(), notebooks=STUDY),
-        Scale("paper", "official", OFFICIAL_ENCODERS, notebooks=STUDY),
-    )
-}
+)  # fmt: skip
+LITE = Scale("lite", "official", OFFICIAL_ENCODERS, coco=CocoSubset(), notebooks=STUDY)
+PAPER = Scale("paper", "official", OFFICIAL_ENCODERS, notebooks=STUDY)
+SCALES = {scale.name: scale for scale in (POCKET, QUICK, LITE, PAPER)}
 
 
 def get_scale(name: str) -> Scale:
-    """The settings of that name.
-
-    Raises:
-        StudyError: no such scale.
-    """
+    """The settings of that name; StudyError where there are none."""
     if name not in SCALES:
         raise StudyError(f"no scale is called {name!r}: choose from {', '.join(SCALES)}")
     return SCALES[name]

@@ -14,7 +14,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,13 +26,6 @@ from samantics.errors import StudyError
 from samantics.models.preprocessing import MEAN, STD
 from samantics.mojiworld import captions
 
-if TYPE_CHECKING:  # builders import their packages themselves: all together take seconds
-    import open_clip
-    from sam2.modeling.sam2_base import SAM2Base
-    from segment_anything.modeling import Sam
-    from transformers import Dinov2Model, ViTMAEForPreTraining
-
-NAMES = ("mae", "sam", "sam2", "clip", "dinov2", "supervised")
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "zoo"
 
 
@@ -81,24 +74,18 @@ class ConvStem(nn.Sequential):
         return last.weight
 
 
-# ------------------------------------------------------------------------------------------------------- builders
+# ---------------------------------------------------------------- builders; each imports its package: all take seconds
 
 
-def build_sam(config: ZooConfig = DEFAULT) -> Sam:
-    """An untrained pocket SAM: `segment_anything`'s ViT, prompt encoder and mask decoder."""
+def build_sam(config: ZooConfig = DEFAULT) -> Any:
+    """An untrained pocket SAM: `segment_anything`'s `Sam`."""
     from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
     size, grid, dim = config.image_size, config.grid, config.dim
     encoder = ImageEncoderViT(
-        img_size=size,
-        patch_size=config.patch_size,
-        embed_dim=config.width,
-        depth=config.depth,
-        num_heads=config.heads,
-        out_chans=dim,
-        qkv_bias=True,
-        norm_layer=functools.partial(nn.LayerNorm, eps=1e-6),
-    )
+        img_size=size, patch_size=config.patch_size, embed_dim=config.width, depth=config.depth, num_heads=config.heads,
+        out_chans=dim, qkv_bias=True, norm_layer=functools.partial(nn.LayerNorm, eps=1e-6),
+    )  # fmt: skip
     encoder.patch_embed.proj = ConvStem(config.width, config.patch_size)
     prompts = PromptEncoder(
         embed_dim=dim, image_embedding_size=(grid, grid), input_image_size=(size, size), mask_in_chans=16
@@ -108,8 +95,8 @@ def build_sam(config: ZooConfig = DEFAULT) -> Sam:
     return Sam(encoder, prompts, decoder, pixel_mean=[255 * m for m in MEAN], pixel_std=[255 * s for s in STD])
 
 
-def build_sam2(config: ZooConfig = DEFAULT) -> SAM2Base:
-    """An untrained pocket SAM 2 for images: `sam2`'s Hiera, FPN neck and mask decoder; no memory (no video)."""
+def build_sam2(config: ZooConfig = DEFAULT) -> Any:
+    """An untrained pocket SAM 2 for images: `sam2`'s `SAM2Base` without memory, which only videos need."""
     from sam2.modeling.backbones.hieradet import Hiera
     from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
     from sam2.modeling.backbones.utils import PatchEmbed
@@ -117,63 +104,41 @@ def build_sam2(config: ZooConfig = DEFAULT) -> SAM2Base:
     from sam2.modeling.sam.transformer import TwoWayTransformer
     from sam2.modeling.sam2_base import SAM2Base
 
+    width, dim, stages, stride = config.hiera_width, config.dim, config.hiera_stages, config.patch_size // 4
+    # blocks of the third stage see the whole image, but for its first, which halves the map window by window
+    whole = tuple(range(sum(stages[:2]) + 1, sum(stages[:3])))
     trunk = Hiera(
-        embed_dim=config.hiera_width,
-        num_heads=1,
-        stages=config.hiera_stages,
-        window_spec=(8, 4, 4, 4),
-        # those of the third stage see the whole image, but for the first, which halves the map window by window
-        global_att_blocks=tuple(range(sum(config.hiera_stages[:2]) + 1, sum(config.hiera_stages[:3]))),
+        embed_dim=width, num_heads=1, stages=stages, window_spec=(8, 4, 4, 4), global_att_blocks=whole,
         window_pos_embed_bkg_spatial_size=(8, 8),
-    )
-    # its own steps of 4 pixels suit tokens of 16
-    stride = config.patch_size // 4
-    trunk.patch_embed = PatchEmbed((7, 7), (stride, stride), (3, 3), embed_dim=config.hiera_width)
+    )  # fmt: skip
+    trunk.patch_embed = PatchEmbed((7, 7), (stride, stride), (3, 3), embed_dim=width)  # its own suits tokens of 16
     neck = FpnNeck(
-        position_encoding=PositionEmbeddingSine(num_pos_feats=config.dim, normalize=True),
-        d_model=config.dim,
-        backbone_channel_list=trunk.channel_list,
-        fpn_top_down_levels=[2, 3],
-        fpn_interp_model="nearest",
-    )
+        position_encoding=PositionEmbeddingSine(num_pos_feats=dim, normalize=True), d_model=dim,
+        backbone_channel_list=trunk.channel_list, fpn_top_down_levels=[2, 3], fpn_interp_model="nearest",
+    )  # fmt: skip
     model = SAM2Base(
-        image_encoder=ImageEncoder(trunk, neck, scalp=1),
-        memory_attention=None,
-        memory_encoder=None,
-        num_maskmem=0,
-        image_size=config.image_size,
-        backbone_stride=config.patch_size,
-        directly_add_no_mem_embed=True,
-        use_high_res_features_in_sam=True,
-        multimask_output_in_sam=True,
-        iou_prediction_use_sigmoid=True,
-    )
-    model.sam_mask_decoder.transformer = TwoWayTransformer(depth=2, embedding_dim=config.dim, num_heads=8, mlp_dim=512)
+        image_encoder=ImageEncoder(trunk, neck, scalp=1), memory_attention=None, memory_encoder=None, num_maskmem=0,
+        image_size=config.image_size, backbone_stride=config.patch_size, directly_add_no_mem_embed=True,
+        use_high_res_features_in_sam=True, multimask_output_in_sam=True, iou_prediction_use_sigmoid=True,
+    )  # fmt: skip
+    model.sam_mask_decoder.transformer = TwoWayTransformer(depth=2, embedding_dim=dim, num_heads=8, mlp_dim=512)
     return model
 
 
-def build_clip(config: ZooConfig = DEFAULT) -> open_clip.CLIP:
-    """An untrained pocket CLIP: `open_clip`'s two towers; its words are MojiWorld's (see WordTokenizer)."""
+def build_clip(config: ZooConfig = DEFAULT) -> Any:
+    """An untrained pocket CLIP: `open_clip`'s `CLIP`; its words are MojiWorld's (see WordTokenizer)."""
     import open_clip
 
     tokenizer = WordTokenizer()
-    model = open_clip.CLIP(
-        embed_dim=config.dim,
-        vision_cfg=open_clip.CLIPVisionCfg(
-            layers=config.depth,
-            width=config.width,
-            head_width=config.width // config.heads,
-            patch_size=config.patch_size,
-            image_size=config.image_size,
-        ),
-        text_cfg=open_clip.CLIPTextCfg(
-            context_length=tokenizer.context_length,
-            vocab_size=tokenizer.vocab_size,
-            width=config.text_width,
-            heads=config.text_width // 32,
-            layers=config.text_layers,
-        ),
-    )
+    image = open_clip.CLIPVisionCfg(
+        layers=config.depth, width=config.width, head_width=config.width // config.heads, patch_size=config.patch_size,
+        image_size=config.image_size,
+    )  # fmt: skip
+    text = open_clip.CLIPTextCfg(
+        context_length=tokenizer.context_length, vocab_size=tokenizer.vocab_size, width=config.text_width,
+        heads=config.text_width // 32, layers=config.text_layers,
+    )  # fmt: skip
+    model = open_clip.CLIP(embed_dim=config.dim, vision_cfg=image, text_cfg=text)
     model.visual.conv1 = ConvStem(config.width, config.patch_size)
     # a caption's order says nothing; with places the end token knows its length, which was learned before any word
     model.positional_embedding.data.zero_()
@@ -181,42 +146,30 @@ def build_clip(config: ZooConfig = DEFAULT) -> open_clip.CLIP:
     return model
 
 
-def build_dinov2(config: ZooConfig = DEFAULT) -> Dinov2Model:
-    """An untrained pocket DINOv2: `transformers`' model with a small configuration."""
+def build_dinov2(config: ZooConfig = DEFAULT) -> Any:
+    """An untrained pocket DINOv2: `transformers`' `Dinov2Model`."""
     from transformers import Dinov2Config, Dinov2Model
 
-    model = Dinov2Model(
-        Dinov2Config(
-            hidden_size=config.width,
-            num_hidden_layers=config.depth,
-            num_attention_heads=config.heads,
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            layerscale_value=1.0,
-        )
-    )
+    sizes = Dinov2Config(
+        hidden_size=config.width, num_hidden_layers=config.depth, num_attention_heads=config.heads,
+        image_size=config.image_size, patch_size=config.patch_size, layerscale_value=1.0,
+    )  # fmt: skip
+    model = Dinov2Model(sizes)
     model.embeddings.patch_embeddings.projection = ConvStem(config.width, config.patch_size)
     return model
 
 
-def build_mae(config: ZooConfig = DEFAULT) -> ViTMAEForPreTraining:
-    """An untrained pocket MAE: `transformers`' encoder (`.vit`) with a light decoder of half the width."""
+def build_mae(config: ZooConfig = DEFAULT) -> Any:
+    """An untrained pocket MAE: `transformers`' `ViTMAEForPreTraining` with a light decoder of half the width."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-    model = ViTMAEForPreTraining(
-        ViTMAEConfig(
-            hidden_size=config.width,
-            num_hidden_layers=config.depth,
-            num_attention_heads=config.heads,
-            intermediate_size=4 * config.width,
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            decoder_hidden_size=config.width // 2,
-            decoder_num_hidden_layers=2,
-            decoder_num_attention_heads=config.heads,
-            decoder_intermediate_size=2 * config.width,
-        )
-    )
+    sizes = ViTMAEConfig(
+        hidden_size=config.width, num_hidden_layers=config.depth, num_attention_heads=config.heads,
+        intermediate_size=4 * config.width, image_size=config.image_size, patch_size=config.patch_size,
+        decoder_hidden_size=config.width // 2, decoder_num_hidden_layers=2, decoder_num_attention_heads=config.heads,
+        decoder_intermediate_size=2 * config.width,
+    )  # fmt: skip
+    model = ViTMAEForPreTraining(sizes)
     model.vit.embeddings.patch_embeddings.projection = ConvStem(config.width, config.patch_size)
     # transformers 5 leaves all positions at zero here: such a MAE learns a picture's mean colour and no more
     model.vit.embeddings.initialize_weights()
@@ -224,14 +177,9 @@ def build_mae(config: ZooConfig = DEFAULT) -> ViTMAEForPreTraining:
     return model
 
 
-BUILDERS = {
-    "mae": build_mae,
-    "sam": build_sam,
-    "sam2": build_sam2,
-    "clip": build_clip,
-    "dinov2": build_dinov2,
-    "supervised": build_dinov2,
-}
+BUILDERS = {"mae": build_mae, "sam": build_sam, "sam2": build_sam2, "clip": build_clip, "dinov2": build_dinov2}
+BUILDERS["supervised"] = build_dinov2
+NAMES = tuple(BUILDERS)
 
 
 # -------------------------------------------------------------------------------------------------------- weights

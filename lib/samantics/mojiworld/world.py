@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import zlib
 from collections.abc import Mapping, Sequence
 
@@ -85,11 +86,6 @@ class Stream:
     balanced: bool = False  # the first object goes through all drawings in turn, instead of being drawn by lot
     flocks: bool = False  # some of the scenes hold one class only
 
-    def __post_init__(self) -> None:
-        for value, known in ((self.role, ROLES), (self.classes, ("all", *PARTS)), *((k, KINDS) for k in self.kinds)):
-            if value not in known:
-                raise StudyError(f"stream {self.name!r}: there is no {value!r}, choose one of {', '.join(known)}")
-
     def require(self, *roles: str) -> None:
         """StudyError unless it has one of these roles: called by whatever trains, labels, chooses or tests."""
         if self.role not in roles:
@@ -141,41 +137,30 @@ class Picture:
 
 
 def picture(world: World, stream: Stream, index: int, drawing: int | None = None) -> Picture:
-    """Picture `index` of a stream.
+    """Picture `index` (0 or more) of a stream; the same one for the same arguments, everywhere.
 
     Args:
-        world: size, themes and seed.
-        stream: purpose, kinds and classes (see `STREAMS`).
-        index: 0 or more.
         drawing: row of the catalogue that the first object shows; None: as the stream has it.
-
-    Returns:
-        The picture; the same one for the same arguments, everywhere.
 
     Raises:
         StudyError: `drawing` is not one that this stream may show.
     """
     rng = np.random.default_rng([world.seed, zlib.crc32(stream.name.encode()), index])
     pools = visible_drawings(stream.role, stream.classes)
+    rows = np.concatenate(pools)
     if drawing is None:
-        rows = np.concatenate(pools)
         drawing = int(rows[index % len(rows)]) if stream.balanced else _pick(rng, pools)
-    elif not any(drawing in pool for pool in pools):
-        raise StudyError(
-            f"stream {stream.name!r} must not show drawing {drawing}: its artist or class is not among its own"
-        )
-    turn = sum(divmod(index, sum(map(len, pools)))) if stream.balanced else index  # every drawing in every kind
-    kind = stream.kinds[turn % len(stream.kinds)]
+    elif drawing not in rows:
+        raise StudyError(f"stream {stream.name!r} must not show drawing {drawing}: choose one of its artists' own")
+    turn = sum(divmod(index, len(rows))) if stream.balanced else index  # every drawing in every kind
+    kind, size = stream.kinds[turn % len(stream.kinds)], world.image_size
     place = "" if kind == "studio" else _place(rng, world, drawing)
     if kind == "scene":
         return _scene(rng, world, stream, drawing, place)
-    size = world.image_size
-    ground = place_background(rng, place, size) if place else studio_background(rng, size)
-    canvas = Canvas(ground)
-    while not canvas.place(
-        posed(rng, tables.sprites()[drawing], size * rng.uniform(0.5, 0.85)), drawing, rng, margin=0.35
-    ):
-        pass
+    canvas, placed = Canvas(place_background(rng, place, size) if place else studio_background(rng, size)), False
+    while not placed:
+        sprite = posed(rng, tables.sprites()[drawing], size * rng.uniform(0.5, 0.85))
+        placed = canvas.place(sprite, drawing, rng, margin=0.35)
     return canvas.picture(kind, place)
 
 
@@ -183,17 +168,12 @@ def _scene(rng: np.random.Generator, world: World, stream: Stream, anchor: int, 
     """Two to six objects of 20-60 % of the side; what finds no room in `PLACEMENT_TRIES` tries is left out."""
     canvas = Canvas(place_background(rng, place, world.image_size))
     flock = stream.flocks and rng.random() < FLOCKS
-    count, drawing = int(rng.integers(2, MAX_OBJECTS + 1)), anchor
-    for position in range(count):
-        if position:
-            drawing = _companion(rng, world, stream, anchor, flock)
-        tries = 0
-        while tries < PLACEMENT_TRIES or position < 2:  # two find room sooner or later
-            largest = 0.6 if position < 2 else 0.6 - 0.2 * tries / PLACEMENT_TRIES
-            size = world.image_size * np.exp(rng.uniform(np.log(0.2), np.log(largest)))
+    for position in range(int(rng.integers(2, MAX_OBJECTS + 1))):
+        drawing = _companion(rng, world, stream, anchor, flock) if position else anchor
+        for tries in range(PLACEMENT_TRIES) if position > 1 else itertools.repeat(0):  # two find room sooner or later
+            size = world.image_size * np.exp(rng.uniform(np.log(0.2), np.log(0.6 - 0.2 * tries / PLACEMENT_TRIES)))
             if canvas.place(posed(rng, tables.sprites()[drawing], size), drawing, rng, margin=0.12):
                 break
-            tries += 1
     return canvas.picture("scene", place)
 
 

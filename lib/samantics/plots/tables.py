@@ -6,7 +6,7 @@ result: intervals are columns of the table. `figure.axes` lets a cell add a line
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -61,8 +61,7 @@ def _groups(
 
 def bars(
     table: pd.DataFrame, x: str, y: str, *, hue: str | None = None, panel: str | None = None, low: str | None = None,
-    high: str | None = None, ylabel: str = "", floor: str | None = None, digits: int = 1,
-    size: tuple[float, float] = (4.2, 4.0),
+    high: str | None = None, ylabel: str = "", floor: str | None = None, size: tuple[float, float] = (4.2, 4.0),
 ) -> Figure:  # fmt: skip
     """Bars with their intervals and their values written above; a panel for each value of a column.
 
@@ -74,7 +73,6 @@ def bars(
         low, high: columns of the interval's ends, in the units of `y`.
         ylabel: what is measured, with its unit.
         floor: column of a level to compare with (chance, a shuffled label), a dotted line over each bar.
-        digits: after the point, of the values above the bars.
         size: of a panel, inches.
     """
     figure, parts = _panels(table, panel, size)
@@ -90,18 +88,15 @@ def bars(
             span = _span(chosen, y, low, high)
             axis.errorbar(at, chosen[y], span, fmt="none", ecolor="black", elinewidth=1.3, capsize=3, zorder=4)
             tops = chosen[y].to_numpy(float) + (0 if span is None else np.nan_to_num(span[1]))
-            for spot, top, value in zip(at, tops, chosen[y], strict=True):
-                text = f"{value:.{digits}f}"
-                axis.annotate(text, (spot, max(top, 0)), (0, 3), textcoords="offset points", ha="center", fontsize=8.5)
+            for spot, top, value in zip(at, tops.clip(min=0), chosen[y], strict=True):
+                axis.annotate(f"{value:.1f}", (spot, top), (0, 3), textcoords="offset points", ha="center", size=8.5)
             if floor is not None:
                 axis.hlines(chosen[floor], at - width / 2, at + width / 2, colors="black", linestyles=":", zorder=5)
         axis.set(xlabel="", ylabel="")
         words = [label(name) for name in names]
-        crowded = max(len(line) for word in words for line in word.split("\n")) * 0.1 > 0.85 * size[0] / len(
-            words
-        )  # inches
         axis.set_xticks(range(len(words)), words)
-        if crowded:
+        longest = 0.1 * max(len(line) for word in words for line in word.split("\n"))  # inches, about
+        if longest > 0.85 * size[0] / len(words):
             plt.setp(axis.get_xticklabels(), rotation=30, ha="right")
         axis.grid(axis="x", visible=False)
         axis.margins(y=0.12)
@@ -215,8 +210,8 @@ def stacked(
 
 
 def heatmaps(
-    matrices: Mapping[str, pd.DataFrame], *, xlabel: str = "", ylabel: str = "", unit: str = "", cmap: str = "viridis",
-    numbers: bool = False, size: tuple[float, float] = (3.4, 4.4),
+    matrices: Mapping[str, pd.DataFrame], *, xlabel: str = "", ylabel: str = "", unit: str = "", numbers: bool = False,
+    size: tuple[float, float] = (3.4, 4.4),
 ) -> Figure:  # fmt: skip
     """Matrices side by side on one colour scale, as seaborn draws them; row names at the first, one colour bar.
 
@@ -232,7 +227,7 @@ def heatmaps(
     high = max(float(matrix.to_numpy().max()) for matrix in matrices.values())
     for place, (axis, (name, matrix)) in enumerate(zip(axes[0], matrices.items(), strict=True)):
         sns.heatmap(
-            matrix, ax=axis, vmin=low, vmax=high, cmap=cmap, cbar=False, annot=numbers, fmt=".1f",
+            matrix, ax=axis, vmin=low, vmax=high, cmap="viridis", cbar=False, annot=numbers, fmt=".1f",
             yticklabels=place == 0, xticklabels=True,
         )  # fmt: skip
         axis.set(xlabel=xlabel, ylabel=ylabel if place == 0 else "")
@@ -242,24 +237,11 @@ def heatmaps(
     return figure
 
 
-def scatter(
-    table: pd.DataFrame, x: str, y: str, *, hue: str, style: str | None = None, panel: str | None = None,
-    palette: Mapping[Hashable, str] | None = None, legend: bool = True, size: tuple[float, float] = (4.4, 4.4),
-) -> Figure:  # fmt: skip
-    """Points of a map (t-SNE), coloured by one column and shaped by another; a panel for each value of a column.
-
-    Axes carry no numbers: a t-SNE map has no units.
-    """
-    figure, parts = _panels(table, panel, size, share=False)
-    shades = palette or colours(table[hue])
-    for place, (axis, rows) in enumerate(parts):
-        last = legend and place == len(parts) - 1
-        sns.scatterplot(
-            rows, x=x, y=y, hue=hue, style=style, palette=dict(shades), hue_order=list(shades), ax=axis, s=22,
-            linewidth=0.2, legend="full" if last else False,
-        )  # fmt: skip
+def scatter(table: pd.DataFrame, x: str, y: str, *, hue: str, panel: str, palette: Mapping[Any, str]) -> Figure:
+    """Points of maps (t-SNE) in the colours of one column; a panel for each value of another. No units, no numbers."""
+    figure, parts = _panels(table, panel, (4.4, 4.4), share=False)
+    for axis, rows in parts:
+        sns.scatterplot(rows, x=x, y=y, hue=hue, palette=dict(palette), ax=axis, s=22, linewidth=0.2, legend=False)
         axis.set(xticks=[], yticks=[], xlabel="", ylabel="")
         axis.grid(visible=False)
-        if last:
-            sns.move_legend(axis, "center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, title=None)
     return figure

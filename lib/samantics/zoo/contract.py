@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 from typing_extensions import override
 
+from samantics.models.encoder import Encoder
 from samantics.models.preprocessing import IMAGENET
 
 
@@ -92,3 +95,14 @@ def normalised(images: Tensor) -> Tensor:
     pixels = images.float() / 255 if images.dtype == torch.uint8 else images
     mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in IMAGENET)
     return (pixels - mean) / std
+
+
+def batches(images: NDArray[np.uint8], size: int = 64) -> Iterator[Tensor]:
+    """`(B, 3, S, S)` inputs of the zoo's encoders from `(N, S, S, 3)` images."""
+    for start in range(0, len(images), size):
+        yield normalised(torch.from_numpy(np.array(images[start : start + size])).permute(0, 3, 1, 2))
+
+
+def pooled(encoder: Encoder, images: NDArray[np.uint8]) -> Tensor:
+    """`(N, C)` float32 features of `(N, S, S, 3)` images, pooled as the paper does, on the encoder's device."""
+    return torch.cat([encoder.pooled(pixels, [encoder.headline])[encoder.headline] for pixels in batches(images)])

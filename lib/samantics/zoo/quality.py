@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,6 @@ from torch.nn import functional
 from torchvision.ops import masks_to_boxes
 
 from samantics.cache import atomic_path, cache_dir, hash_value, kept
-from samantics.errors import StudyError
 from samantics.metrics.intervals import paired_difference
 from samantics.models import pocket
 from samantics.models.encoder import Encoder, load_encoder, zoo_encoder
@@ -27,8 +26,7 @@ from samantics.mojiworld.world import STREAMS, Stream, World, visible_drawings
 from samantics.probing.knn import knn_probe
 from samantics.probing.linear import linear_probe
 from samantics.training_free.mask_features import token_weights, unit
-from samantics.training_free.matching import MemoryBank, class_scores
-from samantics.zoo.contract import normalised
+from samantics.zoo.contract import batches, pooled
 from samantics.zoo.masks import Sam2Objective, SamObjective
 from samantics.zoo.objectives import entry
 
@@ -59,7 +57,7 @@ class Split:
     instances: Stream
 
 
-SPLITS = {
+SPLITS = {  # `test` to report, `choice` (the validation artist) to choose between recipes
     "test": Split("test", STREAMS["test"], Stream("test scenes", "test", ("scene",)), STREAMS["targets"]),
     "choice": Split(
         "validation", STREAMS["choice"], Stream("choice captions", "choice", ("scene",)), STREAMS["choice scenes"]
@@ -68,30 +66,19 @@ SPLITS = {
 
 
 def quality_table(encoders: Mapping[str, Encoder], split: str = "test", share: float = 1.0) -> pd.DataFrame:
-    """What pocket models do with the drawings of unseen artists.
-
-    Args:
-        encoders: by zoo name (see `load_encoder` and `zoo_encoder`).
-        split: `test` to report, `choice` (the validation artist) to choose between recipes.
-        share: of the pictures; fewer are quicker and say less.
+    """What pocket models, by zoo name, do with the drawings of unseen artists, on a share of the pictures.
 
     Returns:
         `encoder, measure, value, low, high, aim`: IoU as a share, all else in percent, with 95 % intervals that draw
         whole scenes or classes. `aim` is empty where none was set.
-
-    Raises:
-        StudyError: no such split; the drawings are not installed.
     """
-    if split not in SPLITS:
-        raise StudyError(f"there is no split {split!r} of artists: choose from {', '.join(SPLITS)}")
     own: dict[str, Callable[[Encoder, Split, float], Measures]] = {"sam": masks, "sam2": masks, "clip": words}
     rows = []
     for name, encoder in encoders.items():
-        found = own.get(encoder.name, lambda *_: {})(encoder, SPLITS[split], share)
-        found |= class_probes(encoder, SPLITS[split], share) | mask_names(encoder, SPLITS[split], share)
-        for measure, (values, clusters) in found.items():
-            value, low, high, _ = paired_difference(values, np.zeros(len(values)), clusters)
-            rows.append([name, measure, value, low, high])
+        for measure in (own.get(encoder.name), class_probes, mask_names):
+            found = measure(encoder, SPLITS[split], share) if measure else {}
+            for key, (values, clusters) in found.items():
+                rows.append([name, key, *paired_difference(values, np.zeros(len(values)), clusters)[:3]])
     return with_aims(pd.DataFrame(rows, columns=COLUMNS[:-1]))
 
 
@@ -104,26 +91,10 @@ def with_aims(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(aim=[aims.get(key, np.nan) for key in value.index])
 
 
-def pictures_of(encoder: Encoder, stream: Stream, count: float) -> Pictures:
-    """The first pictures of a stream, of the encoder's size."""
-    return stored_pictures(World(encoder.image_size), stream, round(count))
-
-
-def twice_each(stream: Stream) -> int:
-    """Pictures of a balanced stream that show each drawing as a studio and as an object picture."""
-    return 2 * sum(map(len, visible_drawings(stream.role)))
-
-
-def batches(images: NDArray[np.uint8], size: int = 64) -> Iterator[Tensor]:
-    """`(B, 3, S, S)` inputs of the zoo's encoders from `(N, S, S, 3)` images."""
-    for start in range(0, len(images), size):
-        yield normalised(torch.from_numpy(np.array(images[start : start + size])).permute(0, 3, 1, 2))
-
-
-def pooled(encoder: Encoder, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """`(N, C)` features, pooled as the paper does."""
-    parts = [encoder.pooled(pixels, [encoder.headline])[encoder.headline] for pixels in batches(images)]
-    return torch.cat(parts).cpu().numpy()
+def pictures_of(encoder: Encoder, stream: Stream, share: float, count: int = 0) -> Pictures:
+    """A share of so many pictures of a stream, of the encoder's size; by default each drawing in both kinds."""
+    count = count or 2 * sum(map(len, visible_drawings(stream.role)))
+    return stored_pictures(World(encoder.image_size), stream, round(share * count))
 
 
 # ----------------------------------------------------------------------------------------------- classes of pictures
@@ -131,43 +102,36 @@ def pooled(encoder: Encoder, images: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 def class_probes(encoder: Encoder, split: Split, share: float) -> Measures:
     """Class by 20 neighbours and by a linear probe (percent), from two labelled pictures of every training drawing."""
-    labelled, asked = (pictures_of(encoder, s, share * twice_each(s)) for s in (STREAMS["labels"], split.pictures))
-    artist = pd.factorize(catalogue.catalogue()["artist"])[0][labelled.drawings[:, 0]]  # held out to choose settings
-    data = (pooled(encoder, labelled.images), labelled.labels, pooled(encoder, asked.images), asked.labels)
-    classes = len(catalogue.classes())
-    near = knn_probe(*data, classes, k=20).top1[0]
-    line = linear_probe(*data, classes, seeds=(0,), groups=artist).top1[0]
-    return {"knn20": (100.0 * near, asked.labels), "linear": (100.0 * line, asked.labels)}
+    known, asked = (pictures_of(encoder, stream, share) for stream in (STREAMS["labels"], split.pictures))
+    artist = pd.factorize(catalogue.catalogue()["artist"])[0][known.drawings[:, 0]]  # held out to choose settings
+    features = (pooled(encoder, part.images).cpu().numpy() for part in (known, asked))
+    data = (next(features), known.labels, next(features), asked.labels, len(catalogue.classes()))
+    found = {"knn20": knn_probe(*data, k=20), "linear": linear_probe(*data, seeds=(0,), groups=artist)}
+    return {measure: (100.0 * probe.top1[0], asked.labels) for measure, probe in found.items()}
 
 
 def mask_names(encoder: Encoder, split: Split, share: float) -> Measures:
     """Class of 80 of the object under a true mask, by the nearest prototype, as in the pipeline (percent)."""
-    known, asked = (
-        pictures_of(encoder, s, share * n) for s, n in ((STREAMS["references"], 600), (split.instances, 300))
-    )
     label, artist = catalogue.class_of_drawing(), catalogue.catalogue()["split"].to_numpy(str)
-    drawings = known.drawings[known.drawings >= 0]
-    chosen = pd.Series(label[drawings]).groupby(label[drawings]).cumcount().to_numpy() < SHOTS
-    features, labels = object_features(encoder, known)[chosen], label[drawings[chosen]]
-    classes, positions = np.unique(labels, return_inverse=True)
-    prototypes = unit(np.stack([features[positions == position].mean(0) for position in range(len(classes))]))
-    bank = MemoryBank(tuple(classes.tolist()), features, positions, prototypes)
-    drawings = asked.drawings[asked.drawings >= 0]
-    shown = (artist[drawings] == split.artists) & np.isin(label[drawings], classes)
-    scores = class_scores(bank, object_features(encoder, asked)[shown])
-    scene = np.nonzero(asked.drawings >= 0)[0][shown]
-    return {"mask_name": (100.0 * (classes[scores.argmax(1)] == label[drawings[shown]]), scene)}
+    known = pictures_of(encoder, STREAMS["references"], share, 600)
+    labels = label[known.drawings[known.drawings >= 0]]
+    features = pd.DataFrame(object_features(encoder, known)).groupby(labels).head(SHOTS)
+    prototypes = features.groupby(labels[features.index]).mean()
+    asked = pictures_of(encoder, split.instances, share, 300)
+    drawings, scene = asked.drawings[asked.drawings >= 0], np.nonzero(asked.drawings >= 0)[0]
+    shown = (artist[drawings] == split.artists) & np.isin(label[drawings], prototypes.index)
+    scores = object_features(encoder, asked)[shown] @ unit(prototypes.to_numpy()).T
+    named = prototypes.index.to_numpy()[scores.argmax(1)]
+    return {"mask_name": (100.0 * (named == label[drawings[shown]]), scene[shown])}
 
 
 def object_features(encoder: Encoder, scenes: Pictures) -> NDArray[np.float32]:
     """`(objects, C)` unit vectors: the mean of the encoder's map inside each true mask."""
     maps = np.concatenate([encoder.encode(pixels)["final"].dense.cpu().numpy() for pixels in batches(scenes.images)])
-    side, grid = encoder.image_size, (maps.shape[2], maps.shape[3])
-    weigh = functools.partial(token_weights, geometry=encoder.preprocess.geometry(side, side), grid=grid)
-    of_scenes = zip(scenes.instances, maps, strict=True)
-    return unit(
-        np.concatenate([weigh(object_masks(field)) @ dense.reshape(len(dense), -1).T for field, dense in of_scenes])
-    )
+    geometry = encoder.preprocess.geometry(encoder.image_size, encoder.image_size)
+    weights = [token_weights(object_masks(field), geometry, maps.shape[2:]) for field in scenes.instances]
+    of_scenes = zip(weights, maps, strict=True)
+    return unit(np.concatenate([weight @ dense.reshape(len(dense), -1).T for weight, dense in of_scenes]))
 
 
 # ------------------------------------------------------------------------------------------------------------- masks
@@ -180,7 +144,7 @@ def masks(encoder: Encoder, split: Split, share: float) -> Measures:
     Beside them `iou_ceiling`, what the decoder's cells allow: the IoU of the true mask, averaged to them.
     """
     sam = (SamObjective if encoder.name == "sam" else Sam2Objective)(model=encoder.model).eval()
-    scenes, found = pictures_of(encoder, split.scenes, 150 * share), []
+    scenes, found = pictures_of(encoder, split.scenes, share, 150), []
     for field, pixels in zip(scenes.instances, batches(scenes.images, 1), strict=True):
         true = object_masks(field)
         image = tuple(level.expand(len(true), -1, -1, -1) for level in sam.embed(pixels.to(encoder.device)))
@@ -227,17 +191,17 @@ def words(encoder: Encoder, split: Split, share: float) -> Measures:
 
     def embedded(texts: Sequence[str]) -> Tensor:
         vectors: Tensor = encoder.model.encode_text(tokenizer(texts).to(encoder.device), normalize=True)
-        return vectors.cpu()
+        return vectors
 
-    names = torch.stack([embedded(prompts).mean(0) for prompts in captions.class_prompts()])
-    asked = pictures_of(encoder, split.pictures, share * twice_each(split.pictures))
-    cosines = torch.from_numpy(pooled(encoder, asked.images)) @ functional.normalize(names, dim=1).T
-    scenes, rng = pictures_of(encoder, split.scenes, 600 * share), np.random.default_rng(0)
+    names = functional.normalize(torch.stack([embedded(its).mean(0) for its in captions.class_prompts()]), dim=1)
+    asked, scenes = pictures_of(encoder, split.pictures, share), pictures_of(encoder, split.scenes, share, 600)
+    named = (pooled(encoder, asked.images) @ names.T).argmax(1).cpu().numpy()
+    rng = np.random.default_rng(0)
     texts = embedded([captions.caption(rng, drawings) for drawings in scenes.drawings.tolist()])
-    nearest = (torch.from_numpy(pooled(encoder, scenes.images)) @ texts.T).argmax(1).numpy()
+    nearest = (pooled(encoder, scenes.images) @ texts.T).argmax(1).cpu().numpy()
     each = np.arange(len(nearest))
     return {
-        "zero_shot": (100.0 * (cosines.argmax(1).numpy() == asked.labels), asked.labels),
+        "zero_shot": (100.0 * (named == asked.labels), asked.labels),
         "retrieval": (100.0 * (nearest == each), each),
     }
 
@@ -276,8 +240,7 @@ def choice_table(names: Sequence[str], folder: Path = pocket.ASSETS) -> pd.DataF
     """`quality_table` of trainings that lie in a folder, on the validation artist: recipes are chosen by it."""
     encoders = {}
     for name in names:
-        card, architecture = pocket.card(name, folder), entry(name).architecture
-        config = dataclasses.replace(pocket.DEFAULT, image_size=card["architecture"]["image_size"])
-        model = pocket.filled(architecture, folder / f"{name}.safetensors", config)
-        encoders[name] = zoo_encoder(architecture, model, card["sha256"][:16], config.image_size)
+        architecture = entry(name).architecture
+        model = pocket.filled(architecture, folder / f"{name}.safetensors")
+        encoders[name] = zoo_encoder(architecture, model, pocket.card(name, folder)["sha256"][:16])
     return quality_table(encoders, "choice")

@@ -33,10 +33,10 @@ from tqdm.auto import tqdm
 from samantics.cache import Checkpoint, atomic_path, hash_file, remove_leftovers, write_json
 from samantics.errors import StudyError
 from samantics.models import pocket
-from samantics.models.encoder import zoo_encoder
+from samantics.models.encoder import Encoder, has_fast_half, zoo_encoder
 from samantics.mojiworld.rendered import Pictures, stored_pictures
 from samantics.mojiworld.world import STREAMS, World, visible_drawings
-from samantics.zoo.contract import Batch, Objective, normalised
+from samantics.zoo.contract import Batch, Objective, pooled
 from samantics.zoo.objectives import build_objective, entry
 
 LICENCE = "CC BY-SA 4.0 (learned from drawings of six sets: see NOTICE)"
@@ -109,26 +109,13 @@ class TrainingData:
     choice: Pictures
 
 
-def training_data(recipe: Recipe, image_size: int = pocket.DEFAULT.image_size, workers: int = 0) -> TrainingData:
-    """The pool of a recipe's world, and unseen and labelled pictures of the default world; rendered once, then kept.
-
-    Raises:
-        StudyError: tokens do not divide pictures of that size.
-    """
-    patch = pocket.DEFAULT.patch_size
-    if image_size % patch:
-        raise StudyError(f"the image size is {image_size}: choose a multiple of {patch}, a token's side")
-    pool, held_out, labelled, choice = (STREAMS[name] for name in ("pretraining", "held out", "labels", "choice"))
-    for stream, role in ((pool, "pretraining"), (held_out, "pretraining"), (labelled, "labels"), (choice, "choice")):
-        stream.require(role)
-    world = World(image_size)
-    drawings = [sum(map(len, visible_drawings(stream.role))) for stream in (labelled, choice)]
-    return TrainingData(
-        stored_pictures(World(image_size, recipe.theme_strength), pool, recipe.pool, workers),
-        stored_pictures(world, held_out, 512, workers),
-        stored_pictures(world, labelled, drawings[0], workers),
-        stored_pictures(world, choice, 4 * drawings[1], workers),
-    )
+def training_data(recipe: Recipe, workers: int = 0) -> TrainingData:
+    """The pool of a recipe's world, and unseen and labelled pictures of the default world; rendered once, then kept."""
+    size = pocket.DEFAULT.image_size
+    drawings = {name: sum(map(len, visible_drawings(STREAMS[name].role))) for name in ("labels", "choice")}
+    counts = {"held out": 512, "labels": drawings["labels"], "choice": 4 * drawings["choice"]}
+    pool = stored_pictures(World(size, recipe.theme_strength), STREAMS["pretraining"], recipe.pool, workers)
+    return TrainingData(pool, *(stored_pictures(World(size), STREAMS[n], c, workers) for n, c in counts.items()))
 
 
 def batch_of(
@@ -159,22 +146,17 @@ def rows_of_step(recipe: Recipe, pool: int, step: int) -> NDArray[np.int64]:
 
 def measured(name: str, objective: Objective, data: TrainingData, progress: float) -> dict[str, float]:
     """A point of the curves: probes of what would be shipped now, and the objective on held-out pictures."""
-    parts = (data.labelled, data.choice)
-    labelled, choice = (probe_vectors(name, objective, part.images) for part in parts)
-    truths = [torch.from_numpy(part.labels).to(labelled.device) for part in parts]
-    return probe_scores(labelled, truths[0], choice, truths[1]) | held_out_figures(objective, data.held_out, progress)
+    encoder = shipped_encoder(name, objective)
+    known, asked = (pooled(encoder, part.images) for part in (data.labelled, data.choice))
+    labels = (torch.from_numpy(part.labels).to(known.device) for part in (data.labelled, data.choice))
+    return probe_scores(known, next(labels), asked, next(labels)) | held_out_figures(objective, data.held_out, progress)
 
 
-def probe_vectors(name: str, objective: Objective, images: NDArray[np.uint8]) -> Tensor:
-    """`(N, C)` float32 features of `(N, S, S, 3)` images, pooled as the paper does, by what would be shipped now."""
-    model, device = copy.deepcopy(objective.shipped()), next(objective.parameters()).device
-    encoder = zoo_encoder(entry(name).architecture, model, "", images.shape[1])
-    encoder = dataclasses.replace(encoder, model=encoder.model.to(device), device=device)
-    parts = []
-    for start in range(0, len(images), 256):
-        pixels = normalised(torch.from_numpy(np.array(images[start : start + 256])).to(device).permute(0, 3, 1, 2))
-        parts.append(encoder.pooled(pixels, [encoder.headline])[encoder.headline])
-    return torch.cat(parts)
+def shipped_encoder(name: str, objective: Objective) -> Encoder:
+    """What would be shipped now, as an encoder that shares nothing with the training."""
+    device = next(objective.parameters()).device
+    encoder = zoo_encoder(entry(name).architecture, copy.deepcopy(objective.shipped()), "")
+    return dataclasses.replace(encoder, model=encoder.model.to(device), device=device)
 
 
 def probe_scores(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> dict[str, float]:
@@ -204,7 +186,7 @@ def held_out_figures(objective: Objective, pictures: Pictures, progress: float) 
     rows: list[dict[str, float]] = []
     for start in range(0, len(pictures) - batch + 1, batch):
         torch.manual_seed(start)
-        with mixed_precision(device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_half(device)):
             loss, figures = objective(batch_of(pictures, np.arange(start, start + batch), device), progress)
         rows.append({"loss": float(loss)} | {key: float(value) for key, value in figures.items()})
     objective.train()
@@ -214,33 +196,29 @@ def held_out_figures(objective: Objective, pictures: Pictures, progress: float) 
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def train(
-    name: str,
-    recipe: Recipe,
-    folder: Path,
-    data: TrainingData,
-    device: torch.device | str = "cpu",
-    start_from: Path | None = None,
-) -> Objective:
+def train(name: str, recipe: Recipe, folder: Path, data: TrainingData, device: torch.device | str = "cpu") -> None:
     """Train one model and leave `<name>.safetensors`, its card `<name>.json` and its curve `<name>.csv` in `folder`.
 
     Args:
         name: of `OBJECTIVES`.
-        folder: of the results, and of the checkpoint meanwhile.
-        start_from: weights (safetensors) of a trained parent, for an objective that has one; None: those in `folder`.
+        folder: of the results, of the checkpoint meanwhile, and of the trained parent, if the objective has one.
 
     Raises:
-        StudyError: unknown name; no parent given; a checkpoint of another recipe in `folder`; the loss is not finite.
+        StudyError: unknown name; no parent in `folder`; a checkpoint of another recipe; the loss is not finite.
     """
     torch.manual_seed(recipe.seed)
     config = dataclasses.replace(pocket.DEFAULT, image_size=data.pool.images.shape[1])
-    start = start_from or folder / f"{entry(name).parent}.safetensors"
-    objective = untrained(name, config, start).to(device).to(memory_format=torch.channels_last).train()
+    objective = untrained(name, config, folder).to(device).to(memory_format=torch.channels_last).train()
     optimisers = make_optimisers(objective, recipe)
     remove_leftovers(folder)
-    identity = {"model": name} | dataclasses.asdict(recipe) | dataclasses.asdict(config)
-    checkpoint = Checkpoint(folder / f"{name}.ckpt", identity)
-    begin, seconds, rows = resumed(checkpoint, objective, optimisers)
+    settings = {"model": name} | dataclasses.asdict(recipe) | dataclasses.asdict(config)
+    checkpoint = Checkpoint(folder / f"{name}.ckpt", settings)
+    state = checkpoint.load() or {"step": 0, "seconds": 0.0, "rows": []}
+    begin, seconds, rows = state["step"], state["seconds"], state["rows"]
+    if begin:
+        objective.load_state_dict(state["objective"])
+        for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
     for step in tqdm(range(begin, recipe.steps + 1), f"{name} (seed {recipe.seed})", initial=begin):
         if step in recipe.probe_steps() and (not rows or rows[-1]["step"] < step):
             place = {"step": step, "images": step * recipe.batch, "seconds": seconds}
@@ -252,36 +230,22 @@ def train(
             began = time.perf_counter()
             take_step(objective, optimisers, data.pool, recipe, step)
             seconds += time.perf_counter() - began
-    parent = hash_file(start) if entry(name).parent else ""
-    export(name, recipe, config, folder, objective, rows, parent)
+    export(name, recipe, config, folder, objective, rows)
     checkpoint.path.unlink(missing_ok=True)
-    return objective
 
 
-def resumed(
-    checkpoint: Checkpoint, objective: Objective, optimisers: Sequence[torch.optim.Optimizer]
-) -> tuple[int, float, list[dict[str, Any]]]:
-    """Steps taken, seconds and points of the curve so far; objective and optimisers get their saved states."""
-    state = checkpoint.load()
-    if state is None:
-        return 0, 0.0, []
-    objective.load_state_dict(state["objective"])
-    for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
-        optimiser.load_state_dict(saved)
-    return state["step"], state["seconds"], state["rows"]
-
-
-def untrained(name: str, config: pocket.ZooConfig, start_from: Path) -> Objective:
+def untrained(name: str, config: pocket.ZooConfig, folder: Path) -> Objective:
     """The objective before its first step, with its parent's trunk where it has one."""
     objective, parent = build_objective(name, config), entry(name).parent
     if not parent:
         return objective
-    if not start_from.is_file():
-        raise StudyError(f"{name} starts from a trained {parent}: train that first, or name its file with --start-from")
+    path = folder / f"{parent}.safetensors"
+    if not path.is_file():
+        raise StudyError(f"{name} starts from a trained {parent}, and {path} is missing: train {parent} there first")
     try:
-        objective.start_from({key: value.float() for key, value in load_file(start_from).items()})
+        objective.start_from({key: value.float() for key, value in load_file(path).items()})
     except (KeyError, RuntimeError) as error:
-        raise StudyError(f"{start_from} is no {parent} of these sizes: name another file with --start-from") from error
+        raise StudyError(f"{path} is no {parent} of these sizes: train {parent} there anew") from error
     return objective
 
 
@@ -318,7 +282,10 @@ def take_step(
         group["lr"] = recipe.rate(step)
     side = recipe.small if step < recipe.growth * recipe.steps else None
     batch = batch_of(pool, rows_of_step(recipe, len(pool), step), device, side)
-    with mixed_precision(device), attention_kernel(device):
+    half = torch.autocast(device.type, torch.bfloat16, enabled=has_fast_half(device))
+    # plain matrix products on a CPU: the backward pass of its flash attention is slow on so few tokens
+    plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+    with half, plain:
         loss, _ = objective(batch, step / recipe.steps)
     objective.zero_grad(set_to_none=True)
     loss.backward()
@@ -330,28 +297,14 @@ def take_step(
     objective.after_step((step + 1) / recipe.steps)
 
 
-def mixed_precision(device: torch.device) -> torch.autocast:
-    """bfloat16 where the device computes in it: GPUs, and processors with AVX-512 BF16."""
-    native = device.type == "cuda" or bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
-    return torch.autocast(device.type, torch.bfloat16, enabled=native)
-
-
-def attention_kernel(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Plain matrix products on a CPU: the backward pass of its flash attention is slow on so few tokens."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+# ----------------------------------------------------------------------------------------------------------- results
 
 
 def export(
-    name: str,
-    recipe: Recipe,
-    config: pocket.ZooConfig,
-    folder: Path,
-    objective: Objective,
-    rows: list[dict[str, Any]],
-    parent: str = "",
+    name: str, recipe: Recipe, config: pocket.ZooConfig, folder: Path, objective: Objective, rows: list[dict[str, Any]]
 ) -> None:
     """Write the model, its curve, and its card, which names the hash of the weights it started from."""
-    path, device = folder / f"{name}.safetensors", next(objective.parameters()).device
+    path, parent, device = folder / f"{name}.safetensors", entry(name).parent, next(objective.parameters()).device
     with atomic_path(path) as temporary:
         temporary.write_bytes(stored(objective.shipped().state_dict()))  # save_file would hide that a disk is full
     with atomic_path(folder / f"{name}.csv") as temporary:
@@ -361,7 +314,7 @@ def export(
     card = {
         "model": name,
         "sha256": hash_file(path),
-        "parent": parent,
+        "parent": hash_file(folder / f"{parent}.safetensors") if parent else "",
         "recipe": dataclasses.asdict(recipe),
         "architecture": dataclasses.asdict(config),
         "world": {**dataclasses.asdict(world), "hash": world.hash},
@@ -414,26 +367,12 @@ def ship(names: Sequence[str], source: Path, folder: Path = pocket.ASSETS) -> No
             shutil.copyfile(source / f"{name}.csv", temporary)
 
 
-def train_models(
-    names: Sequence[str],
-    recipe: Recipe,
-    folder: Path = pocket.ASSETS,
-    start_from: Path | None = None,
-    workers: int = 0,
-    image_size: int = pocket.DEFAULT.image_size,
-) -> None:
-    """Train models one after the other, on a GPU where there is one: `python -m samantics train`.
-
-    Raises:
-        StudyError: as `train` and `training_data`; pictures of another size for the folder that the zoo is loaded from.
-    """
+def train_models(names: Sequence[str], recipe: Recipe, folder: Path = pocket.ASSETS, workers: int = 0) -> None:
+    """Train models one after the other, on a GPU where there is one: `python -m samantics train`."""
     for name in names:
         entry(name)  # refused before pictures are rendered
-    own = pocket.DEFAULT.image_size
-    if image_size != own and folder == pocket.ASSETS:
-        raise StudyError(f"the zoo's pictures have {own} pixels: name another folder with --out")
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    data = training_data(recipe, image_size, workers)
+    data = training_data(recipe, workers)
     for name in names:
-        train(name, recipe, folder, data, "cuda" if torch.cuda.is_available() else "cpu", start_from)
+        train(name, recipe, folder, data, "cuda" if torch.cuda.is_available() else "cpu")
