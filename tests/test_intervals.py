@@ -60,8 +60,3 @@ def test_interval_prints_its_bounds() -> None:
     interval = Interval(0.7391, 0.721, 0.7562).times(100)
     assert str(interval) == f"{interval}" == "73.9 [72.1, 75.6]"
     assert f"{interval:.2f}" == "73.91 [72.10, 75.62]"
-
-
-def test_an_interval_within_bounds_keeps_what_can_be() -> None:
-    assert Interval(62.0, 7.0, 117.0).within(0, 100) == Interval(62.0, 7.0, 100.0)
-    assert Interval(3.0, -2.0, 8.0).within(0, 100) == Interval(3.0, 0.0, 8.0)

@@ -8,17 +8,20 @@ smallest effect of interest that was written down before the run. `judge` gives 
 - not supported: a comparison is below it;
 - undecided: the intervals allow both.
 
-"Above" and "below" are meant with 95 % confidence over the five claims together (Holm 1979), and hold on to the verdict
-only where neither another bootstrap nor another processor could turn it (`BOOTSTRAP`, `PROCESSOR`).
+"Above" and "below" are meant with 95 % confidence over the five claims together (Holm 1979). The rule is applied again
+to what each difference is under other seeds, of the bootstrap and with each seed of references or probes left out: a
+claim whose verdict turns is undecided. So is one that another processor could turn (`PROCESSOR`).
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
@@ -31,7 +34,6 @@ PAPER_PROBE = {"sam": (11.06, 25.37), "sam2": (23.16, 44.44), "clip": (73.92, 92
 
 KEYS = ["claim", "role", "more", "less", "level", "probe"]  # what names a row of evidence
 COLUMNS = [*KEYS, "difference", "low", "high", "p", "effect_of_interest"]
-BOOTSTRAP = 0.04  # of an interval's width: how far its ends move with the seed of 2,000 resamples (two standard errors)
 PROCESSOR = 0.5  # where a model is trained within the run: kernels elsewhere sum in another order and train another one
 NOT_MEASURED = "not measured"
 
@@ -52,35 +54,33 @@ def evidence_row(
     """A row of `NN_differences.csv`.
 
     Args:
-        claim: C1 to C5.
-        role: `check` or `comparison`.
+        claim, role: C1 to C5; `check` or `comparison`.
         more, less: what is compared; `less` is empty where a check is a value and not a difference.
-        level: of the labels or classes (artist, base, base - novel, ...).
-        probe: what was measured, with its unit where that is not percent.
+        level, probe: of the labels or classes (artist, base, base - novel, ...); what was measured.
         difference: `more` minus `less`, paired; a check may be a number alone.
         effect_of_interest: the smallest that counts, in the same unit; a check's aim.
     """
     if role not in ("check", "comparison"):
         raise ValueError(f"a row of evidence is a check or a comparison, not {role!r}")
-    numbers = (difference,) if isinstance(difference, float | int) else tuple(difference)
-    value, low, high, p = (*numbers, *(math.nan,) * (4 - len(numbers)))
-    return dict(
-        zip(COLUMNS, (claim, role, more, less, level, probe, value, low, high, p, effect_of_interest), strict=True)
-    )
+    numbers: list[Any] = [difference] if isinstance(difference, float | int) else list(difference[:4])
+    numbers += [math.nan] * (4 - len(numbers))
+    cells = [claim, role, more, less, level, probe, *numbers, effect_of_interest]
+    others = getattr(difference, "others", None)
+    return dict(zip(COLUMNS, cells, strict=True)) | {"others": json.dumps(others) if others else ""}
 
 
 def evidence(figures: Path) -> pd.DataFrame:
-    """All rows of the tables `NN_differences.csv` that a folder of figures has, with `COLUMNS`.
+    """All rows of the tables `NN_differences.csv` that a folder of figures has, with `COLUMNS` and `others`.
 
     Raises:
         StudyError: a table lacks a column.
     """
-    found = [pd.DataFrame(columns=COLUMNS)]
+    found = [pd.DataFrame(columns=[*COLUMNS, "others"])]
     for path in [figures / name for name in claims()["table"].unique() if (figures / name).is_file()]:
         table = pd.read_csv(path, keep_default_na=False, na_values={name: [""] for name in COLUMNS[6:]})
         if missing := [name for name in COLUMNS if name not in table]:
             raise StudyError(f"{path} has no column {missing[0]}: run notebook {path.name[:2]} again")
-        found.append(table[COLUMNS])
+        found.append(table.reindex(columns=[*COLUMNS, "others"], fill_value=""))
     return pd.concat([table for table in found if len(table)] or found, ignore_index=True)
 
 
@@ -89,49 +89,70 @@ def findings(figures: Path) -> pd.DataFrame:
     return judge(evidence(figures))
 
 
-def judge(rows: pd.DataFrame, bootstrap: float = BOOTSTRAP, processor: float = PROCESSOR) -> pd.DataFrame:
+def judge(rows: pd.DataFrame, processor: float = PROCESSOR) -> pd.DataFrame:
     """One verdict for each claim.
 
     Args:
-        rows: evidence, with `COLUMNS`.
-        bootstrap, processor: shares of an interval's width by which it may move without turning a verdict.
+        rows: evidence, with `COLUMNS`, and `others` where there is any.
+        processor: share of an interval's width by which it may move without turning the verdict of a claim whose model
+            is trained within the run.
 
     Returns:
         `claim,statement,check,check_value,paper,measured,low,high,effect_of_interest,verdict,source`. `check` is the
         one that reaches least of its aim, `measured` the claim's first comparison; both are empty where there is none.
     """
-    known = claims()
-    slack = known["trained"].map({"yes": max(bootstrap, processor), "no": bootstrap})
-    found = [
-        _first_verdict(rows[rows["claim"] == claim], share) for claim, share in zip(known["claim"], slack, strict=True)
-    ]
-    table = pd.concat([known[["claim", "statement", "paper", "needs"]], pd.DataFrame(found)], axis=1)
-    unclear = pd.Series(holm(table["p"])) > 1 - COVERAGE
-    table.loc[unclear & table["verdict"].isin(["supported", "not supported"]), "verdict"] = "undecided"
-    verdicts = dict(zip(table["claim"], table["verdict"], strict=True))
-    untold = [bool(claim) and verdicts[claim] != "supported" for claim in table["needs"]]
-    table.loc[pd.Series(untold) & (table["verdict"] != NOT_MEASURED), "verdict"] = "not testable"
+    known, by_seed = claims(), verdicts_by_seed(rows, processor)
+    verdicts = by_seed["as drawn"].where(by_seed.nunique(axis=1) == 1, "undecided").to_dict()
+    for claim, builds_on in zip(known["claim"], known["needs"], strict=True):
+        if builds_on and verdicts[builds_on] != "supported" and verdicts[claim] != NOT_MEASURED:
+            verdicts[claim] = "not testable"
+    numbers = [_numbers(rows[rows["claim"] == claim]) for claim in known["claim"]]
+    table = known[["claim", "statement", "paper"]].join(pd.DataFrame(numbers))
     names = ["claim", "statement", "check", "check_value", "paper", "measured", "low", "high", "effect_of_interest"]
-    return table.assign(source=known["table"])[[*names, "verdict", "source"]]
+    return table[names].assign(verdict=known["claim"].map(verdicts), source=known["table"])
 
 
-def _first_verdict(rows: pd.DataFrame, slack: float) -> dict[str, Any]:
-    """What a claim's rows say by themselves: numbers to show, the verdict they lean to, and its p.
+def verdicts_by_seed(rows: pd.DataFrame, processor: float = PROCESSOR) -> pd.DataFrame:
+    """What each claim's own rows say (index `claim`): as drawn, and under every other seed that the rows know."""
+    others = [json.loads(text) if text else {} for text in rows.get("others", pd.Series("", rows.index))]
+    ends, found = ["difference", "low", "high"], {"as drawn": _verdicts(rows, processor)}
+    for name in dict.fromkeys(name for known in others for name in known):
+        drawn = [known.get(name, row) for known, row in zip(others, rows[ends].to_numpy().tolist(), strict=True)]
+        found[name] = _verdicts(rows.assign(**pd.DataFrame(drawn, rows.index, ends)), processor)
+    return pd.DataFrame(found, index=pd.Index(claims()["claim"]))
+
+
+def _verdicts(rows: pd.DataFrame, processor: float) -> list[str]:
+    known = claims()
+    slack = known["trained"].map({"yes": processor, "no": 0.0})
+    first = [_leaning(rows[rows["claim"] == claim], share) for claim, share in zip(known["claim"], slack, strict=True)]
+    clear = np.array(holm([p for _, p in first])) <= 1 - COVERAGE
+    decided = ("supported", "not supported")
+    return ["undecided" if name in decided and not sure else name for (name, _), sure in zip(first, clear, strict=True)]
+
+
+def _leaning(rows: pd.DataFrame, slack: float) -> tuple[str, float]:
+    """The verdict that a claim's rows lean to by themselves, and its p.
 
     All comparisons must be above their effects for a yes; one below is enough for a no, so its p counts as many times.
     """
+    checks, compared = (rows[rows["role"] == role] for role in ("check", "comparison"))
+    if rows.empty:
+        return NOT_MEASURED, 1.0
+    if checks.empty or compared.empty or not (checks["difference"] >= checks["effect_of_interest"]).all():
+        return "not testable", 1.0
+    sides = [[chance(row, side, slack) for row in compared.to_dict("records")] for side in (1, -1)]
+    above, below = max(sides[0]), min(1.0, len(compared) * min(sides[1]))
+    return "supported" if above < below else "not supported", min(above, below)
+
+
+def _numbers(rows: pd.DataFrame) -> dict[str, Any]:
+    """What the table of findings shows of a claim's rows."""
     checks, compared = (rows[rows["role"] == role].to_dict("records") for role in ("check", "comparison"))
     weakest = min(checks, key=lambda row: row["difference"] / (row["effect_of_interest"] or 1e-9), default=None)
     first = compared[0] if compared else dict.fromkeys(COLUMNS, math.nan)
-    numbers = {"check": named(weakest), "check_value": weakest["difference"] if weakest else math.nan}
-    numbers |= {"measured": first["difference"]} | {name: first[name] for name in ("low", "high", "effect_of_interest")}
-    if rows.empty:
-        return numbers | {"verdict": NOT_MEASURED, "p": 1.0}
-    if not checks or not compared or not all(row["difference"] >= row["effect_of_interest"] for row in checks):
-        return numbers | {"verdict": "not testable", "p": 1.0}
-    above = max(chance(row, 1, slack) for row in compared)
-    below = min(1.0, len(compared) * min(chance(row, -1, slack) for row in compared))
-    return numbers | {"verdict": "supported" if above < below else "not supported", "p": min(above, below)}
+    shown = {"check": named(weakest) if weakest else "", "check_value": weakest["difference"] if weakest else math.nan}
+    return shown | {"measured": first["difference"]} | {name: first[name] for name in ("low", "high", COLUMNS[-1])}
 
 
 def chance(row: dict[str, Any], side: int, slack: float = 0.0) -> float:
@@ -156,10 +177,8 @@ def holm(chances: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def named(row: dict[str, Any] | None) -> str:
+def named(row: Any) -> str:
     """What a row compares, in words: `dinov2 minus random (artist, linear)`."""
-    if row is None:
-        return ""
     pair = " minus ".join(str(row[end]) for end in ("more", "less") if row[end])
     return f"{pair} ({', '.join(str(row[name]) for name in ('level', 'probe') if row[name])})"
 

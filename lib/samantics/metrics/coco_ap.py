@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -20,7 +21,7 @@ from pycocotools.cocoeval import COCOeval
 
 from samantics.data.coco import CocoDataset, annotation
 from samantics.errors import StudyError
-from samantics.metrics.intervals import Difference, Interval
+from samantics.metrics.intervals import Difference, Interval, difference_of, with_others
 
 Result = dict[str, Any]
 IOU_TYPES = ("bbox", "segm")
@@ -148,7 +149,7 @@ def ap_interval(evaluations: Sequence[Evaluation], samples: int = 1000, seed: in
     found = ap_difference([(1, evaluations)], samples=samples, seed=seed)
     if np.isnan(found.value):
         raise StudyError(NOTHING)
-    return Interval(*found[:3]).within(0, 100)
+    return Interval(*np.clip(found[:3], 0, 100).tolist())
 
 
 def ap_difference(
@@ -173,26 +174,48 @@ def ap_difference(
     Returns:
         The difference; NaN where a term has no object to measure on.
     """
-    rng, runs = np.random.default_rng(seed), len(terms[0][1])
-    weights = _image_weights(rng, terms[0][1][0], samples)
-    picks = rng.multinomial(runs, np.full(runs, 1 / runs), size=samples) / runs
+    runs = list(range(len(terms[0][1])))
+    return _difference(_signed_ap(terms, iou, samples, seed), runs, _draws(terms, len(runs), samples, seed)[1])
+
+
+def ap_difference_by_seeds(
+    terms: Sequence[tuple[int, Sequence[Evaluation]]], iou: float | None = None, samples: int = 1000
+) -> Difference:
+    """`ap_difference`, and in `others` what it is under other seeds: for the differences that a claim rests on."""
+    signed = functools.lru_cache(functools.partial(_signed_ap, terms, iou, samples))
+
+    def resampled(runs: list[int], seed: int) -> Difference:
+        return _difference(signed(seed), runs, _draws(terms, len(runs), samples, seed)[1])
+
+    return with_others(resampled, list(range(len(terms[0][1]))))
+
+
+def _signed_ap(
+    terms: Sequence[tuple[int, Sequence[Evaluation]]], iou: float | None, samples: int, seed: int
+) -> NDArray[np.float64]:
+    """`(1 + samples, runs)` the difference of APs on all images, and on those drawn."""
+    weights = _draws(terms, len(terms[0][1]), samples, seed)[0]
     signed = [sign * np.stack([_resampled_ap(run, weights, iou) for run in evaluations]) for sign, evaluations in terms]
-    values, *resampled = np.sum(signed, axis=0).T  # (1 + samples, runs)
-    drawn = (np.stack(resampled) * picks).sum(1)
-    if np.isnan(values).any():
+    return np.asarray(np.sum(signed, axis=0).T)
+
+
+def _difference(signed: NDArray[np.float64], runs: list[int], picks: NDArray[np.float64]) -> Difference:
+    """The difference over these runs, each drawn as often as `picks` says."""
+    value, drawn = signed[0, runs].mean(), (signed[1:, runs] * picks).sum(1)
+    if np.isnan(value):
         return Difference(np.nan, np.nan, np.nan, 1.0)
     drawn = drawn[~np.isnan(drawn)]
-    drawn += values.mean() - drawn.mean()
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    tail = 1 + min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
-    return Difference(float(values.mean()), float(low), float(high), min(1.0, 2 * tail / (samples + 1)))
+    return difference_of(float(value), drawn + value - drawn.mean())
 
 
-def _image_weights(rng: np.random.Generator, evaluation: Evaluation, samples: int) -> NDArray[np.float32]:
-    """`(1 + samples, images)` how often each image is drawn: all of them once, then at random."""
-    images = len(evaluation.coco.params.imgIds)
+def _draws(
+    terms: Sequence[tuple[int, Sequence[Evaluation]]], runs: int, samples: int, seed: int
+) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """How often each image is drawn, all of them once and then at random; and the share of each run."""
+    rng, images = np.random.default_rng(seed), len(terms[0][1][0].coco.params.imgIds)
     drawn = rng.multinomial(images, np.full(images, 1 / images), size=samples)
-    return np.concatenate([np.ones((1, images)), drawn]).astype(np.float32)
+    picks = rng.multinomial(runs, np.full(runs, 1 / runs), size=samples) / runs
+    return np.concatenate([np.ones((1, images)), drawn]).astype(np.float32), picks
 
 
 def _resampled_ap(

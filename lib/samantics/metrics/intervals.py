@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 COVERAGE = 0.95
+OTHER_SEEDS = 3  # of the bootstrap, under which a difference is computed again
 
 
 class Interval(NamedTuple):
@@ -29,10 +30,6 @@ class Interval(NamedTuple):
         """The interval in other units: `times(100)` turns a share into percent."""
         return Interval(self.value * factor, self.low * factor, self.high * factor)
 
-    def within(self, least: float, most: float) -> Interval:
-        """What of it can be: few trainings give a percentage an interval that leaves 0 to 100."""
-        return Interval(*(min(max(end, least), most) for end in self))
-
 
 def bootstrap_mean(values: ArrayLike, seed: int = 0, samples: int = 1000) -> Interval:
     """Mean and 95 % interval, resampling test images, and seeds as well when there are several.
@@ -46,13 +43,7 @@ def bootstrap_mean(values: ArrayLike, seed: int = 0, samples: int = 1000) -> Int
     table = np.atleast_2d(np.asarray(values, dtype=np.float64))
     if table.size == 0 or not np.isfinite(table).all():
         raise ValueError("bootstrap_mean needs at least one value, all finite")
-    rows, columns = table.shape
-    rng = np.random.default_rng(seed)
-    means = np.empty(samples)
-    for sample in range(samples):
-        per_row = table @ _counts(rng, columns) / columns
-        means[sample] = per_row @ _counts(rng, rows) / rows
-    return _interval(float(table.mean()), means)
+    return _interval(float(table.mean()), _resampled_means(table, np.ones(table.shape[1]), seed, samples))
 
 
 def bootstrap_statistic(
@@ -72,12 +63,17 @@ def bootstrap_statistic(
 
 
 class Difference(NamedTuple):
-    """A paired difference with its 95 % interval, and how likely so large a one would be if there were none."""
+    """A paired difference with its 95 % interval, and how likely so large a one would be if there were none.
+
+    `others` holds value, low and high under other seeds, by name: other seeds of the bootstrap, and each seed of
+    references or probes left out. A verdict must survive them all.
+    """
 
     value: float
     low: float
     high: float
     p: float  # two-sided, of the bootstrap; never below 1 / (resamples + 1)
+    others: dict[str, list[float]] | None = None
 
 
 def paired_difference(
@@ -98,18 +94,40 @@ def paired_difference(
     first, second = (np.atleast_2d(np.asarray(values, dtype=np.float64)) for values in (more, less))
     if first.shape != second.shape or first.size == 0 or not np.isfinite(first - second).all():
         raise ValueError("paired_difference needs two arrays of one shape, with at least one value, all finite")
-    rows, items = first.shape
-    codes = np.arange(items) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
-    sizes = np.bincount(codes)
-    sums = np.stack([np.bincount(codes, row) for row in first - second])
-    rng = np.random.default_rng(seed)
-    drawn = np.empty(samples)
+    codes = np.arange(first.shape[1]) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
+    sums, sizes = np.stack([np.bincount(codes, row) for row in first - second]), np.bincount(codes)
+
+    def resampled(rows: list[int], start: int) -> Difference:
+        value = float(sums[rows].mean(0).sum() / first.shape[1])
+        return difference_of(value, _resampled_means(sums[rows], sizes, start, samples))
+
+    every = list(range(len(sums)))
+    return with_others(resampled, every, seed)
+
+
+def with_others(resampled: Callable[[list[int], int], Difference], runs: list[int], seed: int = 0) -> Difference:
+    """A difference over all runs, with its `others`; `resampled` takes runs and the bootstrap's seed."""
+    others = {f"bootstrap {other}": resampled(runs, other) for other in range(seed + 1, seed + 1 + OTHER_SEEDS)}
+    if len(runs) > 1:
+        others |= {f"without seed {left}": resampled([run for run in runs if run != left], seed) for left in runs}
+    return resampled(runs, seed)._replace(others={name: list(found[:3]) for name, found in others.items()})
+
+
+def difference_of(value: float, drawn: NDArray[np.float64]) -> Difference:
+    """The difference whose resamples these are."""
+    tail = 1 + min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
+    return Difference(*_interval(value, drawn), min(1.0, 2 * tail / (len(drawn) + 1)))
+
+
+def _resampled_means(
+    sums: NDArray[np.float64], sizes: NDArray[np.float64], seed: int, samples: int
+) -> NDArray[np.float64]:
+    """`(samples,)` means of resampled clusters and seeds; `sums`: `(seeds, clusters)`, `sizes`: `(clusters,)` items."""
+    rng, means = np.random.default_rng(seed), np.empty(samples)
     for sample in range(samples):
         weights = _counts(rng, len(sizes))
-        drawn[sample] = (sums @ weights / (sizes @ weights)) @ _counts(rng, rows) / rows
-    value, low, high = _interval(float((first - second).mean()), drawn)
-    tail = 1 + min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
-    return Difference(value, low, high, min(1.0, 2 * tail / (samples + 1)))
+        means[sample] = (sums @ weights / (sizes @ weights)) @ _counts(rng, len(sums)) / len(sums)
+    return means
 
 
 def _counts(rng: np.random.Generator, size: int) -> NDArray[np.int64]:
