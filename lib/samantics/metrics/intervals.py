@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -119,9 +119,7 @@ def difference_of(value: float, drawn: NDArray[np.float64]) -> Difference:
     return Difference(*_interval(value, drawn), min(1.0, 2 * tail / (len(drawn) + 1)))
 
 
-def _resampled_means(
-    sums: NDArray[np.float64], sizes: NDArray[np.float64], seed: int, samples: int
-) -> NDArray[np.float64]:
+def _resampled_means(sums: NDArray[Any], sizes: NDArray[Any], seed: int, samples: int) -> NDArray[np.float64]:
     """`(samples,)` means of resampled clusters and seeds; `sums`: `(seeds, clusters)`, `sizes`: `(clusters,)` items."""
     rng, means = np.random.default_rng(seed), np.empty(samples)
     for sample in range(samples):
