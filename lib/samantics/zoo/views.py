@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 
 import torch
 from lightly.loss import NTXentLoss
@@ -13,7 +12,6 @@ from lightly.models.utils import update_momentum
 from lightly.utils.scheduler import cosine_schedule
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.ops import roi_align
 from typing_extensions import override
 
 from samantics.models import pocket
@@ -22,16 +20,11 @@ from samantics.zoo.contract import Batch, Objective, normalised
 HUE = 0.5  # radians: classes have colours of their own, and turning hues all the way round hides them
 
 
-REGIONS = 4  # of every picture
-
-
 class SelfSupervision(Objective):
     """Two views of a picture belong together; no labels (SimCLR, Chen et al. 2020, arXiv 2002.05709).
 
-    NT-Xent compares the class tokens of the views and, with `maps`, regions of their maps of patch tokens: the same
-    random boxes of the picture in both, against all others, those of the same picture too (as ReSim does, Xiao et al.
-    2021, arXiv 2103.12902). So the map has to say what is where; the mean of all its tokens, compared instead, said
-    what the whole picture shows, in every token. What is shipped is a moving average of the weights, as in DINOv2.
+    NT-Xent compares the class tokens of the views and, with `maps`, the means of their patch tokens too: then the map
+    itself has to carry what the picture shows. What is shipped is a moving average of the weights, as in DINOv2.
     DINOv2's own losses (class tokens against prototypes, masked patches) gained nothing at equal pictures in so short
     a training, and cost half as much again (assets/zoo/choices.csv).
     """
@@ -46,11 +39,11 @@ class SelfSupervision(Objective):
     @override
     def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         # DINOv2's large crops begin at 0.32: of these pictures, often of one object, that is too little to share
-        views = [augmented(batch.images, batch.side, (0.5, 1.0)) for _ in range(2)]
-        tokens = self.student(torch.cat([pixels for pixels, _ in views])).last_hidden_state
-        compared = [tokens[:, 0], regions(tokens[:, 1:], [crop for _, crop in views])][: len(self.heads)]
+        views = torch.cat([augmented(batch.images, batch.side, (0.5, 1.0)) for _ in range(2)])
+        tokens = self.student(views).last_hidden_state
+        compared = [tokens[:, 0], tokens[:, 1:].mean(1)][: len(self.heads)]
         pairs = [functional.normalize(h(v).float(), dim=1).chunk(2) for h, v in zip(self.heads, compared, strict=True)]
-        found = (pairs[0][0] @ pairs[0][1].T).argmax(1) == torch.arange(len(batch.images), device=tokens.device)
+        found = (pairs[0][0] @ pairs[0][1].T).argmax(1) == torch.arange(len(batch.images), device=views.device)
         return torch.stack([self.loss(*pair) for pair in pairs]).mean(), {"retrieval": found.float().mean()}
 
     @override
@@ -59,36 +52,7 @@ class SelfSupervision(Objective):
         update_momentum(self.student, self.model, cosine_schedule(int(progress * 1000), 1001, 0.99, 1.0))
 
 
-def regions(tokens: Tensor, crops: Sequence[Tensor]) -> Tensor:
-    """`(2 * REGIONS * B, C)` means of patch tokens inside random boxes of every picture, in its first and second view.
-
-    Args:
-        tokens: `(2 * B, g * g, C)` of the first views, then of the second.
-        crops: what each of the two views shows, see `augmented`.
-    """
-    shared = torch.cat([torch.maximum(*(crop[:, :2] for crop in crops)), torch.minimum(*(c[:, 2:4] for c in crops))], 1)
-    shared = shared.repeat(REGIONS, 1)
-    size = torch.empty_like(shared[:, :2]).uniform_(0.3, 1.0)
-    start = torch.rand_like(size) * (1 - size)
-    extent = shared[:, 2:] - shared[:, :2]
-    boxes = torch.cat([shared[:, :2] + start * extent, shared[:, :2] + (start + size) * extent], 1)
-    seen = torch.stack([boxes_in_view(boxes, crop.repeat(REGIONS, 1)) for crop in crops])
-    grid, count = math.isqrt(tokens.shape[1]), len(tokens) // 2
-    maps = tokens.transpose(1, 2).unflatten(2, (grid, grid)).float()
-    picture = torch.arange(2 * count, device=tokens.device).view(2, 1, count).expand(2, REGIONS, count).flatten()
-    found = torch.column_stack([picture.float(), grid * seen.flatten(0, 1)])
-    return roi_align(maps, found, 1, sampling_ratio=4, aligned=True).flatten(1)
-
-
-def boxes_in_view(boxes: Tensor, crops: Tensor) -> Tensor:
-    """`(N, 4)` xyxy shares of a view's sides, from shares of the picture's sides."""
-    low, extent = crops[:, :2], crops[:, 2:4] - crops[:, :2]
-    x, y = ((boxes[:, place::2] - low[:, place, None]) / extent[:, place, None] for place in (0, 1))
-    x = torch.where(crops[:, 4:] > 0, 1 - x.flip(1), x)
-    return torch.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], 1)
-
-
-def augmented(images: Tensor, side: int, share: tuple[float, float]) -> tuple[Tensor, Tensor]:
+def augmented(images: Tensor, side: int, share: tuple[float, float]) -> Tensor:
     """A random view of every image: a crop, mirrored or not, recoloured; normalised.
 
     All images at once, each with its own numbers: torchvision's transforms give a batch one view for all.
@@ -99,8 +63,7 @@ def augmented(images: Tensor, side: int, share: tuple[float, float]) -> tuple[Te
         share: least and largest share of an image's area that a view shows.
 
     Returns:
-        `(B, 3, side, side)` float32, and `(B, 5)` what each view shows: xyxy as shares of the image's sides, then
-        1 where it is mirrored.
+        `(B, 3, side, side)` float32.
     """
     count, device = len(images), images.device
     area = torch.empty(count, device=device).uniform_(*share)
@@ -113,8 +76,7 @@ def augmented(images: Tensor, side: int, share: tuple[float, float]) -> tuple[Te
     pixels = (images.float() / 255).contiguous()  # grid_sample of a channels-last tensor is many times slower
     views = functional.grid_sample(pixels, places, padding_mode="border", align_corners=False)
     mirrored = torch.rand(count, 1, 1, 1, device=device) < 0.5
-    shown = torch.cat([start, start + size, mirrored.flatten(1).float()], 1)
-    return normalised(recoloured(torch.where(mirrored, views.flip(3), views))), shown
+    return normalised(recoloured(torch.where(mirrored, views.flip(3), views)))
 
 
 def recoloured(views: Tensor) -> Tensor:
