@@ -44,7 +44,3 @@ def test_a_step_on_smaller_pictures_costs_less() -> None:
     least = 3 * 2 * tokens * 12 * pocket.DEFAULT.depth * pocket.DEFAULT.width**2 / 1e9  # its matrices alone
     assert least < cost[side] < 2 * least
     assert 0.35 < cost[side * 2 // 3] / cost[side] < 0.5
-
-
-def test_the_log_of_choices_names_its_numbers() -> None:
-    assert list(curves.choices()) == ["choice", "setting", "pictures", "probe_top1", "knn_top1", "loss"]

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from samantics.cache import Checkpoint
 from samantics.errors import StudyError
 from samantics.models import pocket
 from samantics.mojiworld.rendered import render
@@ -48,23 +47,6 @@ def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path, monkeypatch, data) 
     for key, value in whole.items():
         torch.testing.assert_close(resumed[key], value, atol=5e-3, rtol=0)  # the optimisers scale rounding up
     assert not (tmp_path / "killed" / "clip.ckpt").exists()
-
-
-def test_a_checkpoint_of_another_recipe_or_a_damaged_one_is_refused(tmp_path, monkeypatch, data) -> None:
-    save = Checkpoint.save
-
-    def save_and_die(*arguments) -> None:
-        save(*arguments)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Checkpoint, "save", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
-        training.train("clip", RECIPE, tmp_path, data)
-    with pytest.raises(StudyError, match=r"clip\.ckpt was trained with another seed \(0, now 1\)"):
-        training.train("clip", dataclasses.replace(RECIPE, seed=1), tmp_path, data)
-    (tmp_path / "clip.ckpt").write_bytes(b"not a checkpoint")
-    with pytest.raises(StudyError, match=r"clip\.ckpt is damaged"):
-        training.train("clip", RECIPE, tmp_path, data)
 
 
 def test_models_train_after_their_parents_and_load_again(tmp_path: Path, data) -> None:

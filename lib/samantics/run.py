@@ -35,27 +35,16 @@ SOURCES = ("lib", "notebooks", "pyproject.toml", "requirements.lock")  # what de
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One notebook at one scale.
+    """One notebook at one scale."""
 
-    Attributes:
-        scale: its settings.
-        notebook: name of the notebook without its ending.
-        seed: of everything drawn at random.
-        figures: folder of this scale's figures and tables.
-        cache: folder of what this scale can compute again (``--fresh`` empties it).
-        device: ``cuda`` or ``cpu``.
-        started: `time.time` at the start, seconds.
-        facts: what :meth:`record` was told.
-    """
-
-    scale: Scale
-    notebook: str
-    seed: int
-    figures: Path
-    cache: Path
-    device: str
-    started: float
-    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    scale: Scale  # its settings
+    notebook: str  # its name, without ending
+    seed: int  # of everything drawn at random
+    figures: Path  # folder of this scale's figures and tables
+    cache: Path  # folder of what this scale can compute again (`--fresh` empties it)
+    device: str  # `cuda` or `cpu`
+    started: float  # `time.time` at the start
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # what `record` was told
 
     def record(self, key: str, value: Any) -> None:
         """Add a JSON-able fact, such as a weight or data hash, to the origin of every later file of the run.

@@ -13,24 +13,15 @@ from samantics.mojiworld.catalogue import instance_classes
 
 @dataclasses.dataclass(frozen=True)
 class ProbingSettings:
-    """Notebook 01.
+    """Notebook 01."""
 
-    Attributes:
-        probe_seeds: probes trained for each row, with seeds 0, 1, ...
-        image_size: side of MojiWorld's pictures, pixels: what the zoo takes.
-        labels, views, test: MojiWorld pictures of each drawing: to train on, other views, test artists' drawings;
-            below 1, of this share of the classes.
-        shots: train images per class of the few-shot curve, as far as there are as many.
-        scenes: MojiWorld scenes that the dense readouts learn from and are asked.
-    """
-
-    probe_seeds: int = 3
-    image_size: int = 96
-    labels: float = 2
-    views: float = 1
-    test: float = 2
-    shots: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    scenes: tuple[int, int] = (300, 150)
+    probe_seeds: int = 3  # probes trained for each row, with seeds 0, 1, ...
+    image_size: int = 96  # side of MojiWorld's pictures, pixels: what the zoo takes
+    labels: float = 2  # MojiWorld pictures of each drawing to train on; below 1, of this share of the classes
+    views: float = 1  # likewise, other views of these drawings
+    test: float = 2  # likewise, of test artists' drawings
+    shots: tuple[int, ...] = (1, 2, 4, 8, 16, 32)  # train images per class of the few-shot curve, if there are as many
+    scenes: tuple[int, int] = (300, 150)  # MojiWorld scenes that the dense readouts learn from and are asked
 
 
 VOC = (  # the 20 COCO categories that PASCAL VOC has too: novel in the usual 60/20 split
@@ -41,59 +32,40 @@ VOC = (  # the 20 COCO categories that PASCAL VOC has too: novel in the usual 60
 
 @dataclasses.dataclass(frozen=True)
 class InContextSettings:
-    """Notebook 02. The defaults are the paper's (study, section 4).
+    """Notebook 02. The defaults are the paper's (study, section 4)."""
 
-    Attributes:
-        novel: names of the categories that never carry a label in tuning; all others are base.
-        train_scenes: MojiWorld scenes to tune on, where the data is MojiWorld.
-        store_features: encode every training image once and keep SAM's maps (4 TB for COCO: there they are not kept).
-        trunk_maps: how many of SAM's trunk blocks the DETR sees.
-        dim, heads, ffn_width, encoder_layers, decoder_layers, queries, dropout: sizes of the DETR.
-        fuser_width: hidden width of the MLP between mask tokens and class embedding.
-        epochs, batch, learning_rate, weight_decay, clip: of AdamW; the rate falls to a tenth after four fifths.
-        flip: share of training images that are mirrored; 0 where features are stored.
-        classes_per_image: so many of an image's base categories are asked for in a step.
-        absent_classes: base categories that the image does not show, asked for beside them.
-        references_per_question: in tuning, the tokens of one to so many references are averaged.
-        hints: further queries for each labelled object of an image, started near it, in tuning only (0: none). They
-            teach the class long before boxes are found, which short tuning needs.
-        naming: weight of naming objects and references among the base classes, in tuning; above 0 the score of a query
-            also says how well what lies in its box agrees with the class embedding. The paper has neither (0).
-        min_reference_area: pixels of a mask; smaller objects are no references.
-        top: detections kept per image and class.
-        min_score: detections below are left out.
-        shots: references per class at which AP is reported.
-        reference_seeds: draws of the references, with seeds 0, 1, ...
-    """
-
-    novel: tuple[str, ...] = VOC
-    train_scenes: int = 0
-    store_features: bool = False
-    trunk_maps: int = 4
-    dim: int = 256
+    novel: tuple[str, ...] = VOC  # categories that never carry a label in tuning; all others are base
+    train_scenes: int = 0  # MojiWorld scenes to tune on, where the data is MojiWorld
+    store_features: bool = False  # encode every training image once and keep SAM's maps (for COCO they would take 4 TB)
+    trunk_maps: int = 4  # of SAM's trunk blocks, which the DETR sees
+    dim: int = 256  # of the DETR, as the next six
     heads: int = 8
     ffn_width: int = 1024
     encoder_layers: int = 1
     decoder_layers: int = 6
     queries: int = 300
     dropout: float = 0.1
-    fuser_width: int = 1024
+    fuser_width: int = 1024  # of the MLP between mask tokens and class embedding, inside
     epochs: float = 50
     batch: int = 16
-    learning_rate: float = 2e-4
+    learning_rate: float = 2e-4  # of AdamW, as weight decay and clip; a tenth of it after four fifths
     weight_decay: float = 1e-4
     clip: float = 0.1
-    flip: float = 0.5
-    classes_per_image: int = 4
-    absent_classes: int = 0
-    references_per_question: int = 1
+    flip: float = 0.5  # share of training images that are mirrored; 0 where features are stored
+    classes_per_image: int = 4  # so many of an image's base categories are asked for in a step
+    absent_classes: int = 0  # base categories that the image does not show, asked for beside them
+    references_per_question: int = 1  # in tuning, the tokens of one to so many references are averaged
+    # further queries for each labelled object of an image, started near it, in tuning only. They teach the class long
+    # before boxes are found, which short tuning needs; the paper has none
     hints: int = 0
+    # weight of naming objects and references among the base classes, in tuning; above 0 the score of a query also says
+    # how well what lies in its box agrees with the class embedding; the paper has neither
     naming: float = 0.0
-    min_reference_area: float = 32.0**2
-    top: int = 100
-    min_score: float = 0.0
-    shots: tuple[int, ...] = (1, 5, 10)
-    reference_seeds: int = 3
+    min_reference_area: float = 32.0**2  # pixels of a mask; smaller objects are no references
+    top: int = 100  # detections kept per image and class
+    min_score: float = 0.0  # detections below are left out
+    shots: tuple[int, ...] = (1, 5, 10)  # references per class at which AP is reported
+    reference_seeds: int = 3  # draws of the references, with seeds 0, 1, ...
 
 
 POCKET_NOVEL = tuple(instance_classes().query("part == 'novel'")["class"])  # one of each superclass
@@ -112,39 +84,25 @@ MORE_ENCODERS = ("mae", "hiera", "sam3", "dinov3", "siglip2")
 
 @dataclasses.dataclass(frozen=True)
 class PipelineSettings:
-    """Notebook 03. The defaults are the paper's (study, section 5).
+    """Notebook 03. The defaults are the paper's (study, section 5)."""
 
-    Attributes:
-        sources: of meaning, in the order of tables and figures; encoders whose gated weights are out of reach are left
-            out.
-        reference_scenes, target_scenes: how many MojiWorld scenes are written, where the data is MojiWorld.
-        targets: of MojiWorld's, the first so many are used (notebook 02 uses all).
-        min_reference_area, reference_inset: pixels; smaller objects and those nearer to the frame are no references.
-        points_per_side, predicted_iou, stability, box_nms: of the proposals.
-        semantic_size: side of DINOv2's input, pixels; 0 for its own.
-        shots: references per class of the headline row.
-        shot_curve: references per class of the curve over shots.
-        grids: points per side of the curve over grid density.
-        grid_images: targets on which that curve is measured.
-        reference_seeds: draws of the references, with seeds 0, 1, ...
-    """
-
+    # sources of meaning, in the order of tables and figures; encoders whose gated weights are out of reach are left out
     sources: tuple[str, ...] = ("dinov2", "clip", "sam2", "sam", *MORE_ENCODERS, "random")
-    reference_scenes: int = 0
+    reference_scenes: int = 0  # MojiWorld scenes that are written, where the data is MojiWorld
     target_scenes: int = 0
-    targets: int = 0
-    min_reference_area: float = 32.0**2
-    reference_inset: float = 10.0
-    points_per_side: int = 32
+    targets: int = 0  # of MojiWorld's, the first so many are used (notebook 02 uses all)
+    min_reference_area: float = 32.0**2  # pixels; smaller objects are no references
+    reference_inset: float = 10.0  # pixels; objects nearer to the frame are no references
+    points_per_side: int = 32  # of the proposals, as the next three
     predicted_iou: float = 0.4
     stability: float = 0.0
     box_nms: float = 0.95  # the paper keeps all; of nearly equal boxes only one can survive the NMS of its class
-    semantic_size: int = 518
-    shots: int = 10
+    semantic_size: int = 518  # side of DINOv2's input, pixels; 0 for its own
+    shots: int = 10  # references per class of the headline row
     shot_curve: tuple[int, ...] = (1, 2, 5, 10)
-    grids: tuple[int, ...] = (8, 16, 32)
-    grid_images: int = 200
-    reference_seeds: int = 3
+    grids: tuple[int, ...] = (8, 16, 32)  # points per side of the curve over grid density
+    grid_images: int = 200  # targets on which that curve is measured
+    reference_seeds: int = 3  # draws of the references, with seeds 0, 1, ...
 
 
 # 96 pixels instead of some 640: objects take 20-60 % of the side; smaller ones are mostly covered by others
@@ -158,44 +116,27 @@ POCKET_PIPELINE = PipelineSettings(
 
 @dataclasses.dataclass(frozen=True)
 class CocoSubset:
-    """The images of COCO val2017 that are fetched where no COCO files are given.
+    """The images of COCO val2017 that are fetched where no COCO files are given."""
 
-    Attributes:
-        targets: images drawn as targets, with any number of objects.
-        references: other images with an object that can be a reference, for each category, as far as there are as many;
-            twice the shots, so that draws of another seed differ.
-        seed: of that choice, the same in every run.
-    """
-
-    targets: int = 500
-    references: int = 20
-    seed: int = 0
+    targets: int = 500  # images drawn as targets, with any number of objects
+    references: int = 20  # other images with a reference, for each category: twice the shots, so that seeds differ
+    seed: int = 0  # of that choice, the same in every run
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """What a run is made of.
+    """What a run is made of."""
 
-    Attributes:
-        name: ``pocket``, ``quick``, ``lite`` or ``paper``.
-        weights: where encoders come from: ``zoo`` (shipped with the project) or ``official`` (downloaded, verified).
-        encoders: names of those compared, in the order of tables and figures; those whose gated weights are out of
-            reach are left out.
-        probing, incontext, pipeline: settings of notebooks 01, 02 and 03.
-        coco: what is fetched of COCO for 02 and 03, if anything is.
-        notebooks: numbers of those that run when none are named; none: all.
-        mark: what is written on every figure and into every result's record; empty where results are to be believed.
-    """
-
-    name: str
-    weights: str
+    name: str  # `pocket`, `quick`, `lite` or `paper`
+    weights: str  # of encoders: `zoo` (shipped with the project) or `official` (downloaded, verified)
+    # compared, in the order of tables and figures; those whose gated weights are out of reach are left out
     encoders: tuple[str, ...] = ("sam", "sam2", "clip", "dinov2", "random")
     probing: ProbingSettings = ProbingSettings()
     incontext: InContextSettings = InContextSettings()
     pipeline: PipelineSettings = PipelineSettings()
-    coco: CocoSubset | None = None
-    notebooks: tuple[str, ...] = ()
-    mark: str = ""
+    coco: CocoSubset | None = None  # what is fetched of COCO for 02 and 03
+    notebooks: tuple[str, ...] = ()  # numbers of those that run when none are named; none: all
+    mark: str = ""  # written on every figure and into every result's record, where results are not to be believed
 
 
 OFFICIAL_ENCODERS = ("sam", "sam2", "clip", "dinov2", *MORE_ENCODERS, "random")

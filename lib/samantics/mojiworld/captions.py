@@ -26,9 +26,6 @@ def caption(rng: np.random.Generator, drawings: Iterable[int]) -> str:
     Args:
         rng: decides the form.
         drawings: catalogue rows, as in `Pictures`; -1 is skipped, and a class that is there several times named once.
-
-    Returns:
-        The caption; its words (`split_words`) are among `caption_words`, and fewer than 75.
     """
     labels = dict.fromkeys(tables.class_of_drawing()[[row for row in drawings if row >= 0]].tolist())
     parts = []

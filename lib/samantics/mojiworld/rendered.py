@@ -31,21 +31,13 @@ Entry = tuple[dict[str, Any], list[dict[str, Any]]]  # COCO's image and its anno
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """Many pictures as arrays.
+    """Many pictures as arrays."""
 
-    Attributes:
-        images: `(N, S, S, 3)` uint8, RGB.
-        instances: `(N, S, S)` uint8, as in `Picture`.
-        drawings: `(N, MAX_OBJECTS)` int16 catalogue rows, -1 where there is no object; the first is the anchor.
-        kinds: `(N,)` uint8 positions in `KINDS`.
-        places: `(N,)` uint8 positions in `PLACES`; 255 in a studio.
-    """
-
-    images: RGB
-    instances: NDArray[np.uint8]
-    drawings: NDArray[np.int16]
-    kinds: NDArray[np.uint8]
-    places: NDArray[np.uint8]
+    images: RGB  # (N, S, S, 3) uint8
+    instances: NDArray[np.uint8]  # (N, S, S), as in `Picture`
+    drawings: NDArray[np.int16]  # (N, MAX_OBJECTS) catalogue rows, -1 where there is no object; the first is the anchor
+    kinds: NDArray[np.uint8]  # (N,) positions in `KINDS`
+    places: NDArray[np.uint8]  # (N,) positions in `PLACES`; 255 in a studio
 
     def __len__(self) -> int:
         return len(self.images)
@@ -72,12 +64,7 @@ def render(world: World, stream: Stream, indices: Iterable[int]) -> Pictures:
 
 
 def stored_pictures(world: World, stream: Stream, count: int, workers: int = 0) -> Pictures:
-    """Pictures 0 to `count - 1` of a stream, rendered once and memory-mapped from the cache folder.
-
-    Args:
-        world: what the pictures are made of.
-        stream, count: which pictures, and how many.
-        workers: processes that render; 0 means all cores.
+    """Pictures 0 to `count - 1` of a stream, rendered once by `workers` processes (0: one on each core), then kept.
 
     Raises:
         StudyError: the drawings are not installed; the cache is damaged; a count below 1.
@@ -139,17 +126,11 @@ def _by_all_cores(work: Callable[[range], Any], count: int, workers: int) -> lis
 
 
 def write_scenes(world: World, stream: Stream, count: int, folder: Path | str, workers: int = 0) -> tuple[Path, Path]:
-    """Write pictures of a stream as PNG files with COCO JSON.
+    """Write pictures of a stream as PNG files with COCO JSON, into a folder of their own in `folder`, once.
 
     Every annotation also names its `class`, `superclass`, `artist`, the artist's `split` and the `icon`;
     every category its `supercategory` and `part` (`base`, `novel`, or empty outside the instance data).
-
-    Args:
-        world, stream, count, workers: as in `stored_pictures`; the stream's `classes` are the categories.
-        folder: a folder of this world and stream is made in it, once.
-
-    Returns:
-        The paths of the JSON file and of the folder of images.
+    Returns the paths of the JSON file and of the folder of images.
     """
     home = Path(folder) / _name(world, stream, count)
     with _made_once(home, count) as unfinished:

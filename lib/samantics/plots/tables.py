@@ -1,7 +1,9 @@
 """Figures of tables: bars, dots, curves, shares, matrices, maps of points.
 
 A primitive takes a table that was computed before, the names of its columns, and gives a figure. None computes a
-result: intervals are columns of the table. `figure.axes` lets a cell add a line of its own.
+result: intervals are columns of the table. `figure.axes` lets a cell add a line of its own. In all of them `hue` is the
+column that decides colours (models keep theirs), `panel` the column of the panels (None: one), `low` and `high` are the
+columns of an interval's ends, in the units of the value, and `size` is that of a panel, inches.
 """
 
 from __future__ import annotations
@@ -25,13 +27,11 @@ def _panels(
     table: pd.DataFrame, panel: str | None, size: tuple[float, float], share: bool = True
 ) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
     """A figure with one panel for each value of a column, side by side, and the rows that each shows."""
-    parts = [(None, table)] if panel is None else list(table.groupby(panel, sort=False))
-    figure, axes = plt.subplots(
-        1, len(parts), figsize=(size[0] * len(parts), size[1]), sharey=share, squeeze=False, layout="constrained"
-    )
+    parts = [("", table)] if panel is None else list(table.groupby(panel, sort=False))
+    sizes: Any = {"figsize": (size[0] * len(parts), size[1]), "layout": "constrained"}
+    figure, axes = plt.subplots(1, len(parts), sharey=share, squeeze=False, **sizes)
     for axis, (name, _) in zip(axes[0], parts, strict=True):
-        if name is not None:
-            axis.set_title(label(name))
+        axis.set_title(label(name))
     return figure, [(axis, rows) for axis, (_, rows) in zip(axes[0], parts, strict=True)]
 
 
@@ -63,17 +63,12 @@ def bars(
     table: pd.DataFrame, x: str, y: str, *, hue: str | None = None, panel: str | None = None, low: str | None = None,
     high: str | None = None, ylabel: str = "", floor: str | None = None, size: tuple[float, float] = (4.2, 4.0),
 ) -> Figure:  # fmt: skip
-    """Bars with their intervals and their values written above; a panel for each value of a column.
+    """Bars with their intervals and their values written above.
 
     Args:
-        x: column of the bars' names (models keep their colours and labels).
-        y: column of the heights.
-        hue: column by which bars of one name stand side by side, with a legend; None: coloured by `x`.
-        panel: column of the panels; None: one panel.
-        low, high: columns of the interval's ends, in the units of `y`.
+        x, y: columns of the bars' names and heights; with `hue`, bars of one name stand side by side.
         ylabel: what is measured, with its unit.
         floor: column of a level to compare with (chance, a shuffled label), a dotted line over each bar.
-        size: of a panel, inches.
     """
     figure, parts = _panels(table, panel, size)
     palette = colours(table[hue or x])
@@ -110,14 +105,11 @@ def dots(
     table: pd.DataFrame, x: str, y: str, *, hue: str | None = None, panel: str | None = None, low: str | None = None,
     high: str | None = None, xlabel: str = "", size: tuple[float, float] | None = None,
 ) -> Figure:  # fmt: skip
-    """Horizontal dots with their intervals, one row for each name, for comparisons of many things.
+    """Horizontal dots with their intervals, for comparisons of many things.
 
     Args:
-        x: column of the values.
-        y: column of the rows' names, drawn from top to bottom in the table's order.
-        hue, panel, low, high: as in `bars`.
+        x, y: columns of the values and of the rows' names, drawn from top to bottom in the table's order.
         xlabel: what is measured, with its unit.
-        size: of a panel, inches; by default high enough for all names.
     """
     names = list(dict.fromkeys(table[y]))
     figure, parts = _panels(table, panel, size or (5.5, 0.3 * len(names) + 1.2))
@@ -140,15 +132,12 @@ def lines(
     high: str | None = None, xlabel: str = "", ylabel: str = "", logx: bool = False,
     size: tuple[float, float] = (5.2, 4.0),
 ) -> Figure:  # fmt: skip
-    """Curves with their intervals as bands and their names at their ends.
+    """Curves, one for each value of `hue`, with their intervals as bands and their names at their ends.
 
     Args:
         x, y: columns of numbers.
-        hue: column of the curves' names.
-        panel, low, high: as in `bars`.
         xlabel, ylabel: what is measured, with units.
         logx: a logarithmic axis whose ticks are the values of `x` themselves.
-        size: of a panel, inches.
     """
     figure, parts = _panels(table, panel, size, share=False)
     palette = colours(table[hue])

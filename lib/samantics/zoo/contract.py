@@ -21,19 +21,12 @@ from samantics.models.preprocessing import IMAGENET
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Pictures on the training device.
+    """Pictures on the training device."""
 
-    Attributes:
-        images: `(B, 3, S, S)` uint8, RGB.
-        instances: `(B, S, S)` uint8; 0 is background, `i + 1` marks the visible pixels of object `i`.
-        drawings: `(B, MAX_OBJECTS)` int64 rows of the catalogue, -1 where there is no object.
-        side: of the pictures as the model is to see them: S, or fewer pixels at first.
-    """
-
-    images: Tensor
-    instances: Tensor
-    drawings: Tensor
-    side: int
+    images: Tensor  # (B, 3, S, S) uint8, RGB
+    instances: Tensor  # (B, S, S) uint8; 0 is background, i + 1 marks the visible pixels of object i
+    drawings: Tensor  # (B, MAX_OBJECTS) int64 rows of the catalogue, -1 where there is no object
+    side: int  # of the pictures as the model is to see them: S, or fewer pixels at first
 
     @property
     def pixels(self) -> Tensor:
@@ -45,13 +38,9 @@ class Batch:
 
 
 class Objective(nn.Module):
-    """A model and what it is trained for. `progress` is the share (0-1) of the training done.
+    """A model and what it is trained for. `progress` is the share (0-1) of the training done."""
 
-    Attributes:
-        model: what is shipped: the official package's own class.
-    """
-
-    model: Any
+    model: Any  # what is shipped: the official package's own class
 
     @override
     def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -72,13 +61,9 @@ class Objective(nn.Module):
 
 
 def at_size(module: nn.Module, name: str, pixels: Tensor, grid: int) -> Tensor:
-    """A ViT's output for pictures of another size than its own: its table of positions is interpolated.
+    """A ViT's output for `(B, 3, S, S)` pictures of `grid` tokens a side: its table of positions is interpolated.
 
-    Args:
-        module: called with the pixels.
-        name: of the table: `(1, g, g, C)`, or `(1 + g * g, C)` where a class token comes first.
-        pixels: `(B, 3, S, S)`.
-        grid: tokens along a side of these pictures.
+    The table of that name is `(1, g, g, C)`, or `(1 + g * g, C)` where a class token comes first.
     """
     table = module.get_parameter(name)
     square = table if table.ndim == 4 else table[1:].unflatten(0, (math.isqrt(len(table) - 1),) * 2)[None]

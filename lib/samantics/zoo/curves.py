@@ -30,10 +30,7 @@ def trained_folders() -> list[Path]:
 
 
 def learning_curves(folders: Sequence[Path] = ()) -> pd.DataFrame:
-    """What trainings wrote down, a row for each point of measurement.
-
-    Args:
-        folders: of trainings; none: the shipped ones.
+    """What trainings wrote down (of these folders; by default the shipped ones), a row for each point of measurement.
 
     Returns:
         `encoder, seed, images` (seen so far), `seconds`, `objective` (the loss on pictures never trained on),
@@ -61,10 +58,7 @@ def gigaflops(name: str, batch: Batch) -> float:
 
 
 def last_third(curves: pd.DataFrame) -> pd.DataFrame:
-    """What the last third of each training still changed: has it converged?
-
-    Args:
-        curves: of `learning_curves`.
+    """What the last third of each training still changed, given its `learning_curves`: has it converged?
 
     Returns:
         `encoder, probe_change` (points, counted from the measuring point nearest to the third's begin, mean over

@@ -80,20 +80,16 @@ class SamObjective(Objective):
             boxes: `(N, 4)` xyxy in pixels.
             before: `(N, 1, 4g, 4g)` logits of an earlier mask.
         """
-        sparse, dense = self.prompts(self.model)(
-            points=None if points is None else (points, labels), boxes=boxes, masks=before
-        )
+        clicks = None if points is None else (points, labels)
+        sparse, dense = self.prompts(self.model)(points=clicks, boxes=boxes, masks=before)
         return sparse, dense
 
     def decode(self, image: tuple[Tensor, ...], sparse: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
-        """All four masks of each prompt.
+        """Logits `(N, 4, 4g, 4g)` of all masks of N prompts (first the single-mask token's), predicted IoU `(N, 4)`.
 
         Args:
             image: of `embed`, repeated: one for each prompt.
             sparse, dense: of `prompt`.
-
-        Returns:
-            Logits `(N, 4, 4g, 4g)` (the first is the single-mask token's) and predicted IoU `(N, 4)`.
         """
         logits, iou, *_ = self.predict(image, self.prompts(self.model).get_dense_pe(), sparse, dense)
         return logits.float(), iou.float()
@@ -138,13 +134,9 @@ class Sam2Objective(SamObjective):
 
 
 def chosen_masks(instances: Tensor) -> tuple[Tensor, Tensor]:
-    """Objects drawn evenly from all objects of a batch, none a second time before each was drawn once.
+    """Objects drawn evenly from all objects of `(B, S, S)` instances, none twice before each was drawn once.
 
-    Args:
-        instances: `(B, S, S)` uint8, 0 for background, i + 1 on object i; each image shows one at least.
-
-    Returns:
-        `(PROMPTED * B, S, S)` bool masks, and which of the B images each is on.
+    Returns `(PROMPTED * B, S, S)` bool masks, and which of the B images each is on.
     """
     counts = instances.flatten(1).amax(1).long()
     owner = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
@@ -162,14 +154,9 @@ def shrunk_masks(masks: Tensor, side: int) -> Tensor:
 
 
 def sampled_clicks(regions: Tensor, labels: Tensor, image_side: int) -> tuple[Tensor, Tensor]:
-    """One uniform click in every region, and the label under it; where a region is empty, a click on the object.
+    """One click in every `(B, M, M)` bool region, on the object where that is empty; the label that lies under it.
 
-    Args:
-        regions: `(B, M, M)` bool.
-        labels: `(B, M, M)` 1 on the object, 0 elsewhere.
-
-    Returns:
-        `(B, 1, 2)` x, y in image pixels and `(B, 1)` labels.
+    `labels` `(B, M, M)` are 1 on the object. Returns `(B, 1, 2)` x, y in image pixels and `(B, 1)` labels.
     """
     side = regions.shape[-1]
     regions = torch.where(regions.flatten(1).any(1)[:, None, None], regions, labels.bool())
@@ -184,14 +171,6 @@ def jittered(boxes: Tensor) -> Tensor:
     return boxes + (torch.randn_like(boxes) * 0.1 * sides).clamp(-20, 20)
 
 
-def mask_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """`(B, M)`: 20 times the focal loss plus the dice loss of `(B, M, S, S)` logits against 0/1 masks."""
-    focal = sigmoid_focal_loss(logits, targets, alpha=0.25, gamma=2.0, reduction="none").mean((-2, -1))
-    chance = logits.sigmoid()
-    dice = 1 - (2 * (chance * targets).sum((-2, -1)) + 1) / (chance.sum((-2, -1)) + targets.sum((-2, -1)) + 1)
-    return 20 * focal + dice
-
-
 def best_of_masks_loss(logits: Tensor, predicted_iou: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """SAM's loss: 20 focal + dice of the best mask of each prompt, plus the squared error of every predicted IoU.
 
@@ -203,10 +182,12 @@ def best_of_masks_loss(logits: Tensor, predicted_iou: Tensor, targets: Tensor) -
     Returns:
         The mean loss and the mean IoU of the best mask.
     """
-    target = targets[:, None].expand_as(logits)
-    hard = logits > 0
+    target, hard = targets[:, None].expand_as(logits), logits > 0
     iou = (hard & target.bool()).sum((-2, -1)) / (hard | target.bool()).sum((-2, -1)).clamp(min=1)
-    loss = mask_losses(logits, target).amin(-1).mean() + functional.mse_loss(predicted_iou, iou)
+    focal = sigmoid_focal_loss(logits, target, alpha=0.25, gamma=2.0).mean((-2, -1))
+    chance = logits.sigmoid()
+    dice = 1 - (2 * (chance * target).sum((-2, -1)) + 1) / (chance.sum((-2, -1)) + target.sum((-2, -1)) + 1)
+    loss = (20 * focal + dice).amin(-1).mean() + functional.mse_loss(predicted_iou, iou)
     return loss, iou.amax(-1).mean()
 
 

@@ -21,19 +21,12 @@ from samantics.zoo.words import ClipObjective, SupervisedObjective
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One way to train a model.
+    """One way to train a model."""
 
-    Attributes:
-        make: the objective, its model untrained and of these sizes.
-        architecture: the pocket model that it ships.
-        asks: the question that its loss puts to a picture.
-        parent: the trained model whose trunk it starts from; empty: none.
-    """
-
-    make: Callable[[pocket.ZooConfig], Objective]
-    architecture: str
-    asks: str
-    parent: str = ""
+    make: Callable[[pocket.ZooConfig], Objective]  # the objective, its model untrained and of these sizes
+    architecture: str  # the pocket model that it ships
+    asks: str  # the question that its loss puts to a picture
+    parent: str = ""  # the trained model whose trunk it starts from; empty: none
 
 
 MASKS = "which pixels belong to the thing under this click, or in this box?"
@@ -54,11 +47,7 @@ OBJECTIVES = {
 
 
 def entry(name: str) -> Entry:
-    """How the model or control of that name is trained.
-
-    Raises:
-        StudyError: no such objective.
-    """
+    """How the model or control of that name is trained; StudyError where there is none."""
     if name not in OBJECTIVES:
         raise StudyError(f"no objective is called {name!r}: choose from {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name]

@@ -44,32 +44,21 @@ LICENCE = "CC BY-SA 4.0 (learned from drawings of six sets: see NOTICE)"
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How every model is trained. One recipe for all, so that only the objective differs.
+    """How every model is trained. One recipe for all, so that only the objective differs."""
 
-    Attributes:
-        images: pictures seen, counted with repetition.
-        pool: different pictures rendered; each is revisited `images / pool` times.
-        batch: pictures per step.
-        small, growth: until this share of the training, pictures are shrunk to `small` pixels, which is faster.
-        learning_rate: the highest of both optimisers; a linear warm-up, then a cosine to zero.
-        probe_points: how often the held-out objective and the probes are measured on the way.
-        theme_strength: of the world that is learned from.
-        seed: of initialisation, order of data, and augmentation.
-    """
-
-    images: int = 256_000
-    pool: int = 256_000
-    batch: int = 128
-    small: int = 64
-    growth: float = 0.875
-    learning_rate: float = 5e-3
+    images: int = 256_000  # pictures seen, counted with repetition
+    pool: int = 256_000  # different pictures rendered; each is revisited `images / pool` times
+    batch: int = 128  # pictures per step
+    small: int = 64  # pixels to which pictures are shrunk at first, which is faster
+    growth: float = 0.875  # the share of the training for which they are
+    learning_rate: float = 5e-3  # the highest of both optimisers; a linear warm-up, then a cosine to zero
     weight_decay: float = 0.05
-    warmup: float = 0.05
-    clip: float = 1.0
-    probe_points: int = 7
-    checkpoint_every: int = 100
-    theme_strength: float = World().theme_strength
-    seed: int = 0
+    warmup: float = 0.05  # share of the training
+    clip: float = 1.0  # of the gradient's norm
+    probe_points: int = 7  # how often the held-out objective and the probes are measured on the way
+    checkpoint_every: int = 100  # steps
+    theme_strength: float = World().theme_strength  # of the world that is learned from
+    seed: int = 0  # of initialisation, order of data, and augmentation
 
     @property
     def steps(self) -> int:
@@ -94,19 +83,12 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
-    """What a training reads, and what its curves are measured on: never a test artist.
+    """What a training reads, and what its curves are measured on: never a test artist."""
 
-    Attributes:
-        pool: to learn from.
-        held_out: never learned from; the objective is measured on them.
-        labelled: one labelled picture of every training drawing, for the probes of the curves.
-        choice: what these probes are tested on: the validation artist's drawings.
-    """
-
-    pool: Pictures
-    held_out: Pictures
-    labelled: Pictures
-    choice: Pictures
+    pool: Pictures  # to learn from
+    held_out: Pictures  # never learned from; the objective is measured on them
+    labelled: Pictures  # one labelled picture of every training drawing, for the probes of the curves
+    choice: Pictures  # what these probes are tested on: the validation artist's drawings
 
 
 def training_data(recipe: Recipe, workers: int = 0) -> TrainingData:
