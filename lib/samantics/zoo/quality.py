@@ -25,6 +25,7 @@ from samantics.mojiworld.rendered import Pictures, stored_pictures
 from samantics.mojiworld.world import STREAMS, Stream, World, visible_drawings
 from samantics.probing.knn import knn_probe
 from samantics.probing.linear import linear_probe
+from samantics.probing.zero_shot import class_texts, zero_shot_probe
 from samantics.training_free.mask_features import token_weights, unit
 from samantics.zoo.contract import batches, pooled
 from samantics.zoo.masks import Sam2Objective, SamObjective
@@ -184,26 +185,21 @@ def iou_with(logits: Tensor, true: NDArray[np.bool_]) -> NDArray[np.float64]:
 # ------------------------------------------------------------------------------------------------------------- words
 
 
-@torch.no_grad()
 def words(encoder: Encoder, split: Split, share: float) -> Measures:
     """Class by prompt, and whose caption is nearest to a scene (percent)."""
-    tokenizer = pocket.WordTokenizer()
-
-    def embedded(texts: Sequence[str]) -> Tensor:
-        vectors: Tensor = encoder.model.encode_text(tokenizer(texts).to(encoder.device), normalize=True)
-        return vectors
-
-    names = functional.normalize(torch.stack([embedded(its).mean(0) for its in captions.class_prompts()]), dim=1)
-    asked, scenes = pictures_of(encoder, split.pictures, share), pictures_of(encoder, split.scenes, share, 600)
-    named = (pooled(encoder, asked.images) @ names.T).argmax(1).cpu().numpy()
+    pictures, scenes = pictures_of(encoder, split.pictures, share), pictures_of(encoder, split.scenes, share, 600)
     rng = np.random.default_rng(0)
-    texts = embedded([captions.caption(rng, drawings) for drawings in scenes.drawings.tolist()])
-    nearest = (pooled(encoder, scenes.images) @ texts.T).argmax(1).cpu().numpy()
-    each = np.arange(len(nearest))
-    return {
-        "zero_shot": (100.0 * (named == asked.labels), asked.labels),
-        "retrieval": (100.0 * (nearest == each), each),
+    own = [[captions.caption(rng, drawings)] for drawings in scenes.drawings.tolist()]
+    asked = {
+        "zero_shot": (pictures, pictures.labels, captions.class_prompts()),
+        "retrieval": (scenes, np.arange(len(scenes)), own),
     }
+    found = {}
+    for measure, (shown, labels, texts) in asked.items():
+        vectors = pooled(encoder, shown.images).cpu().numpy()
+        right = zero_shot_probe(vectors, labels, class_texts(encoder, texts)).top1[0]
+        found[measure] = (100.0 * right, labels)
+    return found
 
 
 # -------------------------------------------------------------------------------------------------- the shipped zoo
