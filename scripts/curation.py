@@ -5,6 +5,8 @@
 3. Drawings that fill a tile (`is_tile`) are left out: their silhouette is the tile's, not the thing's.
 4. A class has both test artists and at least `MIN_TRAIN_ARTISTS` train artists.
 5. Of emoji that differ by a detail one stays, and what is not one thing with one look goes (`LEFT_OUT`).
+
+The lists are in `assets/curation.json`.
 """
 
 from __future__ import annotations
@@ -13,15 +15,14 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from importlib.resources import files
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
-from samantics.cache import atomic_path
+from samantics.cache import PROJECT, atomic_path
 from samantics.errors import StudyError
 from samantics.mojiworld.catalogue import COLUMNS
 from samantics.mojiworld.drawings import ARTISTS, Key, load_package, packages_dir, rasterised
@@ -31,119 +32,10 @@ MIN_TRAIN_ARTISTS, TEST_ARTISTS = 4, 2
 NOVEL, INSTANCE_CLASSES = 20, 80
 TILE_COVER = 0.93  # of its square box: round and pointed things cover less, and so do nearly all boxes
 
-SUPERCLASSES: Mapping[str, str] = {
-    "mammal": "bat bear boar camel cat chipmunk cow deer dog elephant ewe fox goat gorilla hamster horse koala "
-    "leopard lion monkey mouse ox panda pig poodle rabbit ram rhinoceros tiger unicorn water-buffalo wolf",
-    "bird": "baby-chick bird chicken dove duck eagle hatching-chick owl penguin rooster turkey",
-    "sea animal": "blowfish crab dolphin fish octopus shark shrimp spiral-shell spouting-whale squid tropical-fish",
-    "bug or reptile": "ant bug butterfly crocodile dragon frog honeybee lady-beetle lizard scorpion snail snake "
-    "spider turtle",
-    "plant": "blossom bouquet cactus cherry-blossom christmas-tree deciduous-tree evergreen-tree fallen-leaf "
-    "four-leaf-clover herb hibiscus leaf-fluttering-in-wind maple-leaf mushroom palm-tree pine-decoration rose "
-    "seedling sheaf-of-rice sunflower tanabata-tree tulip white-flower wilted-flower",
-    "fruit or vegetable": "avocado banana carrot cherries chestnut cucumber ear-of-corn eggplant grapes hot-pepper "
-    "kiwi-fruit lemon melon peach peanuts pear pineapple potato red-apple roasted-sweet-potato strawberry tangerine "
-    "tomato watermelon",
-    "meal": "bacon baguette-bread bread burrito cheese-wedge cooked-rice cooking croissant curry-rice egg "
-    "fish-cake-with-swirl french-fries fried-shrimp green-salad hamburger hot-dog meat-on-bone oden pancakes pizza "
-    "popcorn pot-of-food poultry-leg rice-ball rice-cracker shallow-pan-of-food spaghetti steaming-bowl "
-    "stuffed-flatbread sushi taco",
-    "sweet": "birthday-cake candy chocolate-bar cookie custard dango doughnut honey-pot ice-cream lollipop shaved-ice "
-    "shortcake soft-ice-cream",
-    "drink or tableware": "amphora baby-bottle beer-mug bottle-with-popping-cork clinking-glasses cocktail-glass "
-    "fork-and-knife glass-of-milk hot-beverage kitchen-knife sake spoon teacup-without-handle tropical-drink "
-    "wine-glass",
-    "nature": "cloud cloud-with-lightning cloud-with-rain cloud-with-snow comet crescent-moon cyclone droplet fire "
-    "full-moon globe-showing-europe-africa high-voltage mountain rainbow snowflake snowman sparkles star sun "
-    "sun-behind-cloud tornado volcano water-wave wind-face",
-    "town": "barber-pole building-construction bus-stop carousel-horse castle church circus-tent classical-building "
-    "construction derelict-house factory ferris-wheel fountain fuel-pump hospital house japanese-castle moai mosque "
-    "oil-drum police-car-light postbox roller-coaster school shinto-shrine stadium stop-sign synagogue tokyo-tower "
-    "vertical-traffic-light wedding",
-    "land vehicle": "ambulance articulated-lorry automobile bicycle bullet-train bus delivery-truck fire-engine "
-    "kick-scooter locomotive metro minibus monorail motor-scooter motorcycle mountain-railway police-car racing-car "
-    "railway-car sport-utility-vehicle taxi tractor tram trolleybus",
-    "aircraft or boat": "airplane anchor canoe helicopter mountain-cableway passenger-ship rocket sailboat satellite "
-    "ship small-airplane speedboat suspension-railway",
-    "clothing": "bikini crown dress graduation-cap high-heeled-shoe jeans kimono mans-shoe martial-arts-uniform "
-    "rescue-workers-helmet running-shirt running-shoe t-shirt top-hat womans-boot womans-clothes womans-hat "
-    "womans-sandal",
-    "accessory": "backpack briefcase closed-umbrella clutch-bag gem-stone glasses handbag lipstick prayer-beads purse "
-    "reminder-ribbon ribbon ring shopping-bags sunglasses umbrella watch",
-    "sport": "american-football badminton baseball basketball bow-and-arrow bowling boxing-glove bullseye "
-    "cricket-game field-hockey fishing-pole flag-in-hole goal-net ice-hockey ice-skate ping-pong pool-8-ball "
-    "rugby-football skis soccer-ball sports-medal trophy volleyball",
-    "toy or party": "admission-tickets artist-palette balloon carp-streamer confetti-ball crystal-ball "
-    "flower-playing-cards game-die jack-o-lantern japanese-dolls joker joystick mahjong-red-dragon military-medal "
-    "party-popper performing-arts red-paper-lantern slot-machine video-game wind-chime wrapped-gift",
-    "music or sound": "bell drum guitar headphone level-slider megaphone microphone musical-note musical-score "
-    "postal-horn radio saxophone speaker-high-volume studio-microphone trumpet violin",
-    "device": "battery camera clapper-board computer-mouse desktop-computer electric-plug fax-machine film-frames "
-    "flashlight keyboard laptop light-bulb magnifying-glass-tilted-left microscope mobile-phone movie-camera "
-    "optical-disk pager printer satellite-antenna telephone telephone-receiver telescope television trackball "
-    "video-camera videocassette",
-    "tool": "alembic balance-scale bomb chains clamp crossed-swords dagger gear hammer hammer-and-wrench key link "
-    "locked nut-and-bolt old-key pick pill scissors shield syringe thermometer wrench",
-    "household": "alarm-clock bathtub bed bellhop-bell candle cigarette coffin couch-and-lamp door funeral-urn "
-    "hourglass-done mantelpiece-clock seat shopping-cart shower stopwatch timer-clock toilet wastebasket",
-    "stationery": "ballot-box-with-ballot black-nib books card-index clipboard crayon credit-card dollar-banknote "
-    "envelope file-cabinet file-folder inbox-tray label memo money-bag money-with-wings open-book package "
-    "page-facing-up paintbrush paperclip pen pencil pushpin rolled-up-newspaper round-pushpin scroll spiral-calendar "
-    "spiral-notepad straight-ruler triangular-ruler world-map",
-}
-
-LEFT_OUT: Mapping[str, str] = {  # reason -> the emoji, as a regular expression
-    "a time on the face of one clock": r".*-(oclock|thirty)",
-    "a phase of the moon, with or without a face": r"(new|waxing|waning|first|last)-.*moon.*|full-moon-face",
-    "the head of an animal that is a class": r"(cat|cow|dog|dragon|horse|monkey|mouse|pig|rabbit|tiger)-face",
-    "a trace or part of an animal": r"paw-prints|pig-nose|spider-web",
-    "a state of a thing that is a class": r"airplane-(arrival|departure)|.*mailbox-.*|bell-with-slash|open-file-folder|"
-    r"unlocked|locked-with-.*|mobile-phone-with-arrow|camera-with-flash|hourglass-not-done|umbrella-.*|outbox-tray|"
-    r"(muted|speaker-(low|medium)).*|(incoming-)?envelope-?.*|e-mail|chart-.*|tear-off-calendar",
-    "a thing that is a class, seen from another side": r"oncoming-.*|front-facing-.*|.*-tilted-right|train|station",
-    "a thing that is a class, in another colour": r"(blue|green|orange)-book|green-apple|.*-decorative-cover|"
-    r"(2nd|3rd)-place-medal|(euro|pound|yen)-banknote|dvd",
-    "a thing that is a class, with a detail more or less": r"two-hump-camel|rat|shamrock|snowman-without-snow|"
-    r"glowing-star|cloud-with-lightning-and-rain|sun-(behind-(large|small|rain)-cloud|with-face)|whale|globe-.*|rosette|"
-    r"shooting-star|fork-and-knife-with-plate|ticket|ferry|motor-boat|fountain-pen|page-with-curl|1st-place-medal|"
-    r"aerial-tramway|light-rail|high-speed-train|tram-car|horizontal-traffic-light|loudspeaker|film-projector",
-    "several of a thing that is a class": r"clinking-beer-mugs|musical-notes|linked-paperclips|house(s|-with-garden)|"
-    r"hammer-and-pick",
-    "a building told from another by its sign only": r"bank|(love-)?hotel|(department|convenience)-store|.*post-office",
-    "a landscape": r"beach-.*|bridge-at-night|camping|cityscape.*|desert.*|foggy|milky-way|moon-viewing-ceremony|"
-    r"motorway|national-park|night-with-stars|railway-track|sun(rise|set).*|map-of-japan|fog",
-    "a sign": r"(spade|club|heart|diamond)-suit|hot-springs",
-    "different things by different artists": r"water-pistol|tennis|bookmark-tabs",
-}
-
-WRONG: Mapping[str, str] = {  # artist -> emoji whose name leads to something else there, or to a framed picture
-    "openmoji": "scroll",
-    "noto-v1": "cricket",
-    "emojione": "cricket",
-    "emojione-v1": "keyboard laptop shield",
-    "streamline-emojis": "carousel-horse castle fountain rainbow roller-coaster ship turkey",
-    "fxemoji": "construction game-die keyboard sunglasses umbrella",
-}
-
-RENAMED: Mapping[str, str] = dict(  # where an emoji's name is not what the thing is called (- stands for a blank)
-    re.findall(
-        r"(\S+)=(\S+)",
-        "bottle-with-popping-cork=champagne bug=caterpillar building-construction=crane "
-        "clinking-glasses=champagne-glasses construction=road-barrier cooking=frying-pan couch-and-lamp=couch "
-        "deciduous-tree=tree dollar-banknote=banknote evergreen-tree=fir fish-cake-with-swirl=fish-cake "
-        "flag-in-hole=golf-hole flower-playing-cards=playing-card globe-showing-europe-africa=globe "
-        "high-voltage=lightning hot-beverage=coffee hourglass-done=hourglass lady-beetle=ladybird "
-        "leaf-fluttering-in-wind=green-leaf magnifying-glass-tilted-left=magnifying-glass "
-        "mahjong-red-dragon=mahjong-tile mans-shoe=shoe optical-disk=disk performing-arts=masks "
-        "police-car-light=warning-light pool-8-ball=billiard-ball rescue-workers-helmet=helmet "
-        "speaker-high-volume=speaker spouting-whale=whale t-shirt=shirt teacup-without-handle=tea "
-        "vertical-traffic-light=traffic-light womans-boot=boot womans-clothes=blouse womans-hat=hat "
-        "womans-sandal=sandal ",
-    )
-)
-
-
-# ------------------------------------------------------------------------------------------------ making the tables
+ASSETS = PROJECT / "lib" / "samantics" / "assets"
+# superclass -> its emoji; reason to leave out -> emoji, as a regular expression; artist -> emoji whose name leads to
+# something else there, or to a framed picture; emoji -> what the thing is called, where that is another name
+SUPERCLASSES, LEFT_OUT, WRONG, RENAMED = json.loads((ASSETS / "curation.json").read_text(encoding="utf-8")).values()
 
 
 def candidates() -> dict[str, str]:
@@ -180,21 +72,14 @@ def is_tile(image: Image.Image) -> bool:
     return cover > TILE_COVER and 0.9 < image.width / image.height < 1.1
 
 
-def write_catalogue(folder: Path | None = None) -> tuple[Path, Path]:
-    """Make `catalogue.csv` and `instance_classes.csv` from the installed packages.
-
-    Args:
-        folder: where to; None: the library's own `assets`.
-
-    Returns:
-        The paths of both tables.
+def write_catalogue(folder: Path = ASSETS) -> tuple[Path, Path]:
+    """Make `catalogue.csv` and `instance_classes.csv` from the installed packages; their paths.
 
     Raises:
         StudyError: the packages are not there, or an emoji has neither a superclass nor a reason to be left out.
     """
-    home = folder or Path(str(files("samantics").joinpath("assets")))
     table = made_catalogue()
-    paths = home / "catalogue.csv", home / "instance_classes.csv"
+    paths = folder / "catalogue.csv", folder / "instance_classes.csv"
     for path, content in zip(paths, (table, made_instance_classes(table)), strict=True):
         with atomic_path(path) as temporary:
             content.to_csv(temporary, index=False, lineterminator="\n")
@@ -219,7 +104,7 @@ def made_catalogue() -> pd.DataFrame:
         name = RENAMED.get(icon, icon).replace("-", " ")
         rows += [(code, name, superclass_of[icon], artist, found) for artist, found in drawn]
     if unplaced:
-        raise StudyError(f"{', '.join(unplaced)}: write these emoji into SUPERCLASSES or LEFT_OUT of curation.py")
+        raise StudyError(f"{', '.join(unplaced)}: place these emoji in assets/curation.json")
     order = {name: place for place, name in enumerate(SUPERCLASSES)}
     rows.sort(key=lambda row: (order[row[2]], row[1], list(ARTISTS).index(row[3])))
     return pd.DataFrame(rows, columns=COLUMNS)
