@@ -23,9 +23,19 @@ from samantics.errors import StudyError
 from samantics.metrics.claims import evidence, findings, shown
 from samantics.metrics.intervals import Interval
 
-EMBEDDED_WIDTH = 1100  # pixels of the pictures inside the report; the full ones lie beside it
+EMBEDDED_WIDTH = 1400  # pixels of the pictures inside the report; the full ones lie beside it
 ROWS_SHOWN = 60  # of a table without a picture
-ORIGIN = ("seed", "git_revision", "written", "machine", "python", "packages", "recorded")  # of a result's record
+ORIGIN = (
+    "scale",
+    "mark",
+    "seed",
+    "git_revision",
+    "written",
+    "machine",
+    "python",
+    "packages",
+    "recorded",
+)  # of a result's record
 TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
 
 
@@ -43,15 +53,15 @@ def notebook_page(notebook: nbformat.NotebookNode, title: str) -> str:
 
 
 def write_report(figures: Path) -> Path:
-    """Write ``index.html`` of a run: findings first, then each notebook's figures and tables, then their origin.
+    """Write `index.html` of a folder of figures: findings, each notebook's figures and tables, their origin.
 
-    Args:
-        figures: folder of one scale's figures.
-
-    Raises:
-        StudyError: the folder cannot be written, or holds a file among the results that is none.
+    Results that a notebook's newest run did not write again are shown as an earlier run's.
     """
-    results = [_result(path) for path in sorted(figures.glob("[0-9A-Z][0-9]_*.json"))]
+    times, results = figures / "run.csv", [_result(path) for path in sorted(figures.glob("[0-9A-Z][0-9]_*.json"))]
+    runs = pd.read_csv(times, keep_default_na=False) if times.is_file() else pd.DataFrame({"notebook": []})
+    newest = {row["notebook"]: row for row in runs.to_dict("records")}
+    for result in results:
+        result["earlier"] = str(result["written"]) < newest.get(result["notebook"], {}).get("started", "")
     executed = {path.stem: path for path in figures.glob("notebooks/*.ipynb")}
     sections = [
         {
@@ -59,17 +69,19 @@ def write_report(figures: Path) -> Path:
             "title": notebook_title(executed[name]) if name in executed else name,
             "executed": name in executed,
             "results": [result for result in results if result["notebook"] == name],
+            "run": newest.get(name, {}),
         }
         for name in sorted(executed.keys() | {result["notebook"] for result in results})
     ]
-    newest = {result["notebook"]: result for result in sorted(results, key=lambda result: str(result["written"]))}
-    times = figures / "run.csv"
+    latest = {result["notebook"]: result for result in sorted(results, key=lambda result: str(result["written"]))}
     text = _page(
-        scale=figures.name,
+        scale=next((result["scale"] for result in results), figures.name),
+        own=dict.fromkeys(row["data"] for row in newest.values() if row.get("data")),
+        mark=next((result["mark"] for result in results), ""),
         sections=sections,
         overview=next((result for result in results if result["name"] == "04_summary"), None),
-        runs=_table(pd.read_csv(times, keep_default_na=False)) if times.is_file() else "",
-        origins={name: json.dumps({key: newest[name][key] for key in ORIGIN}, indent=1) for name in sorted(newest)},
+        runs=_table(runs),
+        origins={name: json.dumps({key: latest[name][key] for key in ORIGIN}, indent=1) for name in sorted(latest)},
         **_verdicts(figures),
     )
     with atomic_path(figures / "index.html") as temporary:
@@ -108,7 +120,7 @@ def _verdicts(figures: Path) -> dict[str, Any]:
         measured = Interval(row["measured"], row["low"], row["high"])
         row["this run"] = shown(measured) if measured.value == measured.value else "–"  # not where it is not a number
         claims.append({name: str(row[name]) for name in ("claim", "statement", "paper", "this run", "verdict")})
-    return {"claims": claims, "comparisons": _table(comparisons)}
+    return {"claims": claims, "comparisons": _table(comparisons.drop(columns="others"))}
 
 
 def _embedded(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
+import datetime
 import io
 import logging
 import os
@@ -40,24 +41,15 @@ logging.getLogger("papermill").setLevel(logging.ERROR)
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of one notebook.
-
-    Attributes:
-        notebook: its name.
-        seconds: from kernel start to end.
-        peak_gib: most memory that its kernel and the kernel's children held together.
-        figures: pictures that it left.
-        error: one line that says where and why it stopped; empty when it ran to its end.
-    """
+    """What became of one notebook."""
 
     notebook: str
-    seconds: float
-    peak_gib: float
-    figures: int
-    error: str = ""
-
-
-# -------------------------------------------------------------------------------------------------------- the run
+    seconds: float  # from kernel start to end
+    peak_gib: float  # most memory that its kernel and the kernel's children held together
+    figures: int  # pictures that it left
+    error: str = ""  # one line that says where and why it stopped; empty when it ran to its end
+    data: str = ""  # names of the user's own files, where it ran on them
+    started: str = ""  # time in UTC: results that are older are of an earlier run
 
 
 def run_study(
@@ -67,53 +59,45 @@ def run_study(
 
     Args:
         scale: name of a scale.
-        only: numbers or names of the notebooks to run; when empty the scale's, or ``05`` where the user's own data is
-            given (which at ``paper`` is the scale's data).
+        only: numbers or names of notebooks; when empty the scale's, or 05 where the user's own data is given (which at
+            `paper` is the scale's data).
         fresh: empty the scale's cache first.
         parameters: values for those parameters that a notebook has; each must be known to one notebook at least.
-
-    Raises:
-        StudyError: unknown scale, notebook or parameter; no such path; another run of this scale is under way.
     """
     usual = get_scale(scale).notebooks
     given = checked(parameters or {})
-    own = bool(given.keys() & set(OWN_DATA))
+    own = {name: Path(given[name]).name for name in OWN_DATA if name in given}
     chosen = only or (["05"] if own and scale != "paper" else usual)
     values = {path: parameter_names(path) for path in select_notebooks(chosen)}
-    unknown = given.keys() - set().union(*values.values())
-    if unknown:
+    if unknown := given.keys() - set().union(*values.values()):
         option = min(unknown).replace("_", "-")
         raise StudyError(f"no notebook of this run takes --{option}: leave it out, or choose others by --only")
     for variable, place in (("SAMANTICS_FIGURES", figures_dir()), ("SAMANTICS_CACHE", cache_dir())):
         if place.exists() and not place.is_dir():
             raise StudyError(f"{place} is a file and cannot hold results: let {variable} name a folder")
-    figures, outcomes, reports = figures_dir().resolve() / scale, [], []
+    outcomes, reports = [], []
     with only_run(scale), kernel_environment():
         if fresh:
             shutil.rmtree(cache_dir() / scale, ignore_errors=True)
-        for folder in (figures, cache_dir() / scale):
+        for folder in (figures_dir() / scale, cache_dir() / scale):
             remove_leftovers(folder, "**/.*")
         prepare(scale, [path.stem.split("_")[0] for path in values], given)
         for path, names in values.items():
-            place = own_figures(scale).resolve() if own and names & given.keys() & set(OWN_DATA) else figures
+            mine = ", ".join(own[name] for name in own if name in names)
+            figures = (own_figures(scale) if mine else figures_dir() / scale).resolve()
             known = {name: value for name, value in {"scale": scale, **given}.items() if name in names}
-            outcomes.append(execute(path, place, known))
+            outcomes.append(dataclasses.replace(execute(path, figures, known), data=mine))
             print(_row(outcomes[-1]), flush=True)
-            save_outcomes(place, outcomes[-1:])
-            reports.append(write_report(place))
+            save_outcomes(figures, outcomes[-1:])
+            reports.append(write_report(figures))
     for report in dict.fromkeys(reports):
         print(f"report: {report}")
     return outcomes
 
 
 def checked(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters as notebooks take them: paths absolute, as text.
-
-    Raises:
-        StudyError: a path does not exist, or the seed is out of range.
-    """
-    if "seed" in parameters:
-        checked_seed(parameters["seed"])
+    """The parameters as notebooks take them, paths absolute; StudyError for a path or seed that cannot be."""
+    checked_seed(parameters.get("seed", 0))
     values = dict(parameters)
     for name in values.keys() & set(OWN_DATA):
         if not os.path.exists(values[name]):  # nor does a name that is too long for a file
@@ -123,28 +107,18 @@ def checked(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def select_notebooks(only: Sequence[str] = ()) -> list[Path]:
-    """The numbered notebooks (``00_...`` to ``99_...``, then appendices ``A1_...``), sorted.
-
-    Raises:
-        StudyError: none there, or ``only`` names one that is not.
-    """
+    """The numbered notebooks (`00_...` to `99_...`, then appendices `A1_...`), sorted; those that `only` names."""
     paths = sorted(path for path in NOTEBOOKS.glob("*.ipynb") if NUMBERED.fullmatch(path.stem))
     if not paths:
         raise StudyError(f"{NOTEBOOKS} has no numbered notebook: restore it with git checkout")
-    names = {path: (path.stem, path.stem.split("_")[0], path.name) for path in paths}
-    for name in only:
-        if not any(name in known for known in names.values()):
-            known = ", ".join(path.stem for path in paths)
-            raise StudyError(f"no notebook is called {name!r}: choose from {known}")
-    return [path for path in paths if not only or set(only) & set(names[path])]
+    names = {path: {path.stem, path.stem.split("_")[0], path.name} for path in paths}
+    if unknown := [name for name in only if not any(name in known for known in names.values())]:
+        raise StudyError(f"no notebook is called {unknown[0]!r}: choose from {', '.join(path.stem for path in paths)}")
+    return [path for path in paths if not only or names[path].intersection(only)]
 
 
 def parameter_names(path: Path) -> set[str]:
-    """Names that the notebook's cell tagged ``parameters`` assigns.
-
-    Raises:
-        StudyError: the notebook cannot be read.
-    """
+    """Names that the notebook's cell tagged `parameters` assigns."""
     try:
         return set(papermill.inspect_notebook(path))
     except OSError as error:
@@ -155,11 +129,7 @@ def parameter_names(path: Path) -> set[str]:
 
 
 def write_student_notebooks(only: Sequence[str] = (), folder: Path = PROJECT / "student") -> Path:
-    """Write the notebooks with an empty cell in place of each that is tagged ``solution``; the folder.
-
-    Raises:
-        StudyError: no such notebook; the folder cannot be written.
-    """
+    """Write the notebooks with an empty cell in place of each that is tagged `solution`; the folder."""
     for path in select_notebooks(only):
         notebook = nbformat.read(path, as_version=4)
         for cell in notebook.cells:
@@ -172,21 +142,13 @@ def write_student_notebooks(only: Sequence[str] = (), folder: Path = PROJECT / "
 
 @contextlib.contextmanager
 def only_run(scale: str) -> Iterator[None]:
-    """Hold the one place of a run at this scale.
-
-    Raises:
-        StudyError: another process holds it.
-    """
+    """Hold the one place of a run at this scale; StudyError where another process holds it."""
     cache_dir().mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(cache_dir() / f"{scale}.lock")
     try:
-        lock.acquire(timeout=0)
+        with filelock.FileLock(cache_dir() / f"{scale}.lock", timeout=0):
+            yield
     except filelock.Timeout as error:
-        raise StudyError(f"another run at scale {scale} is under way ({lock.lock_file}): wait for its end") from error
-    try:
-        yield
-    finally:
-        lock.release()
+        raise StudyError(f"another run at scale {scale} is under way ({error.lock_file}): wait for its end") from error
 
 
 @contextlib.contextmanager
@@ -205,7 +167,7 @@ def kernel_environment() -> Iterator[None]:
 
 
 def save_outcomes(figures: Path, outcomes: Sequence[Outcome]) -> None:
-    """Write ``run.csv``: the newest outcome of every notebook of this scale, in order."""
+    """Write `run.csv`: the newest outcome of every notebook of this scale, in order."""
     path, table = figures / "run.csv", pd.DataFrame(outcomes)
     if path.is_file():
         earlier = pd.read_csv(path, keep_default_na=False)
@@ -225,17 +187,10 @@ def _row(outcome: Outcome) -> str:
     return f"{outcome.notebook:<28}{outcome.seconds:>9.1f}{outcome.peak_gib:>10.2f} GiB{outcome.figures:>9}{end}"
 
 
-# --------------------------------------------------------------------------------------------------- one notebook
-
-
 def execute(path: Path, figures: Path, parameters: Mapping[str, Any]) -> Outcome:
-    """Run one notebook; leave it with its outputs, and as a page, in ``figures/notebooks``, also when it fails.
-
-    Raises:
-        StudyError: the folder cannot be written.
-    """
+    """Run one notebook; leave it with its outputs, and as a page, in `figures/notebooks`, also when it fails."""
     target, error = figures / "notebooks" / path.name, ""
-    before, started = _pictures(figures, path), time.monotonic()
+    before, started, date = _pictures(figures, path), time.monotonic(), datetime.datetime.now(datetime.UTC)
     bar = {"desc": path.stem, "delay": 5, "leave": False, "mininterval": 0.1 if sys.stderr.isatty() else 10}
     with peak_memory() as peak, atomic_path(target) as temporary:
         try:
@@ -261,7 +216,8 @@ def execute(path: Path, figures: Path, parameters: Mapping[str, Any]) -> Outcome
     with atomic_path(target.with_suffix(".html")) as temporary:
         temporary.write_text(notebook_page(nbformat.read(target, as_version=4), path.stem), encoding="utf-8")
     left, seconds = _pictures(figures, path) - before, round(time.monotonic() - started, 1)
-    return Outcome(path.stem, seconds, round(max(peak) / 2**30, 2), len(left), error)
+    gib, when = round(max(peak) / 2**30, 2), date.isoformat(timespec="seconds")
+    return Outcome(path.stem, seconds, gib, len(left), error, started=when)
 
 
 def _pictures(figures: Path, notebook: Path) -> set[tuple[str, int, int]]:
@@ -294,24 +250,18 @@ def clean_notebook(path: Path) -> None:
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell.id = "injected-parameters"  # papermill draws one at random
         for output in cell.get("outputs", []):
-            data = output.get("data", {})
-            if "image/png" in data:
-                data["image/png"] = _few_colours(data["image/png"])
+            if png := output.get("data", {}).get("image/png"):
+                small = io.BytesIO()
+                with Image.open(io.BytesIO(base64.b64decode(png))) as drawn:
+                    few_colours(drawn).save(small, "PNG", optimize=True)
+                output.data["image/png"] = base64.b64encode(small.getvalue()).decode()
     text = nbformat.writes(notebook).replace(f"{figures_dir()}/", "figures/").replace(f"{PROJECT}/", "")
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def _few_colours(png: str) -> str:
-    """A picture (base64) in 256 colours."""
-    small = io.BytesIO()
-    with Image.open(io.BytesIO(base64.b64decode(png))) as drawn:
-        few_colours(drawn).save(small, "PNG", optimize=True)
-    return base64.b64encode(small.getvalue()).decode()
-
-
 @contextlib.contextmanager
 def peak_memory(interval: float = 1.0) -> Iterator[list[int]]:
-    """A list to which the memory of this process's children (bytes) is added every ``interval`` seconds."""
+    """A list to which the memory of this process's children (bytes) is added every `interval` seconds."""
     samples, over = [0], threading.Event()
 
     def watch() -> None:

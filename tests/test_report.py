@@ -46,6 +46,16 @@ def test_report_has_findings_figures_tables_and_origin(report: Path) -> None:
     assert "abc123" in text and "&lt;b&gt;" in text and text.count("not measured") >= 5
 
 
+def test_what_the_newest_run_did_not_make_again_is_an_earlier_runs(report: Path) -> None:
+    times = report.parent / "run.csv"
+    assert "From an earlier run" not in report.read_text() and "on your own data" not in report.read_text()
+    run = {"data": "photos", "started": "2999-01-01T00:00:00+00:00", "error": "99_test stopped in cell [2]: no class"}
+    pd.read_csv(times).assign(**run).to_csv(times, index=False)
+    text = write_report(report.parent).read_text()
+    assert text.count("From an earlier run") == 2 and "on your own data: <b>photos</b>" in text
+    assert "This run stopped: 99_test stopped in cell [2]: no class" in text
+
+
 def test_links_inside_the_report_lead_to_files(report: Path) -> None:
     for target in re.findall(r'href="([^"#][^"]*)"', report.read_text()):
         assert target == "data:," or (report.parent / target).is_file(), target

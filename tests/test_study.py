@@ -72,7 +72,7 @@ def test_own_data_runs_05_and_its_results_lie_beside_those_of_pocket(
     before = {path: path.read_bytes() for path in figures.rglob("*") if path.is_file()}
     (own_notebooks / "mine.json").touch()
     (outcome,) = study.run_study("pocket", parameters={"references": own_notebooks / "mine.json"})
-    assert (outcome.notebook, outcome.figures, outcome.error) == ("05_your_data", 1, "")
+    assert (outcome.notebook, outcome.figures, outcome.error, outcome.data) == ("05_your_data", 1, "", "mine.json")
     assert capsys.readouterr().out.splitlines()[-1].endswith("pocket/own_data/index.html")
     names = ("05_picture.png", "run.csv", "index.html", "notebooks/05_your_data.ipynb")
     assert all((figures / "own_data" / name).is_file() and figures / name in before for name in names)
