@@ -1,4 +1,4 @@
-"""Do two runs agree? ``python -m samantics compare OLD NEW`` compares the tables of two folders of figures.
+"""Do two runs agree? `python -m samantics compare OLD NEW` compares the tables of two folders of figures.
 
 Tolerances. Where a number has an interval, the new number must lie within the old interval widened by half its width
 on either side (by twice its width in notebook 02, whose model is trained within the run: the least difference in
@@ -9,7 +9,6 @@ Counts, rows, columns and the verdicts on the claims must be the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +34,7 @@ INTERVALS = {  # column of a number: columns of its interval
     "value": ("low", "high"),
     "difference": ("low", "high"),
 }
+NUMBERS = ["difference", "low", "high", "effect_of_interest"]  # of a table of differences
 WIDENED = 0.5  # of the interval's width, on either side
 WIDENED_TRAINED = 2.0  # where a model is trained within the run
 RELATIVE = 0.1
@@ -52,10 +52,7 @@ def agree(old: Path, new: Path) -> bool:
 
 
 def differences(old: Path, new: Path) -> list[str]:
-    """One line for each real difference between the tables of two folders of figures; empty when they agree.
-
-    A table that neither folder has is none; one that only one of them has is a difference.
-    """
+    """One line for each real difference between the tables of two folders; a table that one of them lacks is one."""
     found = []
     for name, keys in TABLES.items():
         paths = [folder / f"{name}.csv" for folder in (old, new)]
@@ -65,36 +62,32 @@ def differences(old: Path, new: Path) -> list[str]:
         elif all(there):
             before, after = (pd.read_csv(path) for path in paths)
             if name.endswith("differences"):  # the verdicts are those of 04, and a p may move by orders of magnitude
-                before, after = (t.drop(columns=["p", "p_holm", "verdict"], errors="ignore") for t in (before, after))
+                before, after = (t[[*KEYS, *NUMBERS]] for t in (before, after))
             if name == "04_findings":  # its numbers are those of the other tables
-                before, after = before[["claim", "verdict"]], after[["claim", "verdict"]]
+                before, after = (t[["claim", "verdict"]] for t in (before, after))
             widened = WIDENED_TRAINED if name.startswith("02") else WIDENED
             found += [f"{name}: {line}" for line in table_differences(before, after, keys, widened)]
     return found
 
 
 def table_differences(old: pd.DataFrame, new: pd.DataFrame, keys: list[str], widened: float = WIDENED) -> list[str]:
-    """One line for each number of ``new`` that is outside the tolerance around ``old``, and for each other word."""
+    """One line for each number of `new` that is outside the tolerance around `old`, and for each other verdict."""
     if list(old.columns) != list(new.columns):
         return [f"columns {', '.join(new.columns)} instead of {', '.join(old.columns)}"]
     old, new = old.set_index(keys).sort_index(), new.set_index(keys).sort_index()
     if not old.index.equals(new.index):
         odd = old.index.symmetric_difference(new.index)
         return [f"{len(odd)} rows are in one run only, such as {odd[0]}" if len(odd) else "a row occurs twice"]
-    return list(_outside(old, new, widened))
-
-
-def _outside(old: pd.DataFrame, new: pd.DataFrame, widened: float) -> Iterator[str]:
+    found = []
+    for row in old.index[old["verdict"] != new["verdict"]] if "verdict" in old else ():
+        found.append(f"{row}: the verdict is {new['verdict'][row]!r}, expected {old['verdict'][row]!r}")
     bounds = {bound for pair in INTERVALS.values() for bound in pair}
-    if "verdict" in old:
-        for row in old.index[old["verdict"] != new["verdict"]]:
-            yield f"{row}: the verdict is {new['verdict'][row]!r}, expected {old['verdict'][row]!r}"
     for column in old.select_dtypes("number").columns.difference(bounds, sort=False):
-        before, after = old[column].to_numpy(float), new[column].to_numpy(float)
-        low, high = _allowed(old, column, widened)
-        inside = (low <= after) & (after <= high) | np.isnan(before) & np.isnan(after)
+        value, (low, high) = new[column].to_numpy(float), _allowed(old, column, widened)
+        inside = (low <= value) & (value <= high) | np.isnan(value) & old[column].isna()
         for row in np.flatnonzero(~inside):
-            yield f"{old.index[row]}: {column} is {after[row]:.4g}, expected {low[row]:.4g} to {high[row]:.4g}"
+            found.append(f"{old.index[row]}: {column} is {value[row]:.4g}, expected {low[row]:.4g} to {high[row]:.4g}")
+    return found
 
 
 def _allowed(old: pd.DataFrame, column: str, widened: float) -> tuple[np.ndarray, np.ndarray]:
@@ -102,13 +95,11 @@ def _allowed(old: pd.DataFrame, column: str, widened: float) -> tuple[np.ndarray
     value = old[column].to_numpy(float)
     if old[column].dtype.kind == "i" or np.isnan(value).all():
         return value, value
-    slack = OF_RANGE * (np.nanmax(value) - np.nanmin(value))
+    margin = np.maximum(RELATIVE * np.abs(value), slack := OF_RANGE * (np.nanmax(value) - np.nanmin(value)))
     if column in INTERVALS and INTERVALS[column][0] in old:
         low, high = (old[name].to_numpy(float) for name in INTERVALS[column])
-        margin = np.where(np.isnan(low), RELATIVE * np.abs(value), widened * (high - low))
-        margin = np.maximum(margin, slack)
+        margin = np.where(np.isnan(low), margin, np.maximum(widened * (high - low), slack))
         return np.fmin(low, value) - margin, np.fmax(high, value) + margin
-    margin = np.maximum(RELATIVE * np.abs(value), slack)
     for measured, bounds in INTERVALS.items():
         if measured in old and bounds[0] in old:
             low, high = (old[name].to_numpy(float) for name in bounds)

@@ -31,26 +31,24 @@ COCO = "--references FILE --targets FILE --images DIR (COCO 2017)"
 def prepare(name: str, notebooks: Collection[str], given: Mapping[str, Any]) -> None:
     """Print the plan of a run, then fetch what it needs; a scale that needs nothing prints nothing.
 
-    Args:
-        name: of the scale.
-        notebooks: their numbers.
-        given: the user's own files and other options of the run.
-
     Raises:
         StudyError: `paper` without the user's folders; something cannot be fetched or used.
     """
     scale = get_scale(name)
     if scale.weights != "official":
         return
-    weights = given.get("weights") or scale.weights
-    names = encoders(scale, notebooks) if weights == "official" else ()
+    wanted = {"01": scale.encoders, "02": ("sam",), "03": scale.pipeline.sources}
+    known = dict.fromkeys(name for number in notebooks for name in wanted.get(number, ()) if name != "random")
+    names = within_reach(tuple(known), "official") if given.get("weights", "official") == "official" else ()
     print(f"scale {name} fetches what is not there yet (into {cache_dir()}) and computes the rest:")
     print(needs(scale, notebooks, given, names).to_string(index=False), end="\n\n")
-    print(hours(name, notebooks).to_string(index=False, float_format="{:g}".format), end="\n\n", flush=True)
+    rows = [(number, *HOURS[name][number]) for number in notebooks if number in HOURS[name]]
+    hours = pd.DataFrame(rows, columns=["notebook", "hours on one H100 (estimated)", "on two cores (estimated)"])
+    print(hours.to_string(index=False, float_format="{:g}".format), end="\n\n", flush=True)
     instances = bool({"02", "03"} & set(notebooks))
-    wanted = {"data": IMAGENET} if "01" in notebooks else {}
-    wanted |= {"references": COCO} if instances else {}
-    lacking = [words for option, words in wanted.items() if option not in given]
+    options = {"data": IMAGENET} if "01" in notebooks else {}
+    options |= {"references": COCO} if instances else {}
+    lacking = [words for option, words in options.items() if option not in given]
     if name == "paper" and lacking:
         raise StudyError(f"scale paper needs {' and '.join(lacking)}: name them, or choose --scale lite")
     for encoder in names:
@@ -60,13 +58,6 @@ def prepare(name: str, notebooks: Collection[str], given: Mapping[str, Any]) -> 
         scale_data(run, given.get("data", ""))
     if instances:
         load_data(run, **{key: given.get(key, "") for key in ("references", "targets", "images")})
-
-
-def encoders(scale: Scale, notebooks: Collection[str]) -> tuple[str, ...]:
-    """The encoders whose official weights these notebooks load, but those out of reach."""
-    wanted = {"01": scale.encoders, "02": ("sam",), "03": scale.pipeline.sources}
-    names = dict.fromkeys(name for number in notebooks for name in wanted.get(number, ()) if name != "random")
-    return within_reach(tuple(names), "official")
 
 
 def needs(scale: Scale, notebooks: Collection[str], given: Mapping[str, Any], names: Collection[str]) -> pd.DataFrame:
@@ -84,9 +75,3 @@ def needs(scale: Scale, notebooks: Collection[str], given: Mapping[str, Any], na
     rows.append(("features and results (estimated)", 0, COMPUTED[scale.name]))
     rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows)))
     return pd.DataFrame(rows, columns=["what", "MB to fetch", "MB on disk"])
-
-
-def hours(name: str, notebooks: Collection[str]) -> pd.DataFrame:
-    """ESTIMATED hours of these notebooks."""
-    rows = [(number, *known) for number, known in HOURS[name].items() if number in notebooks]
-    return pd.DataFrame(rows, columns=["notebook", "hours on one H100 (estimated)", "on two cores (estimated)"])
