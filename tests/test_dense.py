@@ -67,12 +67,14 @@ def test_a_planted_label_is_read_and_noise_is_not() -> None:
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     labels = rng.integers(0, 3, (60, 12, 12)).repeat(8, 1).repeat(8, 2)
     targets = dense.shares(labels, 3)  # 8,640 tokens
+    edges = (torch.rand(8640, 16, generator=generator) < 0.3).float()
     for signal, low, high in ((5.0, 90, 100), (0.0, 0, 60)):
-        tokens = torch.randn(8640, 20, generator=generator)
+        tokens = torch.randn(8640, 30, generator=generator)
         tokens[:, :3] += signal * targets
-        readout = dense.linear_readout(tokens[:7000], targets[:7000], one_of=True)
-        right = 100 * (readout(tokens[7000:]).argmax(1) == targets[7000:].argmax(1)).float().mean()
-        assert low <= right <= high
+        tokens[:, 3:19] += signal * edges
+        *of_labels, of_edges = dense.linear_readouts(tokens[:7000], [targets[:7000]], edges[:7000], tokens[7000:])
+        assert low <= 100 * (of_labels[0].argmax(1) == targets[7000:].argmax(1)).float().mean() <= high
+        assert low <= 100 * ((of_edges > 0) == edges[7000:].bool()).float().mean() <= max(high, 75)
 
 
 def test_rows_of_an_encoder_and_a_stream_that_must_not_teach(shown: dense.Scenes) -> None:

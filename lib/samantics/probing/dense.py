@@ -6,7 +6,6 @@ should win) and the boundaries of objects (which mask training should win).
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -32,17 +31,11 @@ EPOCHS, BATCH, RATE = 15, 512, 3e-3
 
 
 class Scenes(NamedTuple):
-    """Scenes with what every pixel shows.
+    """Scenes with what every pixel shows."""
 
-    Attributes:
-        images: `(N, S, S, 3)` uint8, RGB.
-        labels: `(N, S, S)` by level (`class`, `superclass`): 0 is background.
-        edges: `(N, 48, 48)` bool: does the outline of an object's visible part pass the cell?
-    """
-
-    images: NDArray[np.uint8]
-    labels: dict[str, NDArray[np.int64]]
-    edges: NDArray[np.bool_]
+    images: NDArray[np.uint8]  # (N, S, S, 3) RGB
+    labels: dict[str, NDArray[np.int64]]  # (N, S, S) by level (class, superclass): 0 is background
+    edges: NDArray[np.bool_]  # (N, 48, 48): does the outline of an object's visible part pass the cell?
 
 
 def scenes(world: World, stream: str, count: int) -> Scenes:
@@ -107,44 +100,34 @@ def cells(edges: NDArray[np.bool_]) -> Tensor:
     return torch.from_numpy(parts.reshape(-1, CELLS**2).astype(np.float32))
 
 
-@dataclasses.dataclass(frozen=True)
-class Readout:
-    """A linear layer on standardised tokens."""
+def linear_readouts(
+    tokens: Tensor, labels: Sequence[Tensor], edges: Tensor, asked: Tensor, seed: int = 0
+) -> tuple[Tensor, ...]:
+    """One linear layer for each question, on standardised tokens, by Adam with cosine decay; alike for all encoders.
 
-    mean: Tensor
-    std: Tensor
-    layer: nn.Linear
-
-    @torch.no_grad()
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """`(..., K)` logits."""
-        logits: Tensor = self.layer((tokens - self.mean) / self.std)
-        return logits
-
-
-def linear_readout(tokens: Tensor, targets: Tensor, one_of: bool, seed: int = 0) -> Readout:
-    """One linear layer for all tokens, by Adam with cosine decay; the same setting for every encoder.
-
-    Args:
-        tokens: `(M, C)`.
-        targets: `(M, K)` shares of K labels, or K yes-or-no questions.
-        one_of: whether the K share one softmax.
-        seed: of the order of the tokens.
+    The layers do not know of each other: they are trained side by side because they see the same `(M, C)` tokens.
+    Targets are `labels`, for each level `(M, K)` shares of K labels in a token, and `edges`, `(M, 16)`: does an outline
+    pass each cell? Returned are their logits for the `(..., C)` tokens that are `asked`.
     """
     mean, std = tokens.mean(0), tokens.std(0).clamp(min=1e-6)
-    layer = nn.utils.skip_init(nn.Linear, tokens.shape[1], targets.shape[1])
+    inputs, widths = (tokens - mean) / std, [part.shape[1] for part in (*labels, edges)]
+    layer = nn.utils.skip_init(nn.Linear, tokens.shape[1], sum(widths))
     nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
     optimiser = torch.optim.Adam(layer.parameters(), lr=RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, EPOCHS)
     generator = torch.Generator().manual_seed(seed)
-    loss_of = F.cross_entropy if one_of else F.binary_cross_entropy_with_logits
     for _ in range(EPOCHS):
-        for batch in torch.randperm(len(tokens), generator=generator).split(BATCH):
+        for batch in torch.randperm(len(inputs), generator=generator).split(BATCH):
+            *of_labels, of_edges = layer(inputs[batch]).split(widths, 1)
+            loss = F.binary_cross_entropy_with_logits(of_edges, edges[batch])
+            for logits, shares_of in zip(of_labels, labels, strict=True):
+                loss = loss + F.cross_entropy(logits, shares_of[batch])
             optimiser.zero_grad()
-            loss_of(layer((tokens[batch] - mean) / std), targets[batch]).backward()
+            loss.backward()
             optimiser.step()
         schedule.step()
-    return Readout(mean, std, layer.requires_grad_(False))
+    with torch.no_grad():
+        return tuple(layer((asked - mean) / std).split(widths, -1))
 
 
 # --------------------------------------------------------------------------------------------------------- metrics
@@ -184,16 +167,17 @@ def average_precision(counts: NDArray[np.float64]) -> float:
 
 def dense_rows(encoder: Encoder, train: Scenes, test: Scenes, seeds: Sequence[int] = (0,)) -> list[dict[str, Any]]:
     """Both questions for one encoder: `encoder, task, metric, value, low, high, seeds`; 95 % over scenes."""
-    inputs, asked = token_maps(encoder, train.images).flatten(0, 1), token_maps(encoder, test.images)
+    counts = [max(int(part.max()) for part in (train.labels[level], test.labels[level])) + 1 for level in train.labels]
+    targets = [shares(labels, count) for labels, count in zip(train.labels.values(), counts, strict=True)]
+    inputs, asked = (token_maps(encoder, part.images) for part in (train, test))
+    edges, truth = (cells(part.edges) for part in (train, test))
+    found = [linear_readouts(inputs.flatten(0, 1), targets, edges, asked, seed) for seed in seeds]
     rows = []
-    for level, labels in train.labels.items():
-        count = max(int(part.max()) for part in (labels, test.labels[level])) + 1
-        targets = shares(labels, count)
-        found = [overlaps(linear_readout(inputs, targets, True, seed)(asked), test.labels[level]) for seed in seeds]
-        rows.append({"task": "semantic", "metric": f"mIoU, {level}", **_interval(mean_iou, found)})
-    targets, truth = cells(train.edges), cells(test.edges)
-    found = [score_counts(linear_readout(inputs, targets, False, seed)(asked), truth) for seed in seeds]
-    rows.append({"task": "boundary", "metric": "average precision", **_interval(average_precision, found)})
+    for level, logits in zip(train.labels, zip(*found, strict=True), strict=False):
+        interval = _interval(mean_iou, [overlaps(one, test.labels[level]) for one in logits])
+        rows.append({"task": "semantic", "metric": f"mIoU, {level}", **interval})
+    interval = _interval(average_precision, [score_counts(logits[-1], truth) for logits in found])
+    rows.append({"task": "boundary", "metric": "average precision", **interval})
     return [{"encoder": encoder.name, **row, "seeds": len(seeds)} for row in rows]
 
 
