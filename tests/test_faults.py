@@ -105,7 +105,7 @@ def contents(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("[!.]*.*")):
         name = str(path.relative_to(folder))
-        found[name] = np.load(path).tolist() if path.suffix == ".npy" else path.read_bytes()
+        found[name] = {n: a.tolist() for n, a in np.load(path).items()} if path.suffix == ".npz" else path.read_bytes()
     others = [name for name in found if name.endswith(".lock") or (name.startswith("99_") and name.endswith(".json"))]
     return {name: value for name, value in found.items() if name not in others}
 
@@ -117,7 +117,7 @@ def test_a_killed_work_ends_like_an_undisturbed_one(work: Callable[[Path], Any],
     work(places / "whole")
     whole, folder = contents(places / "whole"), places / "killed"
     assert killed_before_naming(lambda: work(folder), number) == signal.SIGKILL
-    left = {path: path.stat().st_ino for path in folder.rglob("shard_*.json")}
+    left = {path: path.stat().st_ino for path in folder.rglob("shard_*.npz")}
     there = contents(folder)
     assert there.items() <= whole.items(), "what has its name is whole"
     work(folder)
@@ -179,7 +179,7 @@ def test_files_being_written_are_known_by_their_lock_and_not_by_their_age(tmp_pa
 # ------------------------------------------------------------------------------------------------------- cut files
 
 KINDS = (
-    "shard", "note", "key", "proposals", "annotations", "checkpoint", "kept.json", "kept.npz", "kept.safetensors",
+    "shard", "key", "proposals", "annotations", "checkpoint", "kept.json", "kept.npz", "kept.safetensors",
     "card", "zoo weights", "safetensors", "pickled weights",
 )  # fmt: skip
 
@@ -197,14 +197,13 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Ca
         shutil.copy(pocket.ASSETS / f"clip.{ending}", folder)
     save_file({"weight": torch.arange(50.0)}, folder / "dinov2.safetensors")
     torch.save({"weight": torch.arange(50.0)}, folder / "sam.pth")
-    shard = sorted(store.folder.glob("shard_*.npy"))[3]
+    shard = sorted(store.folder.glob("shard_*.npz"))[3]
 
     def features() -> Any:
         return encode(folder / "features").read(MEAN).tolist()
 
     files: dict[str, tuple[Path, Callable[[], Any]]] = {
         "shard": (shard, features),
-        "note": (shard.with_suffix(".json"), features),
         "key": (store.folder / "key.json", features),
         "proposals": (
             sorted(proposed.iterdir())[1],

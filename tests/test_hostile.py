@@ -484,9 +484,9 @@ def test_odd_settings_of_the_hub_are_named(
 def test_a_shard_that_is_no_table_of_features_is_refused_and_not_run(case: Case, tmp_path: Path) -> None:
     stub = LookUp(np.ones((5, 2), np.float32))
     store = encode_images(stub.encoder, stub.images, [MEAN], "data", folder=tmp_path)
-    (shard,) = store.folder.glob("*.npy")
+    (shard,) = store.folder.glob("*.npz")
     case.write(shard)
-    refused(lambda: store.read(MEAN), "is damaged: delete it and run again", shard)
+    refused(lambda: store.read(MEAN), "is damaged: delete it", shard)
     assert not shard.with_name("proof").exists()
 
 

@@ -63,20 +63,19 @@ def test_one_rate_is_an_ordinary_training_loop(standardise: bool, data: Data) ->
 
 def test_layers_side_by_side_are_the_layers_one_by_one_and_their_gradient_is_autograds(data: Data) -> None:
     x, y, _, _ = data
-    settings = linear._Settings(CLASSES, True, 32, "cpu")
     use = np.ones(len(y), bool)
-    together = linear._train(x, y, use, (0.01, 0.1, 1.0), 3, 0, settings)
+    together = linear.train_heads(x, y, use, (0.01, 0.1, 1.0), 3, 0, CLASSES, True)
     for number, rate in enumerate((0.01, 0.1, 1.0)):
-        alone = linear._train(x, y, use, (rate,), 3, 0, settings)
+        alone = linear.train_heads(x, y, use, (rate,), 3, 0, CLASSES, True)
         assert torch.allclose(together.weights[:, number], alone.weights[:, 0], atol=1e-5)
     weights = torch.randn(25, 2, CLASSES, requires_grad=True)
-    heads = linear._Heads(weights, torch.zeros(24), torch.ones(24))
+    heads = linear.Heads(weights, torch.zeros(24), torch.ones(24))
     prepared, labels = heads.prepare(torch.from_numpy(x[:50])), torch.from_numpy(y[:50])
     logits = heads.logits(prepared)
     loss = torch.stack([F.cross_entropy(logits[:, head], labels) for head in range(2)]).sum()
     (expected,) = torch.autograd.grad(loss, weights)
     with torch.no_grad():
-        assert torch.allclose(linear._gradient(heads, prepared, labels), expected, atol=1e-4)
+        assert torch.allclose(heads.gradient(prepared, labels), expected, atol=1e-4)
 
 
 def test_choices_never_see_the_test_images_and_seeds_differ(data: Data) -> None:

@@ -7,7 +7,6 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
 
 from samantics.data import classification
 from samantics.probing import tables
@@ -126,13 +125,3 @@ def test_clip_is_asked_by_name_where_it_knows_the_words(pocket_run) -> None:
     assert table["probe"].unique() == ["zero_shot"] and table["n_test"].tolist() == [20, 10, 10]
     assert answers["clip", "artist", "zero_shot"].top1.shape == (1, 20)
     assert tables.zero_shot(run, found, {"artist": _task()})[0].empty
-
-
-def test_the_papers_input_is_only_another_where_the_encoders_own_differs(pocket_run) -> None:
-    run = dataclasses.replace(pocket_run, scale=dataclasses.replace(pocket_run.scale, weights="zoo_random"))
-    images = [Image.new("RGB", (16, 8), (number, 0, 0)) for number in range(60)]
-    data = classification.ClassificationData(
-        "wide", {"train": images[:40], "test": images[40:]}, {"train": "a", "test": "b"}, {"artist": _task()}, {}
-    )
-    own = tables.encode(run, data, tables.probed_encoder(run, "sam"), [MEAN])
-    assert tables._paper_encoded(run, data, own) is None  # the zoo's models have the paper's input

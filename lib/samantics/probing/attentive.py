@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from samantics.models.encoder import TOKEN_GRID
-from samantics.probing.linear import Features, Labels, ProbeResult, batches, checked, joined, scored, tensor
+from samantics.probing.linear import BATCH, Features, Labels, ProbeResult, batches, checked, joined, scored
 
-QUERIES, EPOCHS, BATCH, RATE, DECAY = 4, 20, 128, 1e-2, 1.0
+QUERIES, EPOCHS, RATE, DECAY = 4, 12, 1e-2, 1.0
 
 
 class AttentiveProbe(nn.Module):
@@ -42,43 +42,34 @@ class AttentiveProbe(nn.Module):
 
 def attentive_probe(
     train_x: Features, train_y: Labels, test_x: Features, test_y: Labels, classes: int, seeds: Sequence[int] = (0,),
-    epochs: int = EPOCHS, device: str = "cpu",
+    epochs: int = EPOCHS,
 ) -> ProbeResult:  # fmt: skip
     """AdamW with cosine decay, streamed as the linear probe is; nothing is chosen, and test data are looked at once.
 
-    Args:
-        train_x, test_x: `(N, 36 C)` features of the pooling `tokens`.
-        train_y, test_y: `(N,)` class labels from 0.
-        classes: number of classes.
-        seeds: one probe each: of its queries and of the order of the images.
-        epochs: passes over the train images.
-        device: `cpu` or `cuda`.
-
-    Raises:
-        StudyError: as `linear_probe`.
+    Features are `(N, 36 C)`, of the pooling `tokens`; all else, and the errors, as `linear_probe`.
     """
     train_x, test_x = checked(train_x, train_y, classes, "train"), checked(test_x, test_y, classes, "test")
     results = []
     for seed in seeds:
-        probe = AttentiveProbe(train_x.shape[1] // TOKEN_GRID**2, classes, seed).to(device)
-        _train(probe, train_x, train_y, epochs, seed, device)
+        probe = AttentiveProbe(train_x.shape[1] // TOKEN_GRID**2, classes, seed)
+        _train(probe, train_x, train_y, epochs, seed)
         ranked = np.empty((len(test_y), min(5, classes)), np.int64)
-        for rows, vectors in batches(test_x, 512, device=device):
+        for rows, vectors in batches(test_x, 512):
             with torch.no_grad():
-                ranked[rows] = probe(vectors).topk(ranked.shape[1]).indices.cpu().numpy()
+                ranked[rows] = probe(vectors).topk(ranked.shape[1]).indices.numpy()
         results.append(scored(ranked, test_y))
     return joined(results)
 
 
-def _train(probe: AttentiveProbe, x: Features, y: Labels, epochs: int, seed: int, device: str) -> None:
+def _train(probe: AttentiveProbe, x: Features, y: Labels, epochs: int, seed: int) -> None:
     optimiser = torch.optim.AdamW(probe.parameters(), lr=RATE, weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs)
-    rng = np.random.default_rng(seed)
+    rng, labels = np.random.default_rng(seed), torch.from_numpy(y.astype(np.int64))
     for _ in range(epochs):
-        for rows, vectors in batches(x, BATCH, rng=rng, device=device):
+        for rows, vectors in batches(x, BATCH, rng=rng):
             if len(rows) == 1:  # batch norm cannot tell one image's spread
                 continue
-            loss = F.cross_entropy(probe(vectors), tensor(y[rows], device, torch.int64))
+            loss = F.cross_entropy(probe(vectors), labels[rows])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

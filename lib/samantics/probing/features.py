@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
-import zlib
-from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from samantics.cache import atomic_path, cache_dir, hash_value, remove_leftovers, write_json
+from samantics.cache import atomic_path, cache_dir, hash_value, reading, remove_leftovers, write_json
 from samantics.data.folders import Images
 from samantics.errors import StudyError
 from samantics.models.architectures import Readout
@@ -35,7 +32,7 @@ from samantics.models.encoder import PIXELS_AT_ONCE, Encoder
 from samantics.models.preprocessing import Geometry
 
 FEW = 3  # unreadable images that a data set of any size may have
-FORMAT = 1  # of the files below; a store of another format is refused
+FORMAT = 2  # of the shards; raised when they change
 SHARD_ROWS = 1024
 PREFETCH = 2  # batches decoded ahead
 
@@ -47,19 +44,14 @@ PREFETCH = 2  # batches decoded ahead
 class FeatureStore:
     """Features of `rows` images, some of which may have been unreadable.
 
-    Attributes:
-        folder: where the shards lie.
-        rows: number of images that were to be encoded.
-        shard_rows: images in a shard (fewer in the last).
-        dims: width of the vectors of each (layer, pooling).
-        skipped: row -> reason, of the images that could not be read; no feature is returned for them.
+    A shard is an `.npz` of float16 tables, one for each (layer, pooling): its zip holds their checksums.
     """
 
-    folder: Path
-    rows: int
-    shard_rows: int
-    dims: dict[Readout, int]
-    skipped: dict[int, str]
+    folder: Path  # where the shards lie
+    rows: int  # images that were to be encoded
+    shard_rows: int  # images in a shard (fewer in the last)
+    dims: dict[Readout, int]  # width of the vectors of each (layer, pooling)
+    skipped: dict[int, str]  # row -> reason, of images that could not be read; no feature is returned for them
 
     @functools.cached_property
     def kept(self) -> NDArray[np.int64]:
@@ -89,15 +81,11 @@ class FeatureStore:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """One (layer, pooling) of a store, read shard by shard, so that memory does not grow with the number of images.
-
-    Attributes:
-        projection: `(C, D)` matrix that every vector is multiplied by, if any.
-    """
+    """One (layer, pooling) of a store, read shard by shard, so that memory does not grow with the number of images."""
 
     store: FeatureStore
     readout: Readout
-    projection: NDArray[np.float32] | None = None
+    projection: NDArray[np.float32] | None = None  # `(C, D)` matrix that every vector is multiplied by, if any
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -118,11 +106,15 @@ class Column:
         Raises:
             StudyError: the shard is damaged.
         """
-        rows, vectors = _shard_rows(self.store.rows, self.store.shard_rows, shard), self._stored(shard)
+        store, rows = self.store, _shard_rows(self.store.rows, self.store.shard_rows, shard)
+        with reading(_shard_path(store.folder, shard)), np.load(_shard_path(store.folder, shard)) as arrays:
+            vectors = arrays[":".join(self.readout)]
+            if vectors.shape != (len(rows), store.dims[self.readout]) or vectors.dtype != np.float16:
+                raise ValueError("another table")
         if self.projection is not None:
             vectors = vectors.astype(np.float32) @ self.projection
-        readable = ~np.isin(rows, list(self.store.skipped))
-        return np.searchsorted(self.store.kept, rows[readable]), vectors[readable]
+        readable = ~np.isin(rows, list(store.skipped))
+        return np.searchsorted(store.kept, rows[readable]), vectors[readable]
 
     def take(self, positions: NDArray[np.int64]) -> NDArray[np.float32]:
         """`(n, C)` features at these positions among the kept rows; raises as `block`."""
@@ -134,25 +126,6 @@ class Column:
             chosen = place[members] >= 0
             found[place[members[chosen]]] = vectors[chosen]
         return found
-
-    def _stored(self, shard: int) -> NDArray[Any]:
-        """This column of one shard, `(n, C)` float16, its checksum verified; only its own pages are read."""
-        path, note = _shard_path(self.store.folder, shard), _read_note(self.store.folder, shard)
-        names = [name for name, _, _ in note["columns"]]
-        if ":".join(self.readout) not in names:
-            raise StudyError(
-                f"{path} has no {':'.join(self.readout)} features: delete {self.store.folder} and run again"
-            )
-        number = names.index(":".join(self.readout))
-        (_, width, checksum), before = note["columns"][number], sum(dim for _, dim, _ in note["columns"][:number])
-        try:
-            flat = np.load(path, mmap_mode="r")[note["rows"] * before : note["rows"] * (before + width)]
-            values = np.array(flat).reshape(note["rows"], width)  # a copy: the map is closed again
-            if zlib.crc32(values.data) == checksum:
-                return values
-        except (OSError, ValueError, EOFError):
-            pass  # as a wrong checksum
-        raise StudyError(f"{path} is damaged: delete it and run again, which redoes this shard only")
 
 
 @functools.lru_cache(maxsize=4)
@@ -167,24 +140,7 @@ def _shard_rows(rows: int, shard_rows: int, shard: int) -> NDArray[np.int64]:
 
 
 def _shard_path(folder: Path, shard: int) -> Path:
-    return folder / f"shard_{shard:05d}.npy"
-
-
-def _note_path(folder: Path, shard: int) -> Path:
-    return folder / f"shard_{shard:05d}.json"
-
-
-def _read_note(folder: Path, shard: int) -> dict[str, Any]:
-    """What is known of a finished shard: format, rows, columns with widths and checksums, skipped rows."""
-    path = _note_path(folder, shard)
-    try:
-        note = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        message = f"{path} is missing or damaged: delete it and run again, which redoes this shard only"
-        raise StudyError(message) from error
-    if note.get("format") != FORMAT:
-        raise StudyError(f"{folder} is a store of another version: delete that folder and run again")
-    return note
+    return folder / f"shard_{shard:05d}.npz"
 
 
 # ------------------------------------------------------------------------------------------------------- encoding
@@ -218,28 +174,30 @@ def encode_images(
         shard_rows: images in a file.
 
     Raises:
-        StudyError: unknown layer or pooling, too many unreadable images, a store of another version, no space left.
+        StudyError: unknown layer or pooling, too many unreadable images, a damaged shard, no space left.
             What was encoded stays and is used by the next run.
     """
     readouts = list(dict.fromkeys(readouts))
     encoder.check(readouts)
     if not len(images):
         raise StudyError("there are no images to encode: check the data folder")
-    key = {"encoder": encoder.key, "data": data_hash, "images": len(images), "shard_rows": shard_rows}
+    key = [FORMAT, encoder.key, data_hash, len(images), shard_rows]
     place = (folder or cache_dir() / "features") / f"{encoder.name}_{hash_value(key)}" / hash_value(sorted(readouts))
     batch_size = batch_size or max(1, min(32, PIXELS_AT_ONCE // encoder.image_size**2))
-    job = _Job(encoder, images, masks, readouts, place, shard_rows, batch_size, workers, max_unreadable)
+    job = _Job(encoder, images, masks, readouts, place, shard_rows, batch_size, max_unreadable)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
     own_first = sorted(range(job.shards), key=lambda shard: ((shard - rank) % world, shard))
-    pending = [shard for shard in own_first if not job.is_done(shard)]
-    if pending:
+    if pending := [shard for shard in own_first if not job.path(shard).exists()]:
         remove_leftovers(place)
-        write_json(place / "key.json", {"format": FORMAT, **key, "wanted": [":".join(pair) for pair in readouts]})
-        _encode_shards(job, pending)
-    notes = [_read_note(place, shard) for shard in range(job.shards)]
-    skipped = {int(row): str(reason) for note in notes for row, reason in note["skipped"].items()}
+        write_json(place / "key.json", key)
+        _encode_shards(job, pending, workers)
+    dims, skipped = dict[Readout, int](), dict[int, str]()
+    for shard in range(job.shards):
+        with reading(job.path(shard)), np.load(job.path(shard)) as arrays:
+            skipped |= dict(zip(arrays["skipped"].tolist(), arrays["reasons"].tolist(), strict=True))
+            if not shard:
+                dims = {readout: arrays[":".join(readout)].shape[1] for readout in readouts}
     job.check_readable(list(skipped.values()))
-    dims = {(name.split(":")[0], name.split(":")[1]): int(dim) for name, dim, _ in notes[0]["columns"]}
     return FeatureStore(place, len(images), shard_rows, dims, skipped)
 
 
@@ -252,42 +210,38 @@ class _Job:
     folder: Path
     shard_rows: int
     batch_size: int
-    workers: int
     max_unreadable: float
 
     @property
     def shards(self) -> int:
         return -(-len(self.images) // self.shard_rows)
 
+    def path(self, shard: int) -> Path:
+        return _shard_path(self.folder, shard)
+
     def rows(self, shard: int) -> list[int]:
         return _shard_rows(len(self.images), self.shard_rows, shard).tolist()
-
-    def is_done(self, shard: int) -> bool:
-        there = _shard_path(self.folder, shard).exists() and _note_path(self.folder, shard).exists()
-        return there and bool(_read_note(self.folder, shard))
 
     def check_readable(self, reasons: Sequence[str]) -> None:
         limit, count = self.max_unreadable, len(self.images)
         allowed = limit if limit >= 1 or limit == 0 else max(FEW, int(limit * count))
         if len(reasons) > min(allowed, count - 1):
-            message = (
-                f"{len(reasons)} of {count} images are unreadable, over the limit of {allowed:.0f} (max_unreadable)"
-            )
-            raise StudyError(f"{message}: {reasons[0]}")
+            of, limit_is = f"{len(reasons)} of {count} images", f"the limit of {allowed:.0f} (max_unreadable)"
+            raise StudyError(f"{of} are unreadable, over {limit_is}: {reasons[0]}")
 
 
-def _encode_shards(job: _Job, pending: Sequence[int]) -> None:
+def _encode_shards(job: _Job, pending: Sequence[int], workers: int) -> None:
     """Encode what nobody else is encoding, then wait for (or take over) what others had begun."""
     reasons: list[str] = []
     done = len(job.images) - sum(len(job.rows(shard)) for shard in pending)
     bar = tqdm(total=len(job.images), initial=done, unit="image", desc=job.encoder.name, disable=None)
-    with ThreadPoolExecutor(job.workers) as pool, bar:
+    with ThreadPoolExecutor(workers) as pool, bar:
         for patience in (0.0, -1.0):  # seconds to wait for a lock; -1 is for ever
             left = []
             for shard in pending:
                 try:
-                    with FileLock(job.folder / f"shard_{shard:05d}.lock", timeout=patience):
-                        if not job.is_done(shard):
+                    with FileLock(job.path(shard).with_suffix(".lock"), timeout=patience):
+                        if not job.path(shard).exists():
                             reasons += _encode_shard(job, shard, pool)
                             job.check_readable(reasons)
                     bar.update(len(job.rows(shard)))
@@ -302,16 +256,14 @@ def _encode_shard(job: _Job, shard: int, pool: ThreadPoolExecutor) -> list[str]:
     for inputs in _prefetched(job, rows, pool):
         parts.append(_encode_batch(job, inputs))
         faults += [item.fault for item in inputs]
-    features = {readout: np.concatenate([part[readout] for part in parts]) for readout in job.readouts}
-    for (layer, pooling), block in features.items():
+    features = {":".join(readout): np.concatenate([part[readout] for part in parts]) for readout in job.readouts}
+    for name, block in features.items():
         if not np.isfinite(block).all():
-            raise StudyError(f"{job.encoder.name}'s {layer}:{pooling} features overflow 16 bits: leave that layer out")
-    with atomic_path(_shard_path(job.folder, shard)) as temporary:
-        np.save(temporary, np.concatenate([block.ravel() for block in features.values()]))
-    columns = [[":".join(readout), block.shape[1], zlib.crc32(block.data)] for readout, block in features.items()]
+            raise StudyError(f"{job.encoder.name}'s {name} features overflow 16 bits: leave that layer out")
     skipped = {row: fault for row, fault in zip(rows, faults, strict=True) if fault}
-    note = {"format": FORMAT, "rows": len(rows), "columns": columns, "skipped": skipped}
-    write_json(_note_path(job.folder, shard), note)
+    notes = {"skipped": np.array(list(skipped), np.int64), "reasons": np.array(list(skipped.values()), str)}
+    with atomic_path(job.path(shard)) as temporary:
+        np.savez(temporary, allow_pickle=False, **features, **notes)
     return list(skipped.values())
 
 
@@ -327,13 +279,12 @@ class _Input:
 
 def _prefetched(job: _Job, rows: list[int], pool: ThreadPoolExecutor) -> Iterator[list[_Input]]:
     """The inputs of batch after batch, decoded `PREFETCH` batches ahead."""
-    ahead: deque[Iterator[_Input]] = deque()
+    ahead: list[Iterator[_Input]] = []
     for start in range(0, len(rows), job.batch_size):
         ahead.append(pool.map(functools.partial(_input, job), rows[start : start + job.batch_size]))
         if len(ahead) > PREFETCH:
-            yield list(ahead.popleft())
-    while ahead:
-        yield list(ahead.popleft())
+            yield list(ahead.pop(0))
+    yield from map(list, ahead)
 
 
 def _input(job: _Job, row: int) -> _Input:
@@ -357,12 +308,10 @@ def _mask_in_input(mask: NDArray[Any], geometry: Geometry) -> Tensor:
     if mask.shape != (geometry.height, geometry.width):
         size = f"{geometry.height}x{geometry.width}"
         raise StudyError(f"a mask of shape {mask.shape} cannot belong to an image of {size}: give masks in its pixels")
-    centres = np.arange(geometry.size) + 0.5
-    columns = np.floor((centres - geometry.left) / geometry.scale_x).astype(int)
-    rows = np.floor((centres - geometry.top) / geometry.scale_y).astype(int)
-    inside = (rows < geometry.height)[:, None] & (columns < geometry.width)[None, :]
-    taken = mask[rows.clip(0, geometry.height - 1)][:, columns.clip(0, geometry.width - 1)]
-    return torch.from_numpy((taken > 0) & inside)
+    x, y = geometry.scale_x, geometry.scale_y
+    back = (1 / x, 0, -geometry.left / x, 0, 1 / y, -geometry.top / y)  # from a pixel of the input to the image's
+    taken = Image.fromarray((mask > 0).astype(np.uint8)).transform((geometry.size,) * 2, Image.Transform.AFFINE, back)
+    return torch.from_numpy(np.array(taken) > 0)
 
 
 def _encode_batch(job: _Job, inputs: list[_Input]) -> dict[Readout, NDArray[np.float16]]:

@@ -14,7 +14,7 @@ TEMPERATURE = 0.07  # votes weigh exp(cosine / temperature), as DINOv2's
 
 
 def knn_probe(
-    train_x: Features, train_y: Labels, test_x: Features, test_y: Labels, classes: int, k: int = 10, device: str = "cpu"
+    train_x: Features, train_y: Labels, test_x: Features, test_y: Labels, classes: int, k: int = 10
 ) -> ProbeResult:
     """The `k` nearest neighbours by cosine vote on the class, nearer ones with more weight.
 
@@ -23,7 +23,6 @@ def knn_probe(
         train_y, test_y: `(N,)` class labels from 0.
         classes: number of classes.
         k: neighbours that vote.
-        device: `cpu` or `cuda`.
 
     Raises:
         StudyError: as `linear_probe`; fewer train images than `k`.
@@ -32,19 +31,19 @@ def knn_probe(
     if k > len(train_y):
         raise StudyError(f"k is {k}, but there are {len(train_y)} train images: choose a smaller k")
     ranked = np.empty((len(test_y), min(5, classes)), np.int64)
-    for rows, vectors in batches(test_x, 16384, device=device):
-        near, cosines = _neighbours(train_x, normalize(vectors, dim=1), k, device)
+    for rows, vectors in batches(test_x, 16384):
+        near, cosines = _neighbours(train_x, normalize(vectors, dim=1), k)
         labels, weights = torch.from_numpy(train_y.astype(np.int64))[near], (cosines / TEMPERATURE).softmax(dim=1)
         votes = torch.zeros(len(labels), classes, dtype=torch.float64).scatter_add_(1, labels, weights.double())
         ranked[rows] = votes.topk(ranked.shape[1], dim=1).indices.numpy()
     return scored(ranked, test_y)
 
 
-def _neighbours(train_x: Features, queries: Tensor, k: int, device: str) -> tuple[Tensor, Tensor]:
+def _neighbours(train_x: Features, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Rows `(n, k)` of the nearest train features and their cosines, nearest first."""
     rows, cosines = torch.zeros(len(queries), 0, dtype=torch.int64), torch.zeros(len(queries), 0)
-    for numbers, vectors in batches(train_x, 8192, device=device):
-        found = torch.cat([cosines, (queries @ normalize(vectors, dim=1).T).cpu()], dim=1)
+    for numbers, vectors in batches(train_x, 8192):
+        found = torch.cat([cosines, queries @ normalize(vectors, dim=1).T], dim=1)
         cosines, order = found.topk(min(k, found.shape[1]), dim=1)
         rows = torch.cat([rows, torch.from_numpy(numbers).expand(len(queries), -1)], dim=1).gather(1, order)
     return rows, cosines

@@ -7,6 +7,7 @@ a store, which is streamed: memory does not grow with it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -23,28 +24,21 @@ Labels = NDArray[Any]  # (N,) integers from 0
 
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 HELD_OUT = 0.2
+BATCH = 128
 MOMENTUM = 0.9  # as DINOv2's linear evaluation
-CHUNK_BYTES = 96 << 20  # float32 features in memory at a time
+CHUNK_BYTES = 192 << 20  # float32 features in memory at a time
 
 
 class ProbeResult(NamedTuple):
-    """The answers of a probe for every test image, and how it was trained.
+    """The answers of a probe for every test image, and how it was trained; what was not chosen is NaN."""
 
-    Attributes:
-        predictions: `(seeds, n)` int64, the best class.
-        top1, top5: `(seeds, n)` bool, whether the true class is the best, is among the best five.
-        learning_rates, epochs: `(seeds,)` what was chosen; NaN where nothing is.
-        held_out: `(seeds,)` accuracy on the held-out part of train, which chose them.
-        converged: `(seeds,)` whether more epochs had stopped helping.
-    """
-
-    predictions: NDArray[np.int64]
-    top1: NDArray[np.bool_]
-    top5: NDArray[np.bool_]
-    learning_rates: NDArray[Any]
-    epochs: NDArray[Any]
-    held_out: NDArray[Any]
-    converged: NDArray[Any]
+    predictions: NDArray[np.int64]  # (seeds, n) the best class
+    top1: NDArray[np.bool_]  # (seeds, n) is it the true one?
+    top5: NDArray[np.bool_]  # (seeds, n) is the true one among the best five?
+    learning_rates: NDArray[Any]  # (seeds,) as chosen
+    epochs: NDArray[Any]  # (seeds,)
+    held_out: NDArray[Any]  # (seeds,) accuracy on the held-out part of train, which chose them
+    converged: NDArray[Any]  # (seeds,) had more epochs stopped helping?
 
 
 def scored(ranked: NDArray[np.int64], labels: Labels, choice: Sequence[float] = (np.nan,) * 4) -> ProbeResult:
@@ -59,20 +53,10 @@ def joined(results: Sequence[ProbeResult]) -> ProbeResult:
 
 
 def linear_probe(
-    train_x: Features,
-    train_y: Labels,
-    test_x: Features,
-    test_y: Labels,
-    classes: int,
-    seeds: Sequence[int] = (0, 1, 2),
-    rates: Sequence[float] = RATES,
-    standardise: bool = True,
-    groups: Labels | None = None,
-    epochs: int = 15,
-    max_epochs: int = 120,
-    batch_size: int = 128,
-    device: str = "cpu",
-) -> ProbeResult:
+    train_x: Features, train_y: Labels, test_x: Features, test_y: Labels, classes: int,
+    seeds: Sequence[int] = (0, 1, 2), rates: Sequence[float] = RATES, standardise: bool = True,
+    groups: Labels | None = None, epochs: int = 15, max_epochs: int = 120,
+) -> ProbeResult:  # fmt: skip
     """A linear classifier by SGD with momentum and cosine decay, all its choices made on a held-out part of train.
 
     All learning rates are trained side by side in one pass over the features. Then the best and its neighbours are
@@ -88,23 +72,20 @@ def linear_probe(
         standardise: bring every feature to mean 0 and standard deviation 1 (of train).
         groups: `(N,)` what is held out together (an artist, where test images are by other artists).
         epochs, max_epochs: of the first and at most of the last training.
-        batch_size: images in a step.
-        device: `cpu` or `cuda`.
 
     Raises:
         StudyError: one class only, labels that do not fit the features, features that are not finite, or too few images
             of every class to hold some out.
     """
     train_x, test_x = checked(train_x, train_y, classes, "train"), checked(test_x, test_y, classes, "test")
-    settings, everything = _Settings(classes, standardise, batch_size, device), np.ones(len(train_y), bool)
-    results = []
+    everything, results = np.ones(len(train_y), bool), []
     for seed in seeds:
         choice: tuple[float, int, float, bool] = (rates[0], max_epochs, np.nan, False)
         if len(rates) > 1:
             held = held_out_rows(train_y, seed, groups)
-            choice = _choose(train_x, train_y, held, rates, epochs, max_epochs, seed, settings)
-        layer = _train(train_x, train_y, everything, choice[:1], choice[1], seed, settings)
-        results.append(scored(_rank(layer, test_x, np.ones(len(test_y), bool), settings)[:, 0], test_y, choice))
+            choice = _choose(train_x, train_y, held, rates, epochs, max_epochs, seed, classes, standardise)
+        layer = train_heads(train_x, train_y, everything, choice[:1], choice[1], seed, classes, standardise)
+        results.append(scored(layer.ranked(test_x)[:, 0], test_y, choice))
     return joined(results)
 
 
@@ -124,20 +105,18 @@ def few_shot_rows(labels: Labels, shots: int, seed: int) -> NDArray[np.int64]:
     """`(classes * shots,)` rows: `shots` random ones of every class, which must have as many."""
     rng = np.random.default_rng(seed)
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    if (fewest := min(map(len, members))) < shots:
-        raise StudyError(f"a class has {fewest} train images, {shots} are wanted: take fewer shots")
     return np.sort(np.concatenate([rng.choice(rows, shots, replace=False) for rows in members]))
 
 
 def _choose(
     x: Features, y: Labels, held: NDArray[np.bool_], rates: Sequence[float], epochs: int, max_epochs: int, seed: int,
-    settings: _Settings,
+    classes: int, standardise: bool,
 ) -> tuple[float, int, float, bool]:  # fmt: skip
     """Learning rate, epochs, held-out accuracy, and whether more epochs had stopped helping."""
     best = (rates[0], epochs, -1.0)
     while True:
-        layers = _train(x, y, ~held, rates, epochs, seed, settings)
-        accuracy = (_rank(layers, x, held, settings)[:, :, 0] == y[held][:, None]).mean(axis=0)
+        layers = train_heads(x, y, ~held, rates, epochs, seed, classes, standardise)
+        accuracy = (layers.ranked(x, held)[:, :, 0] == y[held][:, None]).mean(axis=0)
         winner = int(accuracy.argmax())
         error = float(np.sqrt(accuracy[winner] * (1 - accuracy[winner]) / held.sum()))
         gain = accuracy[winner] - best[2]
@@ -152,14 +131,7 @@ def _choose(
 # ----------------------------------------------------------------------------------- many layers trained side by side
 
 
-class _Settings(NamedTuple):
-    classes: int
-    standardise: bool
-    batch_size: int
-    device: str
-
-
-class _Heads(NamedTuple):
+class Heads(NamedTuple):
     """`R` linear layers side by side: `(C + 1, R, K)` weights, the bias last; a feature becomes (x - mean) * scale."""
 
     weights: Tensor
@@ -174,53 +146,59 @@ class _Heads(NamedTuple):
         """`(n, R, K)`."""
         return (prepared @ self.weights.flatten(1)).unflatten(1, self.weights.shape[1:])
 
+    def gradient(self, prepared: Tensor, labels: Tensor) -> Tensor:
+        """`(C + 1, R, K)` of the mean cross-entropy, written out: (softmax - one-hot), as autograd would give."""
+        excess = self.logits(prepared).softmax(dim=2)
+        where = labels[:, None, None].expand(-1, excess.shape[1], 1)
+        excess.scatter_add_(2, where, excess.new_full(where.shape, -1.0))
+        return (prepared.T @ excess.flatten(1)).view_as(self.weights) / len(prepared)
 
-def _train(
-    x: Features, y: Labels, use: NDArray[np.bool_], rates: Sequence[float], epochs: int, seed: int, settings: _Settings
-) -> _Heads:
+    def ranked(self, x: Features, use: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
+        """`(n, R, 5)` best classes of every layer for the rows in `use`, best first (fewer of fewer classes)."""
+        best = np.empty((len(x), self.weights.shape[1], min(5, self.weights.shape[2])), np.int32)
+        for rows, vectors in batches(x, 512, use):
+            best[rows] = self.logits(self.prepare(vectors)).topk(best.shape[2]).indices.numpy()
+        return (best if use is None else best[use]).astype(np.int64)
+
+
+def train_heads(
+    x: Features, y: Labels, use: NDArray[np.bool_], rates: Sequence[float], epochs: int, seed: int, classes: int,
+    standardise: bool,
+) -> Heads:  # fmt: skip
     """One layer for each learning rate, all from zero and from the same batches of the rows in `use`."""
-    classes, standardise, size, device = settings
     mean, scale = _moments(x, use) if standardise else (np.zeros(x.shape[1]), np.ones(x.shape[1]))
-    weights = torch.zeros(x.shape[1] + 1, len(rates), classes, device=device)
-    heads = _Heads(weights, tensor(mean, device), tensor(scale, device))
-    speed, rate = torch.zeros_like(weights), torch.tensor(list(rates), device=device)[:, None]
-    steps, step = epochs * max(1, int(use.sum()) / size), 0
-    rng = np.random.default_rng(seed)
-    # a layer that is sure of its classes is full of numbers below 1e-38, which a CPU multiplies many times more slowly
-    # (nine times, measured on the pocket zoo's features): they count as 0, in this thread
-    torch.set_flush_denormal(True)
-    try:
+    weights = torch.zeros(x.shape[1] + 1, len(rates), classes)
+    heads = Heads(weights, torch.from_numpy(mean).float(), torch.from_numpy(scale).float())
+    speed, rate = torch.zeros_like(weights), torch.tensor(list(rates))[:, None]
+    steps, step = epochs * max(1, int(use.sum()) / BATCH), 0
+    rng, labels = np.random.default_rng(seed), torch.from_numpy(y.astype(np.int64))
+    with tiny_numbers_as_zero():
         for _ in range(epochs):
-            for rows, vectors in batches(x, size, use, rng, device):
+            for rows, vectors in batches(x, BATCH, use, rng):
                 decay = 0.5 * (1 + np.cos(np.pi * min(1.0, step / steps)))
-                gradient = _gradient(heads, heads.prepare(vectors), tensor(y[rows], device, torch.int64))
+                gradient = heads.gradient(heads.prepare(vectors), labels[rows])
                 weights.sub_(speed.mul_(MOMENTUM).add_(gradient) * (rate * decay))
                 step += 1
-    finally:
-        torch.set_flush_denormal(False)
     return heads
 
 
-def _gradient(heads: _Heads, prepared: Tensor, labels: Tensor) -> Tensor:
-    """`(C + 1, R, K)` of the mean cross-entropy, written out: (softmax - one-hot), as autograd would give."""
-    excess = heads.logits(prepared).softmax(dim=2)
-    where = labels[:, None, None].expand(-1, excess.shape[1], 1)
-    excess.scatter_add_(2, where, excess.new_full(where.shape, -1.0))
-    return (prepared.T @ excess.flatten(1)).view_as(heads.weights) / len(prepared)
+@contextlib.contextmanager
+def tiny_numbers_as_zero() -> Iterator[None]:
+    """In this thread numbers below 1e-38 count as 0: a layer that is sure of its classes is full of them.
 
-
-def _rank(heads: _Heads, x: Features, use: NDArray[np.bool_], settings: _Settings) -> NDArray[np.int64]:
-    """`(n, R, 5)` best classes of every layer for the rows in `use`, best first (fewer of fewer classes)."""
-    ranked = np.empty((len(x), heads.weights.shape[1], min(5, settings.classes)), np.int32)
-    for rows, vectors in batches(x, 512, use, None, settings.device):
-        ranked[rows] = heads.logits(heads.prepare(vectors)).topk(ranked.shape[2]).indices.cpu().numpy()
-    return ranked[use].astype(np.int64)
+    A CPU multiplies them many times more slowly (nine times, measured on the pocket zoo's features).
+    """
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def _moments(x: Features, use: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[Any]]:
     """`(C,)` mean and 1 / standard deviation of the rows in `use`; a constant feature gets scale 0."""
     count, total, squares, shift = 0, np.zeros(x.shape[1]), np.zeros(x.shape[1]), np.zeros(x.shape[1])
-    for _, vectors in batches(x, len(x), use):
+    for _, vectors in batches(x, 65536, use):
         if not count:
             shift = vectors[0].double().numpy()  # keeps the squares small: nothing is lost to cancellation
         part = vectors.numpy() - shift
@@ -260,39 +238,26 @@ def checked(x: Features, y: Labels, classes: int, which: str) -> Features:
 
 
 def batches(
-    x: Features,
-    size: int,
-    use: NDArray[np.bool_] | None = None,
-    rng: np.random.Generator | None = None,
-    device: str = "cpu",
+    x: Features, size: int, use: NDArray[np.bool_] | None = None, rng: np.random.Generator | None = None
 ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-    """Rows in `use` with their float32 features, at most `size` at a time: in random order with `rng`."""
-    for rows, vectors in _chunks(x, np.ones(len(x), bool) if use is None else use, rng):
-        for start in range(0, len(rows), size):
-            yield rows[start : start + size], tensor(vectors[start : start + size], device)
+    """Rows in `use` with their float32 features, at most `size` at a time: in random order with `rng`.
 
-
-def _chunks(
-    x: Features, use: NDArray[np.bool_], rng: np.random.Generator | None
-) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
-    """Rows in `use` and their features; of a store some shards at a time: each is a random part of the images."""
-    most = max(1, CHUNK_BYTES // (4 * x.shape[1]))
+    Of a store some shards are read at a time: each is a random part of the images.
+    """
+    use = np.ones(len(x), bool) if use is None else use
+    mixed = (lambda rows: rows) if rng is None else rng.permutation
     if not isinstance(x, Column):
-        rows = np.flatnonzero(use) if rng is None else rng.permutation(np.flatnonzero(use))
-        for start in range(0, len(rows), most):
-            yield rows[start : start + most], x[rows[start : start + most]]
+        rows = mixed(np.flatnonzero(use))
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size], torch.from_numpy(x[rows[start : start + size]]).float()
         return
-    shards = np.arange(x.store.shards) if rng is None else rng.permutation(x.store.shards)
-    together = max(1, most // x.store.shard_rows)
-    for start in range(0, len(shards), together):
-        blocks = [x.block(int(shard)) for shard in shards[start : start + together]]
+    shards = mixed(np.arange(x.store.shards))
+    together = max(1, CHUNK_BYTES // (4 * x.shape[1]) // x.store.shard_rows)
+    for first in range(0, len(shards), together):
+        blocks = [x.block(int(shard)) for shard in shards[first : first + together]]
         rows = np.concatenate([block[0] for block in blocks])
-        used = np.flatnonzero(use[rows]) if rng is None else rng.permutation(np.flatnonzero(use[rows]))
-        vectors = np.concatenate([block[1] for block in blocks])[used]
+        used = mixed(np.flatnonzero(use[rows]))
+        rows, vectors = rows[used], np.concatenate([block[1] for block in blocks])[used]
         del blocks
-        yield rows[used], vectors
-
-
-def tensor(values: NDArray[Any], device: str, kind: torch.dtype = torch.float32) -> Tensor:
-    """An array as a tensor of that kind on the device."""
-    return torch.from_numpy(np.ascontiguousarray(values)).to(device, kind)
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size], torch.from_numpy(vectors[start : start + size]).float()

@@ -12,18 +12,9 @@ from torch.nn import functional as F
 
 from samantics.models.encoder import Encoder
 from samantics.models.preprocessing import IMAGENET
+from samantics.probing import linear
 from samantics.probing.features import Column
-from samantics.probing.linear import (
-    Features,
-    Labels,
-    ProbeResult,
-    batches,
-    checked,
-    joined,
-    linear_probe,
-    scored,
-    tensor,
-)  # fmt: skip
+from samantics.probing.linear import Features, Labels, ProbeResult, linear_probe
 
 EPOCHS, LONG = 10, 50  # the paper's, and what asks whether they were enough
 Data = tuple[Features, Labels, Features, Labels, int]  # train (N, C) and labels, test (n, C) and labels, classes
@@ -31,41 +22,41 @@ Data = tuple[Features, Labels, Features, Labels, int]  # train (N, C) and labels
 
 def paper_probe(
     train_x: Features, train_y: Labels, test_x: Features, test_y: Labels, classes: int, seed: int = 0,
-    epochs: int = EPOCHS, device: str = "cpu",
+    epochs: int = EPOCHS,
 ) -> list[ProbeResult]:  # fmt: skip
     """The protocol of the paper's code on stored features: the inputs of its linear layer are the same in every epoch.
 
     Adam at 1e-3 without weight decay, batches of 128, gradients clipped to norm 1, halved rate after five epochs
-    without a better loss on the reported split, 16-bit mixed precision (float16 with loss scaling on a GPU, bfloat16 on
-    a CPU), features as they are. Arguments and errors: as `linear_probe`.
+    without a better loss on the reported split, 16-bit mixed precision (bfloat16), features as they are. Arguments and
+    errors: as `linear_probe`.
 
     Returns:
         The answers after each epoch. The paper reports the best of ten, chosen on the very split that it reports.
     """
-    train_x, test_x = checked(train_x, train_y, classes, "train"), checked(test_x, test_y, classes, "test")
-    layer, gpu = _fresh_layer(train_x.shape[1], classes, seed).to(device), device.startswith("cuda")
+    train_x = linear.checked(train_x, train_y, classes, "train")
+    test_x = linear.checked(test_x, test_y, classes, "test")
+    layer = _fresh_layer(train_x.shape[1], classes, seed)
     optimiser = torch.optim.Adam(layer.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, factor=0.5, patience=5)
-    scaler, mixed = torch.amp.GradScaler(enabled=gpu), torch.float16 if gpu else torch.bfloat16
+    labels, test_labels = (torch.from_numpy(part.astype(np.int64)) for part in (train_y, test_y))
     rng, course = np.random.default_rng(seed), []
     for _ in range(epochs):
-        for rows, vectors in batches(train_x, 128, rng=rng, device=device):
-            with torch.autocast(layer.weight.device.type, mixed):
-                loss = F.cross_entropy(layer(vectors), tensor(train_y[rows], device, torch.int64))
-            optimiser.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimiser)
-            nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
-            scaler.step(optimiser)
-            scaler.update()
+        with linear.tiny_numbers_as_zero():
+            for rows, vectors in linear.batches(train_x, linear.BATCH, rng=rng):
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = F.cross_entropy(layer(vectors), labels[rows])
+                optimiser.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+                optimiser.step()
         ranked, total = np.empty((len(test_y), min(5, classes)), np.int64), 0.0
-        for rows, vectors in batches(test_x, 4096, device=device):
-            with torch.no_grad(), torch.autocast(layer.weight.device.type, mixed):
+        for rows, vectors in linear.batches(test_x, 4096):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
                 logits = layer(vectors).float()
-            total += float(F.cross_entropy(logits, tensor(test_y[rows], device, torch.int64), reduction="sum"))
-            ranked[rows] = logits.topk(ranked.shape[1]).indices.cpu().numpy()
+            total += float(F.cross_entropy(logits, test_labels[rows], reduction="sum"))
+            ranked[rows] = logits.topk(ranked.shape[1]).indices.numpy()
         schedule.step(total / len(test_y))
-        course.append(scored(ranked, test_y))
+        course.append(linear.scored(ranked, test_y))
     return course
 
 
@@ -110,7 +101,7 @@ def projected_probe(data: Data, width: int, seeds: Sequence[int]) -> ProbeResult
             for x in (train_x, test_x)
         )
         results.append(linear_probe(train, train_y, test, test_y, classes, seeds=(seed,)))
-    return joined(results)
+    return linear.joined(results)
 
 
 def paper_input(encoder: Encoder) -> Encoder:

@@ -52,15 +52,10 @@ def null(near: NDArray[np.bool_], other: NDArray[np.bool_], draws: int = 99, see
 
 
 def similarity_table(spaces: Mapping[str, NDArray[np.bool_]], known: Mapping[str, NDArray[np.bool_]]) -> pd.DataFrame:
-    """Every model against every other and against what is known of the pictures, in percent.
+    """Models' `nearest` (`spaces`) against each other's and against what else is `known` of the pictures, in percent.
 
-    Args:
-        spaces: models' `nearest`, by name.
-        known: other relations of the same pictures (`nearest` of colours, `same` of classes).
-
-    Returns:
-        `encoder, other, value, low, high` (95 %, over pictures), `null` and `null_high` (mean and 97.5 % of
-        permutations) and `p`, the share of permutations that reach the value.
+    Columns: `encoder, other, value, low, high` (95 %, over pictures), `null` and `null_high` (mean and 97.5 % of
+    permutations) and `p`, the share of permutations that reach the value.
     """
     rows = []
     for name, near in spaces.items():
@@ -91,12 +86,9 @@ def squares(images: Images, rows: NDArray[np.int64], side: int = 96) -> NDArray[
 
 
 def known_relations(data: ClassificationData, task: Task, rows: NDArray[np.int64]) -> dict[str, NDArray[np.bool_]]:
-    """What is known of test images without any model: which are alike in colour, in shape, of a family, of a class.
+    """What is known of a task's test `rows` without any model: which are alike in colour, shape, superclass, class.
 
-    Args:
-        data: shape only where it has masks, families only where they are others than the classes.
-        task: whose test images.
-        rows: `(n,)` which of them.
+    Shape only where the data has masks, superclass only where it is another than the class.
     """
     labels = task.test.labels[rows]
     known = {"colour": nearest(colour_histograms(squares(data.splits[task.test.split], rows)))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,13 +25,13 @@ from samantics.mojiworld.floors import INSTRUMENTS
 from samantics.probing.attentive import attentive_probe
 from samantics.probing.features import Column, FeatureStore, encode_images
 from samantics.probing.knn import knn_probe
-from samantics.probing.linear import Features, Labels, ProbeResult, few_shot_rows, linear_probe
+from samantics.probing.linear import Labels, ProbeResult, few_shot_rows, linear_probe
 from samantics.probing.protocol import Data, paper_input, projected_probe, training_changes
 from samantics.probing.similarity import squares
 from samantics.probing.zero_shot import class_texts, zero_shot_probe
 from samantics.run import Run, available_cores
 
-PROBES = 2  # of what is kept; raised when the same probe would give other numbers
+PROBES = 3  # of what is kept; raised when the same probe would give other numbers
 ENCODED_AGAIN = 100_000  # images of a split, at most, that are encoded again with another input
 FLOOR_IMAGES = 20_000  # of a split, at most, that instruments without training look at
 QUICK_RATE, QUICK_EPOCHS = 0.1, 20  # where many layers are compared, and where few images leave nothing to choose on
@@ -40,21 +41,14 @@ Answers = dict[tuple[str, str, str], ProbeResult]  # by encoder, level and probe
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Stored features of one encoder.
-
-    Attributes:
-        name: of the encoder.
-        headline: layer and pooling of its row in the paper's table.
-        layers: its layers from input to output.
-        stores: by split.
-    """
+    """Stored features of one encoder."""
 
     name: str
-    headline: Readout
-    layers: tuple[str, ...]
-    stores: Mapping[str, FeatureStore]
+    headline: Readout  # layer and pooling of its row in the paper's table
+    layers: tuple[str, ...]  # from input to output
+    stores: Mapping[str, FeatureStore]  # by split
 
-    def features(self, part: Part, readout: Readout | None = None) -> tuple[Features, Labels]:
+    def features(self, part: Part, readout: Readout | None = None) -> tuple[Column, Labels]:
         """Features, streamed, and labels of the readable images of a part."""
         store = self.stores[part.split]
         return store.column(readout or self.headline), part.labels[store.kept]
@@ -75,16 +69,20 @@ class Encoded:
 
 def encode_all(run: Run, data: ClassificationData, names: Sequence[str]) -> dict[str, Encoded]:
     """Features of every encoder within reach: all layers, pooled all ways, in one pass; from disk on a rerun."""
-    found = {}
-    for name in within_reach(names, run.scale.weights):
-        encoder = probed_encoder(run, name)
-        run.record(f"weights:{name}", encoder.weights_hash)
-        readouts = [(layer, "mean") for layer in encoder.layers]
-        readouts += [(layer, "cls") for layer in encoder.layers if encoder.has_class_token(layer)]
-        found[name] = encode(run, data, encoder, [*readouts, TOKENS] + [("final", "object")] * bool(data.masks))
+    encoders = [probed_encoder(run, name) for name in within_reach(names, run.scale.weights)]
+    for encoder in encoders:
+        run.record(f"weights:{encoder.name}", encoder.weights_hash)
     for split, value in data.hashes.items():
         run.record(f"data:{split}", value)
-    return found
+    # the zoo's are so small that a core each beats all cores together; official ones take 2.5 GB at a time
+    each = on_all_cores if run.scale.weights.startswith("zoo") else lambda work, jobs: [work(*job) for job in jobs]
+    return {one.name: one for one in each(_encode_all_ways, [(run, data, encoder) for encoder in encoders])}
+
+
+def _encode_all_ways(run: Run, data: ClassificationData, encoder: Encoder) -> Encoded:
+    readouts = [(layer, "mean") for layer in encoder.layers]
+    readouts += [(layer, "cls") for layer in encoder.layers if encoder.has_class_token(layer)]
+    return encode(run, data, encoder, [*readouts, TOKENS] + [("final", "object")] * bool(data.masks))
 
 
 def probed_encoder(run: Run, name: str) -> Encoder:
@@ -104,25 +102,14 @@ def encode(run: Run, data: ClassificationData, encoder: Encoder, readouts: Seque
 # ---------------------------------------------------------------------------------------------------- one probe
 
 
-def _linear(data: Data, seeds: int, groups: Labels | None) -> ProbeResult:
-    return linear_probe(*data, seeds=range(seeds), groups=groups)
-
-
-def _quick(data: Data, seeds: int, _groups: Labels | None) -> ProbeResult:
-    return linear_probe(*data, seeds=range(seeds), rates=(QUICK_RATE,), max_epochs=QUICK_EPOCHS)
-
-
-def _attentive(data: Data, seeds: int, _groups: Labels | None) -> ProbeResult:
-    return attentive_probe(*data, seeds=range(seeds))
-
-
-def _knn(data: Data, _seeds: int, _groups: Labels | None) -> ProbeResult:
-    return knn_probe(*data, k=min(10, len(data[1])))  # a reader's folder may have fewer images
-
-
-METHODS: dict[str, Callable[[Data, int, Labels | None], ProbeResult]] = {
-    "linear": _linear, "attentive": _attentive, "knn": _knn, "quick": _quick
-}  # fmt: skip
+METHODS: dict[str, Callable[[Data, int, Labels | None], ProbeResult]] = {  # of data, seeds and what is held out
+    "linear": lambda data, seeds, groups: linear_probe(*data, seeds=range(seeds), groups=groups),
+    "attentive": lambda data, seeds, _: attentive_probe(*data, seeds=range(seeds)),
+    "knn": lambda data, _seeds, _groups: knn_probe(*data, k=min(10, len(data[1]))),  # a reader's folder may have fewer
+    "quick": lambda data, seeds, _: linear_probe(
+        *data, seeds=range(seeds), rates=(QUICK_RATE,), max_epochs=QUICK_EPOCHS
+    ),
+}
 
 
 def probe(
@@ -188,33 +175,36 @@ def percent(name: str, hits: NDArray[np.bool_]) -> dict[str, float]:
     return dict(zip((name, f"{name}_low", f"{name}_high"), bootstrap_mean(100.0 * hits), strict=True))
 
 
-def rows(
-    encoded: Encoded, task: Task, kind: str, result: ProbeResult, readout: Readout | None = None
-) -> list[dict[str, Any]]:
-    """Rows of `01_probe_accuracy.csv`, for all pictures and for each kind: percent, 95 % intervals over both."""
+def row(
+    encoded: Encoded, task: Task, kind: str, result: ProbeResult, readout: Readout | None = None, shown: str = "all"
+) -> dict[str, Any]:
+    """A row of `01_probe_accuracy.csv`, for one kind of picture: percent, 95 % intervals."""
     layer, pooling = readout or (TOKENS if kind == "attentive" else encoded.headline)
-    found, kinds = [], encoded.kinds(task.test)
-    for shown in dict.fromkeys(["all", *np.unique(kinds).tolist()]):
-        chosen = np.ones(len(kinds), bool) if shown == "all" else kinds == shown
-        top1, top5 = result.top1[:, chosen], result.top5[:, chosen]
-        what = {"encoder": encoded.name, "labels": task.name, "kind": shown, "probe": kind}
-        counts = {"n_train": len(task.train.labels), "n_test": top1.shape[1], "seeds": top1.shape[0]}
-        where = {"layer": layer, "pooling": pooling}
-        dim = {"dim": encoded.dims(task)[layer, pooling]}
-        found.append(what | where | percent("top1", top1) | percent("top5", top5) | dim | counts)
-    return found
+    chosen = (encoded.kinds(task.test) == shown) | (shown == "all")
+    top1, top5 = result.top1[:, chosen], result.top5[:, chosen]
+    what = {"encoder": encoded.name, "labels": task.name, "kind": shown, "probe": kind}
+    what |= {"layer": layer, "pooling": pooling} | percent("top1", top1) | percent("top5", top5)
+    what |= {"dim": encoded.dims(task)[layer, pooling], "n_train": len(task.train.labels)}
+    return what | {"n_test": top1.shape[1], "seeds": top1.shape[0]}
+
+
+def by_kind(encoded: Encoded, task: Task, kind: str, result: ProbeResult) -> list[dict[str, Any]]:
+    """Its `row` for all pictures, and for each kind of them."""
+    kinds = dict.fromkeys(["all", *np.unique(encoded.kinds(task.test)).tolist()])
+    return [row(encoded, task, kind, result, shown=shown) for shown in kinds]
 
 
 def headline(features: Mapping[str, Encoded], tasks: Mapping[str, Task], seeds: int) -> tuple[pd.DataFrame, Answers]:
     """Three probes of every encoder at every level, and their answers."""
-    every = list(tasks.values())
-    jobs = [(one, every, kind, None, seeds) for kind in ("linear", "attentive", "knn") for one in features.values()]
-    answers, table = {}, []
-    for (one, _, kind, *_), by_level in zip(jobs, on_all_cores(probe, jobs), strict=True):
-        for level, result in by_level.items():
-            answers[one.name, level, kind] = result
-            table += rows(one, tasks[level], kind, result)
-    return pd.DataFrame(table), answers
+
+    def work(one: Encoded, kind: str) -> tuple[Answers, list[dict[str, Any]]]:
+        results = probe(one, list(tasks.values()), kind, None, seeds)
+        answers = {(one.name, level, kind): result for level, result in results.items()}
+        return answers, [line for name, result in results.items() for line in by_kind(one, tasks[name], kind, result)]
+
+    jobs = [(one, kind) for kind in ("linear", "attentive", "knn") for one in features.values()]
+    answers, table = zip(*on_all_cores(work, jobs), strict=True)
+    return pd.DataFrame(itertools.chain(*table)), {key: result for part in answers for key, result in part.items()}
 
 
 def zero_shot(run: Run, features: Mapping[str, Encoded], tasks: Mapping[str, Task]) -> tuple[pd.DataFrame, Answers]:
@@ -225,29 +215,32 @@ def zero_shot(run: Run, features: Mapping[str, Encoded], tasks: Mapping[str, Tas
             texts = class_texts(probed_encoder(run, "clip"), task.prompts)
             result = zero_shot_probe(*features["clip"].features(task.test), texts)
             answers["clip", level, "zero_shot"] = result
-            table += rows(features["clip"], task, "zero_shot", result)
+            table += by_kind(features["clip"], task, "zero_shot", result)
     return pd.DataFrame(table), answers
 
 
 def floor_rows(data: ClassificationData, features: Mapping[str, Encoded]) -> pd.DataFrame:
     """What instruments that learned nothing know: their nearest neighbours on the same images (some, of very many)."""
     stores, rng = next(iter(features.values())).stores, np.random.default_rng(0)
-    rows = {name: np.sort(rng.permutation(store.kept)[:FLOOR_IMAGES]) for name, store in stores.items()}
-    pictures, table = {name: squares(images, rows[name]) for name, images in data.splits.items()}, []
-    for name, vectors_of in INSTRUMENTS.items():
-        vectors = {split: vectors_of(images) for split, images in pictures.items()}
+    few = {name: np.sort(rng.permutation(store.kept)[:FLOOR_IMAGES]) for name, store in stores.items()}
+    pictures = {name: squares(images, few[name]) for name, images in data.splits.items()}
+
+    def work(name: str) -> list[dict[str, Any]]:
+        vectors, table = {split: INSTRUMENTS[name](images) for split, images in pictures.items()}, []
         for task in data.tasks.values():
-            parts = [(vectors[part.split], part.labels[rows[part.split]]) for part in (task.train, task.test)]
+            parts = [(vectors[part.split], part.labels[few[part.split]]) for part in (task.train, task.test)]
             found = knn_probe(*parts[0], *parts[1], len(task.classes), k=min(10, len(parts[0][1])))
             table.append({"instrument": name, "labels": task.name, "probe": "knn", **percent("top1", found.top1)})
-    return pd.DataFrame(table)
+        return table
+
+    return pd.DataFrame(itertools.chain(*on_all_cores(work, [(name,) for name in INSTRUMENTS])))
 
 
 def layer_rows(features: Mapping[str, Encoded], task: Task) -> pd.DataFrame:
     """Quick probes of the spatial mean of every layer: where in the network is the class?"""
-    jobs = [(e, task, (layer, "mean")) for e in features.values() for layer in e.layers]
-    depth = [(e.layers.index(layer) + 1) / len(e.layers) for e, _, (layer, _) in jobs]
-    return _quick_rows(jobs).assign(depth=depth)
+    jobs = [(e, (layer, "mean")) for e in features.values() for layer in e.layers]
+    depth = [(e.layers.index(layer) + 1) / len(e.layers) for e, (layer, _) in jobs]
+    return _quick_rows(jobs, task).assign(depth=depth)
 
 
 def pooling_rows(features: Mapping[str, Encoded], task: Task) -> pd.DataFrame:
@@ -257,15 +250,16 @@ def pooling_rows(features: Mapping[str, Encoded], task: Task) -> pd.DataFrame:
         trunk = [layer for layer in one.layers if layer.startswith("block")][-1]
         names = {"final": "output", "before_projection": "before projection", trunk: "trunk"}
         chosen = [readout for readout in one.dims(task) if readout[0] in names and readout != TOKENS]
-        jobs += [(one, task, readout) for readout in chosen]
+        jobs += [(one, readout) for readout in chosen]
         where += [names[layer] for layer, _ in chosen]
-    return _quick_rows(jobs).assign(where=where)
+    return _quick_rows(jobs, task).assign(where=where)
 
 
-def _quick_rows(jobs: Sequence[tuple[Encoded, Task, Readout]]) -> pd.DataFrame:
-    results = on_all_cores(probe, [(e, [task], "quick", readout) for e, task, readout in jobs])
-    found = zip(jobs, results, strict=True)
-    return pd.DataFrame([rows(e, task, "quick", r[task.name], readout)[0] for (e, task, readout), r in found])
+def _quick_rows(jobs: Sequence[tuple[Encoded, Readout]], task: Task) -> pd.DataFrame:
+    def work(one: Encoded, readout: Readout) -> dict[str, Any]:
+        return row(one, task, "quick", probe(one, [task], "quick", readout)[task.name], readout)
+
+    return pd.DataFrame(on_all_cores(work, jobs))
 
 
 def few_shot(features: Mapping[str, Encoded], task: Task, shots: Sequence[int], seeds: int) -> pd.DataFrame:
@@ -273,27 +267,18 @@ def few_shot(features: Mapping[str, Encoded], task: Task, shots: Sequence[int], 
     fewest = int(np.unique(task.train.labels, return_counts=True)[1].min())
     possible = [count for count in shots if count <= fewest]
 
-    def make() -> pd.DataFrame:
-        jobs = [(e, task, count, seeds) for e in features.values() for count in possible]
-        found = zip(jobs, on_all_cores(_few_shot_hits, jobs), strict=True)
-        what = [
-            ({"encoder": e.name, "labels": task.name, "shots": n, "seeds": seeds}, hits) for (e, _, n, _), hits in found
-        ]
-        return pd.DataFrame([line | percent("top1", hits) for line, hits in what])
+    def work(one: Encoded, count: int) -> dict[str, Any]:
+        (x, y), test, hits = one.features(task.train), one.features(task.test), []
+        for seed in range(seeds):
+            few = few_shot_rows(y, count, seed)
+            data = x.take(few), y[few], *test, len(task.classes)
+            hits.append(linear_probe(*data, (seed,), (QUICK_RATE,), max_epochs=QUICK_EPOCHS).top1[0])
+        what = {"encoder": one.name, "labels": task.name, "shots": count, "seeds": seeds}
+        return what | percent("top1", np.stack(hits))
 
-    return kept(_path(list(features.values()), [task], ["few shot", possible, seeds], "csv"), make)
-
-
-def _few_shot_hits(encoded: Encoded, task: Task, count: int, seeds: int) -> NDArray[np.bool_]:
-    """`(seeds, n)`: is the test image's class found?"""
-    x, y, test_x, test_y, classes = encoded.data(task)
-    hits = []
-    for seed in range(seeds):
-        few = few_shot_rows(y, count, seed)
-        few_x = x.take(few) if isinstance(x, Column) else x[few]
-        data = few_x, y[few], test_x, test_y, classes
-        hits.append(linear_probe(*data, (seed,), (QUICK_RATE,), max_epochs=QUICK_EPOCHS).top1[0])
-    return np.stack(hits)
+    jobs = [(one, count) for one in features.values() for count in possible]
+    path = _path(list(features.values()), [task], ["few shot", possible, seeds], "csv")
+    return kept(path, lambda: pd.DataFrame(on_all_cores(work, jobs)))
 
 
 def class_rows(answers: Answers, task: Task, test_y: Labels) -> pd.DataFrame:
@@ -318,11 +303,20 @@ def protocol_rows(
     own = [one for name, one in features.items() if name in PAPER_PROBE]
     width = min(one.dims(task)[one.headline] for one in own)
 
+    def work(one: Encoded, paper: Encoded | None) -> list[dict[str, Any]]:
+        found = training_changes(one.data(task), task.groups)
+        found["no normalisation", "swept, features standardised"] = answers[one.name, task.name, "linear"]
+        if one.dims(task)[one.headline] > width:
+            found["unequal widths", f"random projection to {width}"] = projected_probe(one.data(task), width, (0,))
+        if paper is not None:
+            result = linear_probe(*paper.data(task), seeds=(0,), groups=task.groups)
+            found["the encoder's input", "the paper's"] = result
+        words = ({"question": question, "setting": setting} for question, setting in found)
+        return [word | row(one, task, "linear", result) for word, result in zip(words, found.values(), strict=True)]
+
     def make() -> pd.DataFrame:
-        jobs = [
-            (one, _paper_encoded(run, data, one), task, width, answers[one.name, task.name, "linear"]) for one in own
-        ]
-        return pd.DataFrame([row for rows_of in on_all_cores(_protocol, jobs) for row in rows_of])
+        jobs = [(one, _paper_encoded(run, data, one)) for one in own]
+        return pd.DataFrame(itertools.chain(*on_all_cores(work, jobs)))
 
     return kept(_path(own, [task], ["protocol"], "csv"), make)
 
@@ -333,15 +327,3 @@ def _paper_encoded(run: Run, data: ClassificationData, own: Encoded) -> Encoded 
     changed = paper_input(encoder)
     few = max(len(images) for images in data.splits.values()) <= ENCODED_AGAIN
     return encode(run, data, changed, [own.headline]) if few and changed.preprocess != encoder.preprocess else None
-
-
-def _protocol(own: Encoded, paper: Encoded | None, task: Task, width: int, sound: ProbeResult) -> list[dict[str, Any]]:
-    data = own.data(task)
-    found = training_changes(data, task.groups) | {("no normalisation", "swept, features standardised"): sound}
-    if data[0].shape[1] > width:
-        found["unequal widths", f"random projection to {width}"] = projected_probe(data, width, (0,))
-    if paper is not None:
-        result = linear_probe(*paper.data(task), seeds=(0,), groups=task.groups)
-        found["the encoder's input", "the paper's"] = result
-    words = ({"question": question, "setting": setting} for question, setting in found)
-    return [word | rows(own, task, "linear", result)[0] for word, result in zip(words, found.values(), strict=True)]
