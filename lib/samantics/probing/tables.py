@@ -182,7 +182,7 @@ def row(
     layer, pooling = readout or (TOKENS if kind == "attentive" else encoded.headline)
     chosen = (encoded.kinds(task.test) == shown) | (shown == "all")
     top1, top5 = result.top1[:, chosen], result.top5[:, chosen]
-    what = {"encoder": encoded.name, "labels": task.name, "kind": shown, "probe": kind}
+    what: dict[str, Any] = {"encoder": encoded.name, "labels": task.name, "kind": shown, "probe": kind}
     what |= {"layer": layer, "pooling": pooling} | percent("top1", top1) | percent("top5", top5)
     what |= {"dim": encoded.dims(task)[layer, pooling], "n_train": len(task.train.labels)}
     return what | {"n_test": top1.shape[1], "seeds": top1.shape[0]}
