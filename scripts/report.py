@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import functools
 import io
 import json
 from pathlib import Path
@@ -103,7 +104,7 @@ def _result(path: Path) -> dict[str, Any]:
         raise StudyError(f"{path} does not belong to a result of the study: remove it")
     picture, table = path.with_suffix(".png"), path.with_suffix(".csv")
     if picture.is_file():
-        record["picture"] = _embedded(picture)
+        record["picture"] = _embedded(picture, picture.stat().st_mtime_ns)
     elif table.is_file():
         record["table"] = _table(pd.read_csv(table))
     return record
@@ -123,8 +124,9 @@ def _verdicts(figures: Path) -> dict[str, Any]:
     return {"claims": claims, "comparisons": _table(comparisons.drop(columns="others"))}
 
 
-def _embedded(path: Path) -> str:
-    """A picture as an address that holds it, small enough for a page of many."""
+@functools.cache
+def _embedded(path: Path, _written: int) -> str:
+    """A picture as an address that holds it, small enough for a page of many; once, until it is written again."""
     buffer = io.BytesIO()
     with Image.open(path) as image:
         small = image.convert("RGB")
