@@ -22,7 +22,14 @@ from samantics.models.encoder import load_encoder
 from samantics.mojiworld.rendered import write_scenes
 from samantics.mojiworld.world import STREAMS, World, picture
 from samantics.training_free.decoder import PointDecoder, encode_image, sam2_predictor
-from samantics.training_free.proposals import ProposalSettings, get_proposals, point_grid, proposals_folder, propose
+from samantics.training_free.proposals import (
+    ProposalSettings,
+    get_proposals,
+    point_grid,
+    proposals_folder,
+    propose,
+    surviving,
+)
 
 
 def decisive(name: str) -> Any:
@@ -81,6 +88,16 @@ def test_same_masks_as_the_package(name: str, size: tuple[int, int], box_nms: fl
     boxes = np.array([t["bbox"] for t in theirs])  # theirs end at the last pixel, ours after it
     assert np.allclose(ours.boxes[matched, 2:] - ours.boxes[matched, :2] - 1, boxes[:, 2:])
     assert np.allclose(ours.masks.sum((1, 2))[matched], [t["area"] for t in theirs], rtol=0.01)
+
+
+def test_filters_afterwards_are_filters_at_once() -> None:
+    model, image = decisive("sam"), Image.fromarray(picture(World(96, seed=2), STREAMS["targets"], 0).image)
+    every = propose(model, image, ProposalSettings(8, 0.0, 0.0, box_nms=1.0))
+    settings = ProposalSettings(
+        8, float(np.median(every.predicted_iou)), float(np.median(every.stability)), box_nms=0.6
+    )
+    ours, afterwards = propose(model, image, settings), every.select(surviving(every, settings))
+    assert 0 < len(ours) < len(every) and ours.rles == afterwards.rles
 
 
 def test_decoder_gives_the_package_logits() -> None:

@@ -167,6 +167,14 @@ def tune(
     print(tune_model(scale, references, targets, images, weights, _given(epochs=epochs, batch=batch)), end="")
 
 
+@app.command()
+def choose_filters() -> None:
+    """Choose the filters of notebook 03's proposals on validation scenes, with the zoo as it is: about a minute."""
+    from samantics.training_free.choice import choose_filters as choose
+
+    print(choose().to_string(index=False))
+
+
 # ---------------------------------------------------------------------------------------------------- the pocket zoo
 
 Models = Annotated[list[str], Argument(help="Models of the zoo or its controls, one after the other")]

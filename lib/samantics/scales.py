@@ -6,9 +6,15 @@ One nested dataclass per notebook. A setting that is the same at every scale has
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
 
 from samantics.errors import StudyError
 from samantics.mojiworld.catalogue import instance_classes
+
+FILTERS = Path(__file__).parent / "assets" / "proposal_choice.csv"  # how notebook 03's filters of proposals were chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +111,17 @@ class PipelineSettings:
     reference_seeds: int = 3  # draws of the references, with seeds 0, 1, ...
 
 
+def chosen_filters() -> dict[str, Any]:
+    """The filters with the highest AP on the validation artist's scenes: `python -m samantics choose-filters`."""
+    table = pd.read_csv(FILTERS, usecols=["predicted_iou", "stability", "box_nms"])
+    return {str(name): float(value) for name, value in table.iloc[0].items()}
+
+
 # 96 pixels instead of some 640: objects take 20-60 % of the side; smaller ones are mostly covered by others
 POCKET_PIPELINE = PipelineSettings(
     sources=("dinov2", "clip", "mae", "supervised", "sam2", "sam", "random"),
     reference_scenes=800, target_scenes=300, targets=100, min_reference_area=12.0**2, reference_inset=2.0,
-    # stability and NMS: the most whole objects among fewest masks, on the validation artist's scenes
-    points_per_side=8, stability=0.1, box_nms=0.5, semantic_size=0, grids=(3, 4, 6, 8, 12), grid_images=24,
+    points_per_side=8, **chosen_filters(), semantic_size=0, grids=(3, 4, 6, 8, 12), grid_images=24,
 )  # fmt: skip
 
 

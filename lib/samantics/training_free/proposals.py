@@ -101,11 +101,17 @@ def propose_encoded(image: EncodedImage, settings: ProposalSettings) -> Proposal
     parts = [part for some in points.split(batch) for part in _masks_at(decoder, some.numpy(), settings)]
     rles, table = [rle for some, _ in parts for rle in some], np.concatenate([np.empty((0, 6)), *(t for _, t in parts)])
     found = Proposals(image.size, tuple(rles), table[:, :4], table[:, 4], table[:, 5])
+    return found.select(surviving(found, settings))
+
+
+def surviving(found: Proposals, settings: ProposalSettings) -> NDArray[np.int64]:
+    """Positions of the proposals that pass both thresholds and the NMS of boxes, best predicted IoU first."""
+    promising = (found.predicted_iou > settings.predicted_iou) | (settings.predicted_iou <= 0)
+    good = np.flatnonzero(promising & (found.stability >= settings.stability))
     # float32, and boxes whose far sides are the last pixels: as the packages rank and compare them
-    boxes, quality = (
-        torch.as_tensor(v, dtype=torch.float32) for v in (found.boxes - (0, 0, 1, 1), found.predicted_iou)
-    )
-    return found.select(nms(boxes, quality, settings.box_nms).numpy())
+    boxes, quality = found.boxes[good] - (0, 0, 1, 1), found.predicted_iou[good]
+    alone = nms(torch.tensor(boxes, dtype=torch.float32), torch.tensor(quality, dtype=torch.float32), settings.box_nms)
+    return good[alone.numpy()]
 
 
 def _masks_at(
