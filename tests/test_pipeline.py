@@ -7,14 +7,17 @@ from unittest import mock
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 
+from samantics.cache import write_json
 from samantics.data import coco
 from samantics.data.detection import load_data
 from samantics.errors import StudyError
 from samantics.run import start_run
 from samantics.training_free import explorer, oracles
 from samantics.training_free import pipeline as pipelines
+from samantics.training_free.mask_features import encode_masks
 from samantics.training_free.pipeline import Pipeline, Variant
 
 COLUMNS = "proposals,source,merging,shots,iou_type,AP,AP50,AP75,APs,APm,APl,AR1,AR10,AR100,low,high,seeds"
@@ -99,26 +102,53 @@ def test_a_difference_is_that_of_the_table(small: Pipeline) -> None:
 
 def test_features_are_those_of_the_proposals(small: Pipeline) -> None:
     """An image's masks of all proposers lie in one file; each proposer gets the features of its own."""
-    image_id = max(small.data.targets.images)
-    image = coco.read_image(small.data.targets, image_id)
+    image_id, encoders = max(small.data.targets.images), {"clip": small.models["clip"]}
     for proposer in pipelines.PROPOSERS:
-        masks = small.proposals(proposer)[image_id].masks
-        expected, _ = explorer.features_at(small.models["clip"], image, masks)
+        rles = {image_id: small.proposals(proposer)[image_id].rles}
+        expected = encode_masks(encoders, small.data.targets, rles).of("clip", image_id)
         np.testing.assert_allclose(small.features(proposer, "clip", image_id), expected, atol=1e-5)
         assert small.features(proposer, "clip", image_id, "cut_out").shape == expected.shape
 
 
-def test_explorer(small: Pipeline) -> None:
-    image_id = next(iter(small.data.targets.images))
-    image = coco.read_image(small.data.targets, image_id)
+def test_the_head_to_head_is_on_the_same_targets(small: Pipeline) -> None:
+    """Rows of notebook 02 stand there if it saw these targets; ours are of the images that 02 asked for all classes."""
+    ways = {"ours": Variant(source="clip", shots=2)}
+    alone = oracles.head_to_head(small, ways)
+    assert alone["method"].tolist() == ["ours", "ours"] and (alone["images"] == 4).all()
+    assert (alone["image_seconds"] > 0).all() and (alone["tuning_seconds"] == 0).all()
+    head = {
+        "variant": "all_classes",
+        "artists": "all",
+        "arm": "frozen SAM",
+        "iou_type": "bbox",
+        "AP": 1,
+        "low": 0,
+        "high": 2,
+    }
+    rows = [head | {"split": split, "shots": shots} for split in ("base", "novel") for shots in (1, 2)]
+    rows.append(rows[-1] | {"variant": "class_oracle", "AP": 99})
+    cost = {"arm": "frozen SAM", "tuning_seconds": 60, "image_seconds": 0.5, "images": 3}
+    small.run.figures.mkdir(exist_ok=True)
+    pd.DataFrame(rows).to_csv(small.run.figures / "02_icl_ap.csv")
+    pd.DataFrame([cost]).to_csv(small.run.figures / "02_cost.csv")
+    for targets, methods in (
+        (small.run.facts["target_data"], ["in context, frozen SAM", "ours"]),
+        ("others", ["ours"]),
+    ):
+        write_json(small.run.figures / "02_icl_ap.json", {"recorded": {"target_data": targets}})
+        table = oracles.head_to_head(small, ways)
+        assert table["method"].unique().tolist() == methods and len(table) == 2 * len(methods)
+        assert (table["images"] == (3 if len(methods) == 2 else 4)).all()
+
+
+def test_likeness(small: Pipeline) -> None:
+    image = coco.read_image(small.data.targets, next(iter(small.data.targets.images)))
     heat = explorer.likeness_map(small.models["dinov2"], image, (68.0, 28.0))
     assert heat.shape == (image.height, image.width)
     assert heat.max() <= 1 + 1e-6 and heat[28, 68] > 0.9  # the middle of a token
     with pytest.raises(StudyError, match="lies outside the image"):
         explorer.likeness_map(small.models["sam"], image, (500.0, 30.0))
-    maps, masks, clicked = explorer.static_view(small, image_id, (68.0, 28.0))
-    assert len(maps.axes) == 5 and len(masks.axes) == 3
-    assert list(clicked.columns) == ["category", "score", "predicted_iou"] and len(clicked) == 3
+    assert len(explorer.likeness_figure(small.models, image, (68.0, 28.0)).axes) == 5
     plt.close("all")
 
 

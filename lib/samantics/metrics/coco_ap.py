@@ -227,8 +227,10 @@ def _resampled_ap(
     total, present = np.zeros(len(weights)), np.zeros(len(weights))
     for category in range(len(evaluation.coco.params.catIds)):
         objects, curves = _curves(evaluation.coco, category)
-        count = weights @ objects
-        ap = np.mean([_weighted_ap(*curves[t], weights, count) for t in chosen], axis=0)
+        count, some = weights @ objects, {t: (curves[t][0].tobytes(), curves[t][1].tobytes()) for t in chosen}
+        different = {key: curves[t] for t, key in some.items()}  # good masks are right at many thresholds alike
+        by_curve = {key: _weighted_ap(*curve, weights, count) for key, curve in different.items()}
+        ap = np.mean([by_curve[key] for key in some.values()], axis=0)
         total += np.where(count > 0, ap, 0)
         present += count > 0
     with np.errstate(invalid="ignore"):

@@ -1,14 +1,12 @@
-"""What there is to look at: references, what is like a place and what SAM cuts out there, truth above predictions."""
+"""What there is to look at: references, what is like a place, truth above predictions."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from textwrap import fill
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -20,8 +18,6 @@ from samantics.errors import StudyError
 from samantics.metrics.coco_ap import Result
 from samantics.models.encoder import Encoder
 from samantics.training_free import mask_features
-from samantics.training_free.decoder import MASK_THRESHOLD, PointDecoder, encode_image
-from samantics.training_free.matching import class_scores
 from samantics.training_free.pipeline import Pipeline
 
 Point = tuple[float, float]
@@ -69,16 +65,6 @@ def gallery_figure(
     return plots.image_grid(rows, {"truth": [str(n) for n in image_ids]}, size=1.9, draw=draw)
 
 
-def features_at(
-    encoder: Encoder, image: Image.Image, masks: NDArray[np.bool_]
-) -> tuple[mask_features.Features, NDArray[np.float32]]:
-    """`(N, C)` features of unit length of `(N, height, width)` masks, and the map `(C, h, w)` they are means of."""
-    tokens = mask_features.dense_maps(encoder, [image])[0]
-    geometry = mask_features.uncropped(encoder).preprocess.geometry(*image.size)
-    weights = mask_features.token_weights(masks, geometry, tokens.shape[1:])
-    return mask_features.unit(weights @ tokens.reshape(len(tokens), -1).T), tokens
-
-
 def likeness_map(encoder: Encoder, image: Image.Image, point: Point) -> NDArray[np.float32]:
     """`(height, width)` cosine of every pixel's feature to that of the pixel at `point` (x, y), not below 0.
 
@@ -88,63 +74,24 @@ def likeness_map(encoder: Encoder, image: Image.Image, point: Point) -> NDArray[
     if not (0 <= point[0] < image.width and 0 <= point[1] < image.height):
         size = f"{image.width}x{image.height}"
         raise StudyError(f"the point {point} lies outside the image of {size} pixels: choose one inside")
-    here = np.zeros((1, image.height, image.width), bool)
-    here[0, int(point[1]), int(point[0])] = True
-    there, tokens = features_at(encoder, image, here)
-    cosines = (mask_features.unit(tokens.reshape(len(tokens), -1).T) @ there[0]).reshape(tokens.shape[1:])
+    grid = mask_features.dense_maps(encoder, [image])[0]
     geometry = mask_features.uncropped(encoder).preprocess.geometry(*image.size)
-    rows, columns = mask_features.resizing(geometry, cosines.shape)
+    rows, columns = mask_features.resizing(geometry, grid.shape[1:])
+    here = mask_features.unit(grid @ columns[int(point[0])] @ rows[int(point[1])])
+    cosines = (mask_features.unit(grid.reshape(len(grid), -1).T) @ here).reshape(grid.shape[1:])
     likeness: NDArray[np.float32] = (rows @ cosines @ columns.T).clip(0, 1)
     return likeness
 
 
-@torch.inference_mode()
-def masks_at(pipeline: Pipeline, image_id: int, point: Point, source: str) -> tuple[NDArray[np.bool_], pd.DataFrame]:
-    """SAM's `(3, height, width)` masks at a point (x, y), and `category, score, predicted_iou` of each, by `source`."""
-    image, bank = read_image(pipeline.data.targets, image_id), pipeline.bank(source, pipeline.run.scale.pipeline.shots)
-    decoder = PointDecoder(encode_image(pipeline.models["sam"].model, image))
-    decoded = decoder.decode(np.array([point]))
-    low = decoder.low_logits(decoded, torch.ones_like(decoded.predicted_iou, dtype=torch.bool))
-    masks = (decoder.image.full_logits(low) > MASK_THRESHOLD).cpu().numpy()
-    filled, scores = masks.any((1, 2)), np.zeros((len(masks), len(bank.category_ids)), np.float32)
-    if filled.any():
-        scores[filled] = class_scores(bank, features_at(pipeline.models[source], image, masks[filled])[0])
-    names = np.where(filled, [pipeline.data.names[bank.category_ids[best]] for best in scores.argmax(1)], "empty")
-    quality = decoded.predicted_iou[0].cpu().numpy()
-    return masks, pd.DataFrame({"category": names, "score": scores.max(1), "predicted_iou": quality})
-
-
-def static_view(
-    pipeline: Pipeline, image_id: int, point: Point, source: str = "dinov2"
-) -> tuple[Figure, Figure, pd.DataFrame]:
-    """The likeness maps of a point, SAM's three masks there, and the table of `masks_at`."""
-    image = read_image(pipeline.data.targets, image_id)
-    maps = plots.image_grid({"": [image] * (len(SOURCES) + 1)}, size=2.1)
-    maps.axes[0].set_title("the place", fontsize=9)
-    for axis, name in zip(maps.axes[1:], SOURCES, strict=True):
-        values = likeness_map(pipeline.models[name], image, point)  # a scale for each: models differ in the cosines
+def likeness_figure(models: Mapping[str, Encoder], image: Image.Image, point: Point) -> Figure:
+    """The likeness maps of a point by the models of `SOURCES`, a scale for each: they differ in their cosines."""
+    figure = plots.image_grid({"": [image] * (len(SOURCES) + 1)}, size=2.1)
+    figure.axes[0].set_title("the place", fontsize=9)
+    for axis, name in zip(figure.axes[1:], SOURCES, strict=True):
+        values = likeness_map(models[name], image, point)
         axis.imshow(values, cmap="magma", interpolation="bilinear")
         axis.set_title(f"{plots.LABELS[name]}: {values.min():.2f} to 1", fontsize=9, color=plots.COLOURS[name])
-    plots.headline(maps, "Cosine of every place to the marked one (bright: alike)")
-    found, table = masks_at(pipeline, image_id, point, source)
-    masks = plots.image_grid({"": [image] * len(found)}, size=3.0)
-    for axis, mask, row in zip(masks.axes, found, table.itertuples(), strict=True):
-        plots.show_instances(axis, image, masks=[mask], tint=0.3)
-        axis.set_title(f"predicted IoU {row.predicted_iou:.2f}\n{row.category} ({row.score:.2f})", fontsize=9)
-    plots.headline(masks, "One point, three masks, each with its best class")
-    for axis in (*maps.axes, *masks.axes):
+    for axis in figure.axes:
         axis.plot(*point, "P", color="white", markeredgecolor="black", markersize=10)
-    return maps, masks, table
-
-
-def explore(pipeline: Pipeline, image_id: int, source: str) -> None:
-    """Two sliders that move the point, where somebody can (Jupyter); nothing in a run without a reader (papermill)."""
-    if "JPY_SESSION_NAME" in os.environ:  # Jupyter's servers set it for the kernels that they start
-        from ipywidgets import interact_manual
-
-        record = pipeline.data.targets.images[image_id]
-
-        def view(x: int, y: int) -> None:
-            static_view(pipeline, image_id, (x, y), source)
-
-        interact_manual(view, x=(0, record.width - 1), y=(0, record.height - 1))
+    plots.headline(figure, "Cosine of every place to the marked one (bright: alike)")
+    return figure

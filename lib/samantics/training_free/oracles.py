@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from pycocotools import mask as mask_tools
 
-from samantics.data.coco import CocoDataset, Rle, box_iou, read_image
-from samantics.metrics.coco_ap import IOU_TYPES, Result, ap_difference, ap_interval, evaluate, perfect_results
+from samantics.data.coco import CocoDataset, Rle, read_image
+from samantics.metrics.coco_ap import Result, ap_difference, ap_interval, evaluate, perfect_results
 from samantics.metrics.intervals import Interval, bootstrap_statistic
 from samantics.training_free.mask_features import encode_masks
 from samantics.training_free.matching import match, ranked, result_of
@@ -33,7 +36,7 @@ def overlaps(dataset: CocoDataset, image_id: int, rles: Sequence[Rle]) -> NDArra
 
 
 def oracle_table(pipeline: Pipeline, variant: Variant) -> pd.DataFrame:
-    """`oracle, iou_type, AP, AR100, low, high`: what remains when one difficulty after the other is taken away.
+    """`oracle, iou_type, AP, AR100, low, high` of masks: what remains when one difficulty is taken away.
 
     `low` and `high` bound AP. `recall_ceiling` has no AP (proposals have no classes): its AR100 is the recall of all
     proposals, not only the best hundred, and the interval bounds that.
@@ -48,10 +51,9 @@ def oracle_table(pipeline: Pipeline, variant: Variant) -> pd.DataFrame:
         "best_mask": [best_masks(targets, found)],
         "truth": [perfect_results(targets)],
     }
-    rows = [{"oracle": name} | ap_row(targets, runs, t) for name, runs in outcomes.items() for t in IOU_TYPES]
-    for iou_type in IOU_TYPES:
-        ceiling, low, high = recall(covered(targets, found, iou_type))
-        rows.append({"oracle": "recall_ceiling", "iou_type": iou_type, "AR100": ceiling, "low": low, "high": high})
+    rows = [{"oracle": name} | ap_row(targets, runs, "segm") for name, runs in outcomes.items()]
+    ceiling, low, high = recall(covered(targets, found))
+    rows.append({"oracle": "recall_ceiling", "iou_type": "segm", "AR100": ceiling, "low": low, "high": high})
     return pd.DataFrame(rows)[["oracle", "iou_type", "AP", "AR100", "low", "high"]]
 
 
@@ -85,13 +87,9 @@ def best_masks(dataset: CocoDataset, proposals: Mapping[int, Proposals]) -> list
     return results
 
 
-def covered(dataset: CocoDataset, proposals: Mapping[int, Proposals], iou_type: str = "segm") -> pd.DataFrame:
-    """One row per object: `image_id` and `iou` of its best proposal."""
-    rows = []
-    for image_id, found in proposals.items():
-        boxes = [instance.box for instance in objects_of(dataset, image_id)]
-        iou = overlaps(dataset, image_id, found.rles) if iou_type == "segm" else box_iou(found.boxes, boxes)
-        rows += [(image_id, best) for best in iou.max(0, initial=0)]
+def covered(dataset: CocoDataset, proposals: Mapping[int, Proposals]) -> pd.DataFrame:
+    """One row per object: `image_id` and mask `iou` of its best proposal."""
+    rows = [(n, best) for n, found in proposals.items() for best in overlaps(dataset, n, found.rles).max(0, initial=0)]
     return pd.DataFrame(rows, columns=["image_id", "iou"])
 
 
@@ -185,3 +183,52 @@ def subsets(pipeline: Pipeline) -> dict[str, tuple[CocoDataset, list[int]]]:
         own = tuple(i if i.split == split else dataclasses.replace(i, crowd=True) for i in targets.instances)
         found[f"{split} artists"] = (dataclasses.replace(targets, instances=own), list(targets.categories))
     return {name: (data, chosen) for name, (data, chosen) in found.items() if shown & set(chosen)}
+
+
+# --------------------------------------------------------------------------------------- beside the in-context model
+
+HEAD_TO_HEAD = ["method", "split", "AP", "low", "high", "tuning_seconds", "image_seconds", "images"]
+
+
+def head_to_head(pipeline: Pipeline, variants: Mapping[str, Variant]) -> pd.DataFrame:
+    """Box AP of notebook 02's models and of training-free variants (by method), on base and on novel classes.
+
+    All are asked for all classes on the same targets, the first that 02 asked so, with one draw of references;
+    intervals are over images. Columns `HEAD_TO_HEAD`. Without results of 02 on these data only the variants' rows.
+    """
+    known, whole = in_context_rows(pipeline), pipeline.data.targets
+    targets = whole.first(int(known["images"].max())) if len(known) else whole
+    rows = []
+    for method, variant in variants.items():
+        seconds = image_seconds(pipeline, variant)
+        results = [r for r in pipeline.predict(variant) if r["image_id"] in targets.images]
+        for split in ("base", "novel"):
+            if split in subsets(pipeline):
+                found = evaluate(targets, results, "bbox", subsets(pipeline)[split][1])
+                rows.append((method, split, *ap_interval([found]), 0.0, seconds, len(targets.images)))
+    return pd.DataFrame([*known.itertuples(index=False, name=None), *rows], columns=HEAD_TO_HEAD)
+
+
+def in_context_rows(pipeline: Pipeline) -> pd.DataFrame:
+    """What notebook 02 saved of the same targets asked for all classes, box AP at most shots, as `HEAD_TO_HEAD`."""
+    ap, cost = (pipeline.run.figures / f"{name}.csv" for name in ("02_icl_ap", "02_cost"))
+    if not (ap.is_file() and cost.is_file()):
+        return pd.DataFrame(columns=HEAD_TO_HEAD)
+    if json.loads(ap.with_suffix(".json").read_text())["recorded"]["target_data"] != pipeline.run.facts["target_data"]:
+        return pd.DataFrame(columns=HEAD_TO_HEAD)
+    table = pd.read_csv(ap).query("variant == 'all_classes' and iou_type == 'bbox' and artists == 'all'")
+    table = table[table["shots"] == table["shots"].max()].merge(pd.read_csv(cost), on="arm")
+    return table.assign(method="in context, " + table["arm"])[HEAD_TO_HEAD]
+
+
+def image_seconds(pipeline: Pipeline, variant: Variant) -> float:
+    """Seconds from an image to named instances, SAM's encoding included: the mean over five images."""
+    models, bank = pipeline.models, pipeline.bank(variant.source, variant.shots, view=variant.view)
+    few, encoders = pipeline.data.targets.first(5), {variant.source: models[variant.source]}
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        for n in few.images:
+            found = propose(models[variant.proposals].model, read_image(few, n), pipeline.proposal_settings)
+            features = encode_masks(encoders, few, {n: found.rles}, Path(folder), variant.view)
+            match(n, found, features.of(variant.source, n), bank, variant.scoring, variant.merging)
+        return (time.perf_counter() - started) / len(few.images)
