@@ -28,7 +28,6 @@ PACKAGES = (
     "pycocotools", "numpy", "matplotlib",
 )  # fmt: skip
 PIXELS_WIDE = 1400
-HEAVY = 400_000  # bytes; a larger picture (of many photographs) is kept in 256 colours
 NUMBERS = "%.6g"  # of a table's floats: more digits than any result has, few enough that reruns give equal bytes
 SOURCES = ("lib", "notebooks", "pyproject.toml", "requirements.lock")  # what decides a result
 
@@ -75,10 +74,9 @@ class Run:
                 figure.supxlabel(self.scale.mark, x=0.99, ha="right", fontsize=8, color="#B00020")
             with atomic_path(path.with_suffix(".png")) as temporary:
                 figure.savefig(temporary, dpi=PIXELS_WIDE / figure.get_figwidth(), metadata={"Software": None})
-                if temporary.stat().st_size > HEAVY:
-                    with Image.open(temporary) as drawn:
-                        few = few_colours(drawn)
-                    few.save(temporary, optimize=True)
+                with Image.open(temporary) as drawn:
+                    few = few_colours(drawn)
+                few.save(temporary, optimize=True)
         with atomic_path(path) as temporary:
             table.to_csv(temporary, index=False, float_format=NUMBERS)
         write_json(path.with_suffix(".json"), {"name": name, "caption": caption} | origin(self))
