@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from sam2.utils.transforms import SAM2Transforms
+from segment_anything.modeling.image_encoder import Attention
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor
 from torchvision import transforms
@@ -20,6 +21,7 @@ from transformers import DINOv3ViTImageProcessor, SiglipImageProcessorPil
 from samantics.data.folders import open_image
 from samantics.errors import StudyError
 from samantics.models import pocket
+from samantics.models.architectures import fuse_attention, fused_attention
 from samantics.models.encoder import Encoder, load_encoder, masked_mean
 from samantics.models.preprocessing import MEAN, OPENAI, STD, Preprocessing
 from samantics.models.registry import ENCODERS
@@ -126,6 +128,24 @@ def test_features_are_the_packages_own(package: Callable[[Any, Tensor], Expected
     assert all((output.cls is not None) == encoder.has_class_token(layer) for layer, output in outputs.items())
     if name == "clip":
         assert close(outputs["final"].cls, outputs["before_projection"].cls @ model.visual.proj)
+
+
+@torch.no_grad()
+def test_fused_attention_is_sams_own() -> None:
+    torch.manual_seed(0)
+    for height, width in ((8, 8), (5, 7)):
+        attention = Attention(32, num_heads=2, use_rel_pos=True, input_size=(height, width))
+        for table in (attention.rel_pos_h, attention.rel_pos_w):
+            torch.nn.init.normal_(table)
+        x = torch.randn(3, height, width, 32)
+        assert close(fused_attention(attention, x), attention(x))
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = fused_attention(attention, x).float()
+        assert torch.nn.functional.cosine_similarity(rough, attention(x), dim=-1).min() > 0.99
+    encoder = load_encoder("sam", "zoo_random")
+    before = encoder.encode(pixels(SIDE))["final"].dense
+    fuse_attention(encoder.model)
+    assert close(encoder.encode(pixels(SIDE))["final"].dense, before)
 
 
 # ----------------------------------------------------------------------------------------- parity of preprocessing

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 Layer = str
 Readout = tuple[Layer, str]  # layer and pooling
@@ -52,6 +55,37 @@ def capture(modules: Mapping[Layer, nn.Module]) -> Iterator[dict[Layer, Any]]:
         for name, module in modules.items():
             stack.callback(module.register_forward_hook(keep(name)).remove)
         yield captured
+
+
+def fuse_attention(model: nn.Module) -> None:
+    """Have SAM's image encoder attend by PyTorch's fused kernel, which never writes the attention out."""
+    for module in model.modules():
+        if hasattr(module, "rel_pos_h"):
+            module.forward = functools.partial(fused_attention, module)
+
+
+def fused_attention(attention: Any, x: Tensor) -> Tensor:
+    """`(B, h, w, C)` after SAM's attention.
+
+    A relative position adds `row(i, y) + column(i, x)` to the logit of token i and the token at (x, y): a scalar
+    product, if i's rows and columns are appended to its query, and one-hot y and x to the other's key.
+    """
+    from segment_anything.modeling.image_encoder import get_rel_pos
+
+    batch, height, width, _ = x.shape
+    query, key, value = attention.qkv(x).view(batch, height * width, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    grid, channels = query.unflatten(2, (height, width)), query.shape[-1]
+    by_row = torch.einsum("bnhwc,hkc->bnhwk", grid, get_rel_pos(height, height, attention.rel_pos_h))
+    by_column = torch.einsum("bnhwc,wkc->bnhwk", grid, get_rel_pos(width, width, attention.rel_pos_w))
+    rows = torch.eye(height, device=x.device, dtype=query.dtype).repeat_interleave(width, 0)
+    columns = torch.eye(width, device=x.device, dtype=query.dtype).repeat(height, 1)
+    places = torch.cat([rows, columns], -1).expand(*key.shape[:2], -1, -1)
+    query = torch.cat([query * attention.scale, by_row.flatten(2, 3), by_column.flatten(2, 3)], -1)
+    key, room = torch.cat([key, places], -1), -query.shape[-1] % 8  # kernels want multiples of 8, and one width for all
+    query, key = F.pad(query, (0, room)), F.pad(key, (0, room))
+    value = F.pad(value, (0, query.shape[-1] - channels))
+    seen = F.scaled_dot_product_attention(query, key, value, scale=1.0)[..., :channels]
+    return attention.proj(seen.unflatten(2, (height, width)).permute(0, 2, 3, 1, 4).flatten(3))
 
 
 def channels_last(_model: Any, output: Tensor) -> LayerOutput:

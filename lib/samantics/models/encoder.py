@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from samantics.errors import StudyError
 from samantics.models import pocket
-from samantics.models.architectures import Architecture, Layer, LayerOutput, Readout, capture
+from samantics.models.architectures import Architecture, Layer, LayerOutput, Readout, capture, fuse_attention
 from samantics.models.preprocessing import Preprocessing
 from samantics.models.registry import DINOV2, ENCODERS, SAM, Entry
 from samantics.models.weights import filled, read_weights, weight_file
@@ -24,6 +24,8 @@ from samantics.models.weights import filled, read_weights, weight_file
 POOLINGS = ("mean", "cls", "object", "tokens")
 TOKEN_GRID = 6  # tokens along a side that the pooling `tokens` keeps: as many for every encoder
 PIXELS_AT_ONCE = 2**20  # of a batch's input: one image of SAM's, whose attention takes 2.5 GB
+BYTES_PER_PIXEL = 2000  # of a GPU's memory for one of the input: SAM's largest layers, some times over (computed)
+MOST_AT_ONCE = 256  # images on a GPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,21 @@ class Encoder:
             "preprocessing": dataclasses.asdict(self.preprocess),
             "half": self.half,
         }
+
+    @property
+    def images_at_once(self) -> int:
+        """Images of a batch: by the size of the input, on a GPU also by its free memory."""
+        pixels = self.image_size**2
+        if self.device.type == "cuda":
+            return max(1, min(MOST_AT_ONCE, torch.cuda.mem_get_info(self.device)[0] // (BYTES_PER_PIXEL * pixels)))
+        return max(1, min(32, PIXELS_AT_ONCE // pixels))
+
+    def normalised(self, pixels: Tensor, seen: Tensor) -> Tensor:
+        """Inputs on its device; `pixels` and `seen` are those of `Preprocessing.normalised`, moved as bytes."""
+        if self.device.type == "cuda":
+            pixels, seen = pixels.pin_memory(), seen.pin_memory()  # copied while the GPU computes
+        moved = (part.to(self.device, non_blocking=True) for part in (pixels, seen))
+        return self.preprocess.normalised(*moved)
 
     def inputs(self, images: Sequence[Image.Image]) -> Tensor:
         """`(B, 3, S, S)` inputs of RGB images."""
@@ -217,6 +234,8 @@ def _encoder(
     half: bool = False,
 ) -> Encoder:  # fmt: skip
     model = model.to(device).eval().requires_grad_(False)
+    if torch.device(device).type == "cuda":
+        fuse_attention(model)
     return Encoder(name, weights_hash, model, preprocess, _entry(name).architecture, torch.device(device), half)
 
 

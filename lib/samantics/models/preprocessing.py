@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -74,7 +75,21 @@ class Preprocessing:
         return Geometry(width, height, self.size, new_width / width, new_height / height, left, top)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """`(3, size, size)` float32 of an RGB image.
+        """`(3, size, size)` float32 of an RGB image; raises as `square`."""
+        _, _, right, bottom = self.geometry(image.width, image.height).seen
+        seen = torch.zeros(1, self.size, self.size, dtype=torch.bool)
+        seen[:, :bottom, :right] = True
+        return self.normalised(self.square(image)[None], seen)[0]
+
+    def normalised(self, pixels: Tensor, seen: Tensor) -> Tensor:
+        """The model's input of `(B, 3, size, size)` pixels of `square`; `(B, size, size)` `seen`: not padding."""
+        values = pixels / 255 if pixels.dtype == torch.uint8 else pixels
+        mean, std = (values.new_tensor(three)[:, None, None] for three in (self.mean, self.std))
+        values = (values - mean) / std
+        return values * seen[:, None] if self.fit == "pad" else values
+
+    def square(self, image: Image.Image) -> Tensor:
+        """`(3, size, size)` of an RGB image before normalisation: uint8, or float32 in 0-1 where resized as that.
 
         Raises:
             StudyError: the image is so narrow that nothing of its short side would be left, or no memory for the long.
@@ -87,17 +102,16 @@ class Preprocessing:
         pixels = self._resize(image, new_width, new_height)
         if self.fit == "crop":
             pixels = TF.center_crop(pixels, [self.size, self.size])
-        pixels = TF.normalize(pixels, list(self.mean), list(self.std))
         if self.fit == "pad":
             pixels = F.pad(pixels, (0, self.size - new_width, 0, self.size - new_height))
         return pixels
 
     def _resize(self, image: Image.Image, width: int, height: int) -> Tensor:
-        """`(3, height, width)` in 0-1."""
+        """`(3, height, width)`."""
         from torchvision.transforms import functional as TF
 
         mode = TF.InterpolationMode.BICUBIC if self.bicubic else TF.InterpolationMode.BILINEAR
         if self.on_floats:
             return TF.resize(TF.to_tensor(image), [height, width], mode, antialias=True)
         filtering = Image.Resampling.BICUBIC if self.bicubic else Image.Resampling.BILINEAR
-        return TF.to_tensor(image.resize((width, height), filtering) if image.size != (width, height) else image)
+        return TF.pil_to_tensor(image.resize((width, height), filtering) if image.size != (width, height) else image)

@@ -28,7 +28,7 @@ from samantics.cache import atomic_path, cache_dir, hash_value, reading, remove_
 from samantics.data.folders import Images
 from samantics.errors import StudyError
 from samantics.models.architectures import Readout
-from samantics.models.encoder import PIXELS_AT_ONCE, Encoder
+from samantics.models.encoder import Encoder
 from samantics.models.preprocessing import Geometry
 
 FEW = 3  # unreadable images that a data set of any size may have
@@ -167,7 +167,7 @@ def encode_images(
         data_hash: identifies the images in their order (and the masks): `World.hash`, `ImageFolder.hash` ...
         masks: `(H, W)` object masks in the images' own pixels, for the pooling `object`.
         folder: parent of the stores; default `features` in the cache folder.
-        batch_size: images at once; default: 32, or fewer where the encoder's input is large.
+        batch_size: images at once; default: by the size of the encoder's input and, on a GPU, its memory.
         workers: threads that decode and resize.
         max_unreadable: images that may be unreadable, which are skipped and listed in the store: below 1 a share of
             all, but at least `FEW`; from 1 on a count; 0 for none.
@@ -183,7 +183,7 @@ def encode_images(
         raise StudyError("there are no images to encode: check the data folder")
     key = [FORMAT, encoder.key, data_hash, len(images), shard_rows]
     place = (folder or cache_dir() / "features") / f"{encoder.name}_{hash_value(key)}" / hash_value(sorted(readouts))
-    batch_size = batch_size or max(1, min(32, PIXELS_AT_ONCE // encoder.image_size**2))
+    batch_size = batch_size or encoder.images_at_once
     job = _Job(encoder, images, masks, readouts, place, shard_rows, batch_size, max_unreadable)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
     own_first = sorted(range(job.shards), key=lambda shard: ((shard - rank) % world, shard))
@@ -269,7 +269,7 @@ def _encode_shard(job: _Job, shard: int, pool: ThreadPoolExecutor) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Input:
-    """`(3, S, S)` pixels of an image, `(S, S)` bool of its object and of itself; or why it cannot be read."""
+    """`(3, S, S)` of an image (`Preprocessing.square`), `(S, S)` bool of its object and itself; or its fault."""
 
     pixels: Tensor
     mask: Tensor
@@ -293,9 +293,9 @@ def _input(job: _Job, row: int) -> _Input:
     try:
         image = job.images[row]
         image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
-        pixels = job.encoder.preprocess(image)
+        pixels = job.encoder.preprocess.square(image)
     except StudyError as error:
-        return _Input(torch.zeros(3, size, size), whole, whole, str(error))
+        return _Input(job.encoder.preprocess.square(Image.new("RGB", (size, size))), whole, whole, str(error))
     geometry = job.encoder.preprocess.geometry(image.width, image.height)
     left, top, right, bottom = geometry.seen
     seen = torch.zeros_like(whole)
@@ -318,7 +318,8 @@ def _encode_batch(job: _Job, inputs: list[_Input]) -> dict[Readout, NDArray[np.f
     """`(B, C)` of every readout; unreadable rows are zero."""
     pixels, masks, seen = (torch.stack([getattr(item, name) for item in inputs]) for name in ("pixels", "mask", "seen"))
     objects = None if job.masks is None else masks.to(job.encoder.device)
-    vectors = job.encoder.pooled(pixels, job.readouts, objects, None if seen.all() else seen.to(job.encoder.device))
+    shown = None if seen.all() else seen.to(job.encoder.device)
+    vectors = job.encoder.pooled(job.encoder.normalised(pixels, seen), job.readouts, objects, shown)
     readable = torch.tensor([not item.fault for item in inputs])[:, None]
     # torch halves many times faster than NumPy; what overflows is told once the shard is complete
     return {pair: torch.where(readable, part.cpu(), 0).half().numpy() for pair, part in vectors.items()}

@@ -86,8 +86,8 @@ def _encode_all_ways(run: Run, data: ClassificationData, encoder: Encoder) -> En
 
 
 def probed_encoder(run: Run, name: str) -> Encoder:
-    """An encoder of the run's scale; the zoo's compute in bfloat16, as they were trained, where that saves time."""
-    half = run.scale.weights.startswith("zoo") and has_fast_half(run.device)
+    """An encoder of the run's scale; in bfloat16 on a GPU, the zoo's (trained in it) wherever that saves time."""
+    half = has_fast_half(run.device) and (run.scale.weights.startswith("zoo") or run.device == "cuda")
     return load_encoder(name, run.scale.weights, run.device, half=half)
 
 

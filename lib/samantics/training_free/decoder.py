@@ -106,7 +106,7 @@ def _embedding(model: Sam, pixels: Tensor) -> Tensor:
         windows, padded = block.norm1(x), x.shape[1:3]
         if block.window_size:
             windows, padded = window_partition(windows, block.window_size)
-        windows = _attended(block.attn, windows)
+        windows = block.attn(windows) if windows.is_cuda else _attended(block.attn, windows)  # a GPU's is fused
         if block.window_size:
             windows = window_unpartition(windows, block.window_size, padded, x.shape[1:3])
         x = x + windows
