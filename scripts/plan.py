@@ -39,9 +39,12 @@ def prepare(name: str, notebooks: Collection[str], given: Mapping[str, Any]) -> 
         return
     wanted = {"01": scale.encoders, "02": ("sam",), "03": scale.pipeline.sources}
     known = dict.fromkeys(name for number in notebooks for name in wanted.get(number, ()) if name != "random")
-    names = within_reach(tuple(known), "official") if given.get("weights", "official") == "official" else ()
+    official = tuple(known) if given.get("weights", "official") == "official" else ()
+    names = within_reach(official, "official")
     print(f"scale {name} fetches what is not there yet (into {cache_dir()}) and computes the rest:")
     print(needs(scale, notebooks, given, names).to_string(index=False), end="\n\n")
+    for gated in [encoder for encoder in official if encoder not in names]:
+        print(f"without {gated}: {ENCODERS[gated].weights.gate}")
     rows = [(number, *HOURS[name][number]) for number in notebooks if number in HOURS[name]]
     hours = pd.DataFrame(rows, columns=["notebook", "hours on one H100 (estimated)", "on two cores (estimated)"])
     print(hours.to_string(index=False, float_format="{:g}".format), end="\n\n", flush=True)

@@ -154,7 +154,7 @@ def test_the_hub_states_the_hash_and_keeps_the_token(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(("code", "message"), [(401, "accept its licence"), (403, "HF_TOKEN"), (404, "answers 404")])
 def test_refusals_are_not_tried_again(tmp_path: Path, code: int, message: str) -> None:
     with serve(CONTENT, status(code)) as server, pytest.raises(StudyError, match=message):
-        download(known(server), tmp_path / "file.bin")
+        download(dataclasses.replace(known(server), gated=code != 404), tmp_path / "file.bin")
     assert server.starts() == [0]
 
 

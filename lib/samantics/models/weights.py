@@ -43,6 +43,15 @@ class WeightFile:
         """Whether it is there, or can be downloaded: a gated file needs a token."""
         return not self.gated or self.place.exists() or bool(huggingface_hub.get_token())
 
+    @property
+    def gate(self) -> str:
+        """What to do for a gated file, as the hub says it."""
+        page = self.url.split("/resolve/")[0].replace("{hub}", "https://huggingface.co")
+        return (
+            f"{page} is gated: accept its licence there and log in (hf auth login, or HF_TOKEN), "
+            f"or put the file at {self.place}"
+        )
+
 
 OFFICIAL = {  # by encoder
     row.pop("encoder"): WeightFile(**row | {"size": int(row["size"]), "gated": row["gated"] == "yes"})
@@ -80,10 +89,8 @@ def weight_file(known: WeightFile, path: Path | str | None = None) -> tuple[Path
 def download(known: WeightFile, place: Path) -> str:
     """Fetch a file to `place` (see `samantics.data.downloads.download`); returns its verified SHA-256."""
     url, headers = _request(known)
-    gated = f"{url} is gated: accept its licence there and set HF_TOKEN, or put the file at {place}"
-    return downloads.download(
-        url, place, known.sha256 or (lambda: _hash_on_hub(url, headers)), headers=headers, forbidden=gated
-    )
+    expected = known.sha256 or (lambda: _hash_on_hub(url, headers))
+    return downloads.download(url, place, expected, headers=headers, forbidden=known.gate if known.gated else "")
 
 
 def _request(known: WeightFile) -> tuple[str, dict[str, str]]:
