@@ -15,11 +15,12 @@
 #   --references FILE   your own reference instances, COCO JSON (notebook 05, or 02 and 03; 02 also tunes on them)
 #   --targets FILE      your own target images, COCO JSON (annotations may be missing, but for 02)
 #   --images DIR        the folder of the images that both name
+#   --target-images DIR the folder of the targets' images, where it is another (notebook 05)
 #   --weights NAME      zoo, official or random (official models, untrained) instead of the scale's
 #   --shots N           references per class (notebook 05, as all that follow)
 #   --min-area N        references must be larger, pixels of a photograph of 640x480 (default 1024)
 #   --min-score X       instances that score less are neither drawn nor exported
-#   --skip-bad-images   leave out images that are missing, damaged or of another size than the file says
+#   --skip-bad-images   leave out all images that are missing, damaged or of another size than the file says
 #   --help              this text
 #
 # Results: figures/<scale>/index.html, .png and .csv beside it, executed notebooks in figures/<scale>/notebooks/; of

@@ -35,7 +35,7 @@ from samantics.scales import get_scale
 
 NOTEBOOKS = PROJECT / "notebooks"
 NUMBERED = re.compile(r"[0-9A-Z][0-9]_\w+")
-OWN_DATA = ("data", "references", "targets", "images")  # the options that name files of the user's own
+OWN_DATA = ("data", "references", "targets", "images", "target_images")  # the options that name files of the user's own
 logging.getLogger("papermill").setLevel(logging.ERROR)
 
 

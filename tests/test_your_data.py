@@ -81,6 +81,15 @@ def test_bad_images_and_small_references_are_left_out(tmp_path: Path, pocket_run
         load_data(pocket_run, **files)
     found = load_data(pocket_run, **files, skip_bad_images=True, min_area=1e9)
     assert len(found.targets.images) == 2
+    damaged.write_bytes(b"no picture")  # of a plain folder, and in one of its own
+    with pytest.raises(StudyError, match=rf"{damaged.name} cannot be read .*skip_bad_images leaves it out"):
+        unannotated(damaged.parent)
+    assert len(unannotated(damaged.parent, skip_bad_images=True).images) == 2
+    (tmp_path / "elsewhere").mkdir()
+    damaged.parent.rename(tmp_path / "elsewhere" / damaged.parent.name)
+    apart = files | {"target_images": str(tmp_path / "elsewhere"), "images": str(next(tmp_path.glob("references_*")))}
+    run = dataclasses.replace(pocket_run, facts={})
+    assert load_data(run, **apart, skip_bad_images=True).targets.folder == tmp_path / "elsewhere"
     with pytest.raises(StudyError, match=r"no instance can be a reference: .* too small"):
         choose_references(found.references, 1, rule=found.rule)
 
@@ -148,7 +157,7 @@ def test_export(tmp_path: Path) -> None:
 
 
 def test_notebook_on_two_classes_of_five_and_boxes_only(
-    tmp_path: Path, pocket_run: Run, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pocket_run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The notebook's cells, one after the other: the smallest folder, and targets that only box AP can measure."""
     stream = Stream("own folder", "labels", ("object",))
@@ -157,6 +166,7 @@ def test_notebook_on_two_classes_of_five_and_boxes_only(
         for number in range(5):
             one = picture(WORLD, stream, number, int(drawing))
             Image.fromarray(one.image).save(tmp_path / "folder" / label / f"{number}.png")
+        (tmp_path / "folder" / label / "damaged.png").write_bytes(b"no picture")
     own: dict[str, Any] = {"data": str(tmp_path / "folder"), "shots": 2}
     own |= reader_files(tmp_path / "coco", "boxes")
     monkeypatch.setattr(plt, "show", lambda: None)
@@ -170,4 +180,5 @@ def test_notebook_on_two_classes_of_five_and_boxes_only(
     made = {path.name for path in (pocket_run.figures / "own_data").glob("*.csv")}
     assert made == {"05_probes.csv", "05_instances.csv", "05_ap.csv"}
     assert set(names["ap"]["iou_type"]) == {"bbox"} and names["ap"]["AP"].between(0, 100).all()
-    assert names["probes"]["n_test"].eq(2).all()
+    assert names["probes"]["n_test"].le(2).all()
+    assert capsys.readouterr().out.count("damaged.png cannot be read as an image") == 2

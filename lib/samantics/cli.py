@@ -67,6 +67,7 @@ def run(
     references: Annotated[Path | None, Option(help="Your reference instances, COCO JSON")] = None,
     targets: Annotated[Path | None, Option(help="Your target images, COCO JSON")] = None,
     images: Annotated[Path | None, Option(help="The folder of the images that both name")] = None,
+    target_images: Annotated[Path | None, Option(help="Notebook 05: that of the targets' images, if another")] = None,
     weights: Annotated[str | None, Option(help="Others than the scale's: zoo, official or random")] = None,
     shots: Annotated[int | None, Option(help="Notebook 05: references per class")] = None,
     min_area: Annotated[float | None, Option(help="Notebook 05: pixels that references exceed")] = None,
@@ -80,6 +81,7 @@ def run(
         return
     given = _given(data=data, references=references, targets=targets, images=images, seed=seed, weights=weights)
     given |= _given(shots=shots, min_area=min_area, min_score=min_score, skip_bad_images=skip_bad_images or None)
+    given |= _given(target_images=target_images)
     try:
         outcomes = study.run_study("quick" if quick else scale, chosen, fresh, given)
     except KeyboardInterrupt as stop:

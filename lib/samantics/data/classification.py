@@ -78,6 +78,7 @@ class ClassificationData:
         tasks: by name, the headline last.
         masks: `(N, H, W)` bool-like object masks of each split, for object pooling; empty where there are none.
         notes: what the reader should know of the files.
+        max_unreadable: images that may be damaged, see `encode_images`.
     """
 
     name: str
@@ -86,17 +87,21 @@ class ClassificationData:
     tasks: Mapping[str, Task]
     masks: Mapping[str, Images]
     notes: tuple[str, ...] = ()
+    max_unreadable: float = 0.01
 
 
-def scale_data(run: Run, folder: Path | str = "") -> ClassificationData:
+def scale_data(run: Run, folder: Path | str = "", skip_bad_images: bool = False) -> ClassificationData:
     """The images of a run's scale: MojiWorld at `pocket`, else the image folder named (or downloaded, at `lite`).
+
+    A few damaged images of a folder are left out when it is encoded (three, or a hundredth); `skip_bad_images`: all.
 
     Raises:
         StudyError: `paper` without a folder; a folder that cannot be used.
     """
     if folder:
         found = image_folders(folder, run.seed)
-        return folder_data(writable(Path(folder).name), found, knows_words=run.scale.weights != "zoo")
+        data = folder_data(writable(Path(folder).name), found, knows_words=run.scale.weights != "zoo")
+        return dataclasses.replace(data, max_unreadable=0.9) if skip_bad_images else data
     if run.scale.weights == "zoo":
         settings = run.scale.probing
         return mojiworld_data(World(settings.image_size), settings.labels, settings.views, settings.test)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from samantics.data.coco import CocoDataset, ImageRecord, check_images, load_coco
 from samantics.data.fetch import coco_subset
-from samantics.data.folders import image_size, readable_endings, visible_files
+from samantics.data.folders import counted, image_size, listing, readable_endings, visible_files
 from samantics.data.references import ReferenceRule, matched_categories, shared_images
 from samantics.errors import StudyError
 from samantics.models import pocket
@@ -34,6 +34,7 @@ def load_data(
     images: str = "",
     skip_bad_images: bool = False,
     min_area: float = ReferenceRule.min_area,
+    target_images: str = "",
 ) -> Data:
     """The COCO files where given (the targets may be a folder of images), else the scale's own data.
 
@@ -42,6 +43,7 @@ def load_data(
     Args:
         run: whose scale says what its own data is.
         references, targets, images: files, and the folder of the images that they name.
+        target_images: the folder of the targets' images where it is another.
         skip_bad_images: leave out images that are missing, damaged or of another size than their entry says.
         min_area: of references in files, pixels of a COCO photograph.
 
@@ -55,8 +57,11 @@ def load_data(
         lacking = [name for name, value in given.items() if not value]
         if lacking:
             raise StudyError(f"own data needs --references, --targets and --images: --{lacking[0]} is missing")
-        asked = unannotated(Path(targets)) if Path(targets).is_dir() else load_coco(targets, images, skip_bad_images)
-        files = (load_coco(references, images, skip_bad_images), asked)
+        files = [load_coco(references, images, skip_bad_images)]
+        if Path(targets).is_dir():
+            files.append(unannotated(Path(targets), skip_bad_images))
+        else:
+            files.append(load_coco(targets, target_images or images, skip_bad_images))
         datasets = [check_images(dataset, skip_bad_images) for dataset in files]
         rule = ReferenceRule(min_area=min_area, relative=True)  # a photograph's pixels, at every scale
     elif settings.target_scenes:
@@ -81,14 +86,22 @@ def scenes(run: Run, stream: str, count: int) -> CocoDataset:
     return load_coco(*write_scenes(world, STREAMS[stream], count, run.cache / "scenes"))
 
 
-def unannotated(folder: Path) -> CocoDataset:
+def unannotated(folder: Path, skip_bad_images: bool = False) -> CocoDataset:
     """The images of a folder and its sub-folders, as targets that can be predicted and not measured.
 
     Raises:
-        StudyError: there is none, or one cannot be read.
+        StudyError: there is none, or one cannot be read and is not to be left out.
     """
-    paths = [path for path in visible_files(folder) if path.suffix.lower() in readable_endings()]
-    if not paths:
+    names = [str(p.relative_to(folder)) for p in visible_files(folder) if p.suffix.lower() in readable_endings()]
+    records, bad = dict[int, ImageRecord](), list[str]()
+    for number, name in enumerate(names, 1):
+        try:
+            records[number] = ImageRecord(number, name, *image_size(folder / name))
+        except StudyError as error:
+            if not skip_bad_images:
+                raise StudyError(f"{error} (skip_bad_images leaves it out)") from error
+            bad.append(name)
+    if not records:
         raise StudyError(f"{folder} has no images: name a folder with some, or a COCO file")
-    records = {n: ImageRecord(n, str(p.relative_to(folder)), *image_size(p)) for n, p in enumerate(paths, 1)}
-    return CocoDataset(folder, folder, records, {}, (), annotated=False)
+    notes = [f"{folder.name}: {counted(len(bad), 'image')} ({listing(bad)}): damaged: left out"] * bool(bad)
+    return CocoDataset(folder, folder, records, {}, (), annotated=False, notes=tuple(notes))

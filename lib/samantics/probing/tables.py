@@ -95,7 +95,10 @@ def encode(run: Run, data: ClassificationData, encoder: Encoder, readouts: Seque
     """One encoder's features of every split."""
     folder, stores = run.cache / "features", {}
     for split, images in data.splits.items():
-        stores[split] = encode_images(encoder, images, readouts, data.hashes[split], data.masks.get(split), folder)
+        stores[split] = encode_images(
+            encoder, images, readouts, data.hashes[split], data.masks.get(split), folder,
+            max_unreadable=data.max_unreadable,
+        )  # fmt: skip
     return Encoded(encoder.name, encoder.headline, encoder.layers, stores)
 
 

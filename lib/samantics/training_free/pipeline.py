@@ -137,12 +137,13 @@ def start(
     proposers: Sequence[str] = PROPOSERS,
     skip_bad_images: bool = False,
     min_area: float = ReferenceRule.min_area,
+    target_images: str = "",
 ) -> Pipeline:
     """A pipeline on these files or, without any, on the scale's own data.
 
     Args:
         run: its scale sets sources, grid, thresholds and shots.
-        references, targets, images, skip_bad_images, min_area: see `load_data`.
+        references, targets, images, skip_bad_images, min_area, target_images: see `load_data`.
         weights: of the encoders, others than the scale's.
         proposers: whose masks are classified, a part of `PROPOSERS`.
 
@@ -150,7 +151,7 @@ def start(
         StudyError: see `load_data`; or a model's weights are missing.
     """
     settings, chosen = run.scale.pipeline, weights or run.scale.weights
-    data = load_data(run, references, targets, images, skip_bad_images, min_area)
+    data = load_data(run, references, targets, images, skip_bad_images, min_area, target_images)
     if settings.targets and not targets:
         data = dataclasses.replace(data, targets=data.targets.first(settings.targets))
     size = None if chosen == "zoo" else settings.semantic_size or None

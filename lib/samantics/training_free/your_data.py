@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 from collections import Counter
@@ -21,6 +22,8 @@ from tqdm.auto import tqdm
 from samantics import plots
 from samantics.cache import atomic_path, write_json
 from samantics.data.coco import CocoDataset, load_coco, mask_of, read_image, write_coco
+from samantics.data.folders import ImageFolder
+from samantics.errors import StudyError
 from samantics.metrics.coco_ap import Result
 from samantics.models import pocket
 from samantics.mojiworld import catalogue as tables
@@ -42,7 +45,7 @@ def inputs(
     Args:
         run: of the notebook.
         folder: of images, or "".
-        files: `references`, `targets` and `images`, or "" for each.
+        files: `references`, `targets`, `images` and `target_images`, or "" for each.
         weights: others than the scale's.
         shots: references per class; 0 takes the scale's.
 
@@ -82,6 +85,15 @@ def _example_files(home: Path) -> dict[str, str]:
         write_coco(path, images, scenes.categories, scenes.instances)
         files[role] = str(path)
     return files
+
+
+def samples(images: ImageFolder, most: int = 8) -> list[Image.Image]:
+    """Pictures at even steps through a folder, damaged ones left out."""
+    found = []
+    for row in range(0, len(images), -(-len(images) // most)):
+        with contextlib.suppress(StudyError):
+            found.append(images[row])
+    return found
 
 
 def top_results(results: Sequence[Result], min_score: float = 0.0, most: int = 20) -> list[Result]:
