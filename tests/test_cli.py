@@ -7,7 +7,7 @@ import pytest
 
 from samantics import cli
 
-COMMANDS = [command.callback.__name__ for command in cli.app.registered_commands if command.callback]
+COMMANDS = [name.replace("_", "-") for name in (c.callback.__name__ for c in cli.app.registered_commands if c.callback)]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
