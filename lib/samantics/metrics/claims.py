@@ -35,6 +35,7 @@ PAPER_PROBE = {"sam": (11.06, 25.37), "sam2": (23.16, 44.44), "clip": (73.92, 92
 KEYS = ["claim", "role", "more", "less", "level", "probe"]  # what names a row of evidence
 COLUMNS = [*KEYS, "difference", "low", "high", "p", "effect_of_interest"]
 PROCESSOR = 0.5  # where a model is trained within the run: kernels elsewhere sum in another order and train another one
+ENCODED = 0.1  # where only features are computed, which other kernels round otherwise
 NOT_MEASURED = "not measured"
 
 
@@ -95,7 +96,7 @@ def judge(rows: pd.DataFrame, processor: float = PROCESSOR) -> pd.DataFrame:
     Args:
         rows: evidence, with `COLUMNS`, and `others` where there is any.
         processor: share of an interval's width by which it may move without turning the verdict of a claim whose model
-            is trained within the run.
+            is trained within the run; of the others it may move by `ENCODED` at most.
 
     Returns:
         `claim,statement,check,check_value,paper,measured,low,high,effect_of_interest,verdict,source`. `check` is the
@@ -124,7 +125,7 @@ def verdicts_by_seed(rows: pd.DataFrame, processor: float = PROCESSOR) -> pd.Dat
 
 def _verdicts(rows: pd.DataFrame, processor: float) -> list[str]:
     known = claims()
-    slack = known["trained"].map({"yes": processor, "no": 0.0})
+    slack = known["trained"].map({"yes": processor, "no": min(ENCODED, processor)})
     first = [_leaning(rows[rows["claim"] == claim], share) for claim, share in zip(known["claim"], slack, strict=True)]
     clear = np.array(holm([p for _, p in first])) <= 1 - COVERAGE
     decided = ("supported", "not supported")
