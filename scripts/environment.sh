@@ -60,7 +60,7 @@ install_drawings() { # MojiWorld's sets of drawings, as package-lock.json says
     echo "installing package-lock.json (80 MB)"
     mkdir -p "$home" && cp "$root/package.json" "$root/package-lock.json" "$root/.npmrc" "$home" &&
         (cd "$home" && npm_config_cache="${npm_config_cache:-$cache/home/npm}" "$npm" ci --loglevel=error) ||
-        fail "the drawings were not fetched: see above, then run again; without npm and network, set SAMANTICS_DRAWINGS to a file of exported drawings"
+        fail "the drawings were not fetched: see above, then run again; without npm and network, set SAMANTICS_DRAWINGS to a copy of another machine's .cache/drawings/*.npz"
 }
 
 mkdir -p "$cache/home" || fail "cannot write $cache: make it writable, or set SAMANTICS_CACHE to another folder"

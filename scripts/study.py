@@ -203,6 +203,7 @@ def execute(path: Path, figures: Path, parameters: Mapping[str, Any]) -> Outcome
                 progress_bar=bar,
                 cwd=path.parent,
                 start_timeout=10**6,  # seconds of a clock that may jump by days; a kernel that dies is noticed anyway
+                shutdown_kernel="immediate",  # a kernel with torch takes 1.6 s to take itself apart
                 coalesce_streams=True,
                 extra_arguments=["--log-level=40"],  # a kernel's warning about its transport is no news to a reader
             )

@@ -86,23 +86,23 @@ def test_missing_and_altered_packages_and_missing_icons_are_refused(copied: Path
         drawings.load_package("fxemoji")
 
 
-# ---------------------------------------------------------------------------------------------- sprites and export
+# ---------------------------------------------------------------------------------------------- sprites
 
 
-def test_exported_drawings_are_the_same_and_serve_without_packages(
+def test_a_copy_of_the_rasterised_drawings_serves_without_packages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SAMANTICS_CACHE", str(tmp_path / "cache"))
     keys = tables.keys()[5:500:60]
     direct = [drawings.rasterised(drawings.load_package(artist).svg(icon)) for artist, icon in keys]
-    path = tmp_path / "there" / "drawings.npz"
-    drawings.export_drawings(path, keys)
+    drawings.load_sprites(keys)
+    (path,) = (tmp_path / "cache" / "drawings").iterdir()
     monkeypatch.setenv("SAMANTICS_DRAWINGS", str(path))
     monkeypatch.setattr(drawings, "load_package", None)  # not looked at any more
     for one, other in zip(direct, drawings.load_sprites(keys[::-1])[::-1], strict=True):
         seen = np.asarray(one)[..., 3] > 0
         assert (np.asarray(one)[seen] == np.asarray(other)[seen]).all() and one.size == other.size
-    with pytest.raises(StudyError, match="lacks 1 drawings, noto/owl among them"):
+    with pytest.raises(StudyError, match="lacks 1 drawings, such as noto/owl: set"):
         drawings.load_sprites([("noto", "owl")])
     monkeypatch.setenv("SAMANTICS_DRAWINGS", str(tmp_path / "nowhere.npz"))
     with pytest.raises(StudyError, match="not there: correct or unset it"):

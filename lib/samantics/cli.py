@@ -117,15 +117,6 @@ def catalogue() -> None:
     print(*_script("curation").write_catalogue(), sep="\n")
 
 
-@app.command()
-def drawings(out: Annotated[Path, Argument(help="The file to write, for SAMANTICS_DRAWINGS elsewhere")]) -> None:
-    """Write all rasterised drawings into one file (7 MB): a machine without npm can train with it."""
-    from samantics.mojiworld.catalogue import keys
-    from samantics.mojiworld.drawings import export_drawings
-
-    export_drawings(out, keys())
-
-
 # ------------------------------------------------------------------------------------------ parts that take their time
 
 

@@ -126,6 +126,15 @@ POCKET_PIPELINE = PipelineSettings(
 
 
 @dataclasses.dataclass(frozen=True)
+class AppendixSettings:
+    """Notebooks A1 and A2."""
+
+    pictures: int = 128  # that each model of A1's tiny training sees
+    strengths: tuple[float, ...] = (0, 1, 2, 3, 4, 6, 8)  # of the class signals that A2 plants
+    repetitions: int = 5  # of each, with other noise
+
+
+@dataclasses.dataclass(frozen=True)
 class CocoSubset:
     """The images of COCO val2017 that are fetched where no COCO files are given."""
 
@@ -145,6 +154,7 @@ class Scale:
     probing: ProbingSettings = ProbingSettings()
     incontext: InContextSettings = InContextSettings()
     pipeline: PipelineSettings = PipelineSettings()
+    appendix: AppendixSettings = AppendixSettings()
     coco: CocoSubset | None = None  # what is fetched of COCO for 02 and 03
     notebooks: tuple[str, ...] = ()  # numbers of those that run when none are named; none: all
     mark: str = ""  # written on every figure and into every result's record, where results are not to be believed
@@ -166,6 +176,7 @@ QUICK = dataclasses.replace(
         POCKET_PIPELINE, sources=("dinov2", "clip", "sam2", "sam", "random"), target_scenes=40, targets=20,
         shot_curve=(1, 10), grids=(4, 8), grid_images=10, reference_seeds=2,
     ),
+    appendix=AppendixSettings(pictures=64, strengths=(0, 2, 4, 8), repetitions=3),
     mark="quick run: small samples, for a first look only",
 )  # fmt: skip
 LITE = Scale("lite", "official", OFFICIAL_ENCODERS, coco=CocoSubset(), notebooks=STUDY)

@@ -1,8 +1,8 @@
 """The drawings of MojiWorld: nine open emoji sets, one for each artist, rasterised once.
 
 The sets are npm packages pinned in `package.json`; `scripts/environment.sh` installs them into the environment's
-own folder. What they are rasterised to is one small file in the cache. A machine without npm can be given a copy of
-that file (`export_drawings`): the variable `SAMANTICS_DRAWINGS` names it, or another folder of packages.
+own folder. What they are rasterised to is one file of 8 MB in the cache's folder `drawings`. A machine without npm
+can be given a copy of that file: the variable `SAMANTICS_DRAWINGS` names it, or another folder of packages.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ import resvg_py
 from PIL import Image
 from tqdm.auto import tqdm
 
-from samantics.cache import PROJECT, atomic_path, cache_dir, hash_value, kept, reading
+from samantics.cache import PROJECT, cache_dir, hash_value, kept, reading
 from samantics.errors import StudyError
 
 SPRITE_SIZE = 128  # pixels of a rasterised drawing before it is cropped to what it shows
-CURE = "run scripts/environment.sh again (it installs them), or set SAMANTICS_DRAWINGS to exported drawings"
+ELSEWHERE = "set SAMANTICS_DRAWINGS to a copy of another machine's .cache/drawings/*.npz"
+CURE = f"run scripts/environment.sh again (it installs them), or {ELSEWHERE}"
 
 Key = tuple[str, str]  # (artist, icon)
 
@@ -129,16 +131,9 @@ def load_sprites(keys: Iterable[Key]) -> tuple[Image.Image, ...]:
         spans = {tuple(name.split("/")): slice(*span) for name, *span in zip(names, [0, *ends], ends, strict=False)}
     missing = [key for key in keys if key not in spans]
     if missing:
-        raise StudyError(f"{path} lacks {len(missing)} drawings, {'/'.join(missing[0])} among them: export it again")
+        raise StudyError(f"{path} lacks {len(missing)} drawings, such as {'/'.join(missing[0])}: {ELSEWHERE}")
     with reading(path):
         return tuple(Image.open(io.BytesIO(data[spans[key]])).convert("RGBA") for key in keys)
-
-
-def export_drawings(path: Path | str, keys: Iterable[Key]) -> None:
-    """Write the rasterised drawings named by `keys` to one `.npz` file, which SAMANTICS_DRAWINGS may name elsewhere."""
-    _, stored = _stored(tuple(keys))
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **stored)
 
 
 def _stored(keys: tuple[Key, ...]) -> tuple[Path, dict[str, Any]]:
@@ -156,13 +151,17 @@ def _stored(keys: tuple[Key, ...]) -> tuple[Path, dict[str, Any]]:
 
 def _rasterised(keys: tuple[Key, ...]) -> dict[str, Any]:
     """`names` (artist/icon), `data` (lossless WebP, one after another) and `ends` (of each in `data`)."""
-    chunks = []
-    for artist, icon in tqdm(keys, desc="rasterising the drawings", leave=False):
-        buffer = io.BytesIO()
-        rasterised(load_package(artist).svg(icon)).save(buffer, "WEBP", lossless=True, quality=50, method=2)
-        chunks.append(buffer.getvalue())
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        made = pool.map(_as_webp, keys, chunksize=64)
+        chunks = list(tqdm(made, "rasterising the drawings", len(keys), leave=False))
     return {
         "names": np.array(["/".join(key) for key in keys]),
         "ends": np.cumsum([len(chunk) for chunk in chunks]),
         "data": np.frombuffer(b"".join(chunks), np.uint8),
     }
+
+
+def _as_webp(key: Key) -> bytes:
+    buffer, (artist, icon) = io.BytesIO(), key
+    rasterised(load_package(artist).svg(icon)).save(buffer, "WEBP", lossless=True, quality=20, method=1)
+    return buffer.getvalue()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,9 @@ def encode_image(model: Any, image: Image.Image) -> EncodedImage:
 
 def sam2_predictor(model: SAM2Base) -> SAM2ImagePredictor:
     """The package's predictor, also for input sizes other than 1024, for which it assumes the shapes of its maps."""
-    predictor = SAM2ImagePredictor(model)
+    with warnings.catch_warnings():  # it scripts its resizing, in a way that torch is about to give up
+        warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
+        predictor = SAM2ImagePredictor(model)
     side = model.image_size // model.backbone_stride
     predictor._bb_feat_sizes = [(4 * side, 4 * side), (2 * side, 2 * side), (side, side)]
     return predictor
