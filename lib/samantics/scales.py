@@ -170,6 +170,7 @@ POCKET = Scale(
 QUICK = dataclasses.replace(
     POCKET,
     name="quick",
+    encoders=("sam", "sam2", "clip", "dinov2", "random"),
     probing=ProbingSettings(probe_seeds=1, labels=0.15, views=0.15, test=0.15, shots=(1, 2), scenes=(100, 40)),
     incontext=dataclasses.replace(POCKET_INCONTEXT, train_scenes=300, reference_seeds=2),
     pipeline=dataclasses.replace(
