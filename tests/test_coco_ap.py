@@ -115,6 +115,15 @@ def test_metrics_are_cocoevals_own_in_silence(capsys: pytest.CaptureFixture[str]
     assert list(found.metrics.values()) == own
 
 
+def test_some_categories_of_an_evaluation_are_evaluated_as_alone() -> None:
+    dataset, results = random_data(3)
+    alone, part = (evaluation.evaluate(dataset, results, "bbox", [1, 3]), evaluation.evaluate(dataset, results, "bbox"))
+    assert part.of([1, 3]).metrics == alone.metrics
+    assert evaluation.ap_interval([part.of([1, 3])], samples=20) == evaluation.ap_interval([alone], samples=20)
+    quick = evaluation.evaluate(dataset, results, "bbox", [1, 3], sizes=False).metrics
+    assert quick == alone.metrics | dict.fromkeys(("APs", "APm", "APl"))
+
+
 @pytest.mark.parametrize("iou_type", evaluation.IOU_TYPES)
 def test_more_than_100_objects_in_an_image(iou_type: str) -> None:
     boxes = [(4.0 * (n % 16), 4.0 * (n // 16), 4.0 * (n % 16) + 3, 4.0 * (n // 16) + 3) for n in range(150)]

@@ -7,6 +7,7 @@ Predictions are a list of dictionaries in COCO's result format: `image_id, categ
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import io
@@ -43,12 +44,24 @@ class Evaluation:
     metrics: dict[str, float | None]
     coco: COCOeval = dataclasses.field(repr=False)
 
+    def of(self, category_ids: Collection[int]) -> Evaluation:
+        """The same for some of its categories, without what only the matching needed: a tenth of the memory."""
+        whole, part = self.coco, COCOeval(iouType=self.coco.params.iouType)
+        rows = [whole.params.catIds.index(category) for category in sorted(category_ids)]
+        images, areas = len(whole.params.imgIds), len(whole.params.areaRng)
+        part.params = copy.copy(whole.params)
+        part.params.catIds, part.params.areaRng = [whole.params.catIds[row] for row in rows], whole.params.areaRng[:1]
+        part.evalImgs = [one for row in rows for one in whole.evalImgs[row * areas * images :][:images]]
+        part.eval = {name: whole.eval[name][..., rows, :, :] for name in ("precision", "recall")}
+        return Evaluation(_metrics(part), part)
+
 
 def evaluate(
     dataset: CocoDataset,
     results: Sequence[Result],
     iou_type: str = "segm",
     category_ids: Collection[int] | None = None,
+    sizes: bool = True,
 ) -> Evaluation:
     """Compare predictions with a data set's annotations by pycocotools' COCOeval.
 
@@ -61,6 +74,7 @@ def evaluate(
         results: the predictions.
         iou_type: `bbox` or `segm`.
         category_ids: only these categories (their objects and predictions); None for all.
+        sizes: also by the objects' size, which takes most of the time; else APs, APm and APl are None.
 
     Raises:
         StudyError: unknown `iou_type` or category; a prediction of an image that the data does not have, with a mask
@@ -77,6 +91,7 @@ def evaluate(
         found = [{k: r[k] for k in (*HEAD, shape)} for r in results if r["category_id"] in chosen]
         coco = COCOeval(truth, truth.loadRes(found) if found else COCO(), iou_type)
         coco.params.catIds = chosen
+        coco.params.areaRng = coco.params.areaRng if sizes else coco.params.areaRng[:1]
         coco.params.maxDets = [1, 10, max([MOST, *counts.values()])]
         coco.evaluate()
         coco.accumulate()
@@ -87,7 +102,8 @@ def _metrics(coco: COCOeval) -> dict[str, float | None]:
     """COCOeval's own summary, which knows no other limit than 100 predictions."""
     precision, recall = coco.eval["precision"], coco.eval["recall"]  # (T, R, K, areas, limits), (T, K, areas, limits)
     values = [precision[..., 0, -1], precision[0, ..., 0, -1], precision[5, ..., 0, -1]]
-    values += [precision[..., area, -1] for area in (1, 2, 3)] + [recall[..., 0, limit] for limit in (0, 1, 2)]
+    values += [precision[..., area : area + 1, -1] for area in (1, 2, 3)]  # nothing where sizes were not asked for
+    values += [recall[..., 0, limit] for limit in (0, 1, 2)]
     measured = [table[table > -1] for table in values]
     means = [float(np.mean(table)) * 100 if table.size else None for table in measured]
     return dict(zip(METRICS, means, strict=True))
