@@ -21,7 +21,7 @@ TABLES = {  # the tables whose columns are a promise, and the columns that name 
     "01_differences": KEYS,
     "02_differences": KEYS,
     "03_differences": KEYS,
-    "02_icl_ap": ["variant", "split", "shots", "iou_type"],
+    "02_icl_ap": ["arm", "variant", "split", "shots", "artists", "iou_type"],
     "02_separability": ["stage", "split", "metric"],
     "03_pipeline_ap": ["proposals", "source", "merging", "shots", "iou_type"],
     "03_oracles": ["oracle", "iou_type"],

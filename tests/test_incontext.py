@@ -23,6 +23,7 @@ from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal
 from samantics.cache import Checkpoint
 from samantics.data.coco import CocoDataset, load_coco, read_image, write_coco
 from samantics.errors import StudyError
+from samantics.incontext.adapters import Adapters, adapted
 from samantics.incontext.model import (
     DetrOutput,
     InContextModel,
@@ -31,6 +32,7 @@ from samantics.incontext.model import (
     matched_loss,
     spread_points,
     who_sees_whom,
+    with_adapters,
 )
 from samantics.incontext.tokens import (
     Objects,
@@ -47,7 +49,14 @@ from samantics.incontext.tokens import (
     stored_maps,
     trunk_blocks,
 )
-from samantics.incontext.training import BatchSampler, draw_references, jittered_boxes, split_categories, train
+from samantics.incontext.training import (
+    AdaptedSampler,
+    BatchSampler,
+    draw_references,
+    jittered_boxes,
+    split_categories,
+    train,
+)
 from samantics.models import pocket
 from samantics.mojiworld.rendered import write_scenes
 from samantics.mojiworld.world import STREAMS, Stream, World
@@ -88,7 +97,7 @@ def wide(scenes: CocoDataset, tmp_path_factory: pytest.TempPathFactory) -> CocoD
 def sampler(sam: Sam, scenes: CocoDataset, tmp_path_factory: pytest.TempPathFactory) -> BatchSampler:
     folder = tmp_path_factory.mktemp("maps")
     objects, maps = object_arrays(scenes, SIZE), stored_maps(sam, scenes, TINY.trunk_maps, "random", folder)
-    data = SamData(scenes, maps, objects, *object_features(sam, maps, objects, folder / "tokens"))
+    data = SamData(scenes, maps, objects, *object_features(sam, maps, objects, folder / "tokens.npz"))
     # with so few scenes only the common categories have references in several of them
     common = [c for c in scenes.categories if len(np.unique(objects.image[objects.categories == c])) > 2]
     return BatchSampler(data, tuple(common[:-1]), SIZE, TINY)
@@ -146,7 +155,7 @@ def test_stored_maps_are_the_live_ones_in_half_precision(sam: Sam, scenes: CocoD
 
 
 def test_object_features_are_of_each_objects_own_image_and_box(
-    sam: Sam, scenes: CocoDataset, sampler: BatchSampler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sam: Sam, scenes: CocoDataset, sampler: BatchSampler, tmp_path: Path
 ) -> None:
     objects, data = sampler.data.objects, sampler.data
     assert list(scenes.images)[objects.image[5]] == scenes.instances[5].image_id
@@ -155,14 +164,11 @@ def test_object_features_are_of_each_objects_own_image_and_box(
         maps = data.maps(objects.image[[row]])
         alone = mask_tokens(sam, maps.neck, torch.from_numpy(objects.boxes[[row]]))
         np.testing.assert_allclose(data.tokens[row], alone[0].numpy(), atol=5e-3)
-    monkeypatch.setattr("samantics.incontext.tokens.SHARD", 7)
     shuffled = np.random.default_rng(0).permutation(len(data.tokens))
     other = Objects(*(part[shuffled] for part in objects))
-    tokens, contents = object_features(sam, data.maps, other, tmp_path)
+    tokens, contents = object_features(sam, data.maps, other, tmp_path / "tokens.npz")
     np.testing.assert_allclose(tokens, data.tokens[shuffled], atol=5e-3)
     np.testing.assert_allclose(contents, data.contents[shuffled], atol=5e-3)
-    (tmp_path / "0000007.npy").unlink()  # only this one is computed again
-    np.testing.assert_allclose(object_features(sam, data.maps, other, tmp_path)[0], tokens, atol=5e-3)
 
 
 def test_means_over_boxes_of_whole_cells() -> None:
@@ -229,6 +235,35 @@ def test_agreement_is_how_much_likelier_than_by_chance_two_have_one_name(sam: Sa
         float(model.agreement(one[None], first[None]).detach()) for one in (first, second, torch.zeros(TINY.dim))
     )
     assert same > np.log(3.9) and other < np.log(0.05) and nothing == pytest.approx(np.log(1.01), abs=1e-4)
+
+
+def test_adapters_at_zero_change_nothing_and_only_they_and_the_model_are_tuned(
+    sam: Sam, scenes: CocoDataset, sampler: BatchSampler
+) -> None:
+    rows, fuser = np.array([2, 5]), untrained(sam, sampler)
+    model = with_adapters(fuser, sam, TINY.trunk_maps, width=8)
+    adapters = model.adapters
+    assert isinstance(adapters, Adapters) and fuser.adapters is None
+    maps = live_maps(sam, scenes, TINY.trunk_maps, rows)
+    for part, expected in zip(adapters(sam, maps), maps, strict=True):
+        torch.testing.assert_close(part.float(), expected.float(), atol=1e-5, rtol=1e-4)
+    fields = {field.name: getattr(sampler, field.name) for field in dataclasses.fields(sampler)}
+    tuned = AdaptedSampler(**fields, sam=sam, adapters=adapters)
+    mirrored, asked = tuned.questions(tuned.images[:3], 0)
+    maps, tokens, naming = tuned.inputs(tuned.images[:3], mirrored, asked, 0)
+    assert naming is not None
+    contents, *_ = naming
+    first = [references[0] for references in asked.references]
+    images = [*tuned.images[:3], *sampler.data.objects.image[first]]
+    members = np.flatnonzero(np.isin(sampler.data.objects.image, images) & sampler.labelled)
+    np.testing.assert_allclose(contents.detach(), sampler.data.contents[members], atol=2e-2)
+    np.testing.assert_allclose(tokens.detach().flatten(0, 1), sampler.data.tokens[first], atol=2e-2)
+    output, loss = model(maps, tokens, None, naming)
+    (output.logits.sum() + output.boxes.sum() + loss).backward()
+    assert all(p.grad is not None for p in adapters.parameters()) and all(p.grad is None for p in sam.parameters())
+    seen = adapted(sampler.data, sam, adapters, np.array([4, 9]))
+    np.testing.assert_allclose(seen.tokens[[4, 9]], sampler.data.tokens[[4, 9]], atol=2e-2)
+    assert not seen.tokens[0].any()
 
 
 def test_loss_of_one_object_and_one_query_in_closed_form() -> None:
@@ -432,7 +467,7 @@ def test_training_on_photographs(sam: Sam, tmp_path: Path) -> None:
     photographs = load_coco(COCO100 / "instances_train2017.json", COCO100 / "train2017")
     split, objects = split_categories(photographs, VOC), object_arrays(photographs, SIZE)
     maps = functools.partial(live_maps, sam, photographs, 2)
-    data = SamData(photographs, maps, objects, *object_features(sam, maps, objects, tmp_path / "tokens"))
+    data = SamData(photographs, maps, objects, *object_features(sam, maps, objects, tmp_path / "tokens.npz"))
     common = tuple(c for c in split.base if len(np.unique(objects.image[objects.categories == c])) > 3)
     settings = dataclasses.replace(TINY, epochs=0.2, absent_classes=0, min_reference_area=0)
     sampler = BatchSampler(data, common, SIZE, settings)

@@ -14,7 +14,7 @@ import torch
 from samantics.data.coco import CocoDataset, load_coco, mask_of
 from samantics.errors import StudyError
 from samantics.incontext import evaluation
-from samantics.incontext.evaluation import CORNERS, VARIANTS, Answers
+from samantics.incontext.evaluation import COMPARED, CORNERS, VARIANTS, Answers
 from samantics.incontext.model import build_model
 from samantics.incontext.tokens import SamData, box_masks, live_maps, object_arrays
 from samantics.incontext.training import Split, split_categories
@@ -51,36 +51,42 @@ def data(scenes: CocoDataset) -> SamData:
 
 def perfect(scenes: CocoDataset, split: Split) -> Answers:
     """Every object found by its own class in two draws, also with random embeddings."""
-    objects, draws = object_arrays(scenes, 2 * SIZE), ((1, 0), (1, 1))
+    objects = object_arrays(scenes, 2 * SIZE)
+    questions = evaluation.questions_of(scenes, split, VARIANTS, [(1, 0), (1, 1)])
+    asked = questions.assign(question=questions.index, meant=np.array(split.all)[questions["embedding"] % 80])
     table = pd.DataFrame(objects.boxes / (2 * SIZE), columns=CORNERS).assign(score=np.float32(1), image=objects.image)
-    classes = np.searchsorted(split.all, objects.categories)
-    blocks = [table.assign(embedding=classes + number * len(split.all)) for number in range(2 * len(draws))]
-    return Answers(scenes, split, 2 * SIZE, draws, pd.concat(blocks, ignore_index=True))
+    table = table.assign(meant=objects.categories).merge(asked, on=["image", "meant"])
+    return Answers(scenes, split, 2 * SIZE, questions, table[["question", "score", *CORNERS]])
 
 
 # -------------------------------------------------------------------------------------------------------- variants
 
 
-def test_pairs_of_each_variant(scenes: CocoDataset, split: Split) -> None:
-    shown = evaluation.shown_classes(scenes, split)
+def test_questions_of_each_variant(scenes: CocoDataset, split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "ASKED_ALL", 3)
+    shown, every, classes = evaluation.shown_classes(scenes, split), np.array(split.all), len(split.all)
     assert shown.sum() == len({(i.image_id, i.category_id) for i in scenes.instances})
-    oracle = evaluation.asked_pairs("class_oracle", shown, split, 0)
-    assert len(oracle) == shown.sum()
-    assert (np.array(split.all)[oracle["embedding"]] == oracle["category"]).all()
-    assert len(evaluation.asked_pairs("all_classes", shown, split, 0)) == shown.size
-    wrong = evaluation.asked_pairs("wrong_reference", shown, split, 0)
-    assert wrong[["image", "category"]].equals(oracle[["image", "category"]])
-    assert not shown[wrong["image"], wrong["embedding"]].any()
-    base = np.isin(split.all, split.base)
-    assert (base[wrong["embedding"]] == np.isin(wrong["category"], split.base)).all()
+    questions = evaluation.questions_of(scenes, split, VARIANTS, [(1, 0), (5, 0), (5, 1)])
+    parts = {name: part.reset_index() for name, part in questions.groupby(["variant", "shots", "seed"])}
+    assert len(parts) == 3 + 1 + 2 + 1 and len(parts["all_classes", 5, 0]) == 3 * classes
+    oracle, wrong, noise = parts["class_oracle", 5, 1], parts["wrong_reference", 5, 1], parts["random_reference", 5, 0]
+    assert len(oracle) == shown.sum() and oracle[["image", "category"]].equals(wrong[["image", "category"]])
+    assert (every[oracle["embedding"] - 2 * classes] == oracle["category"]).all()
+    assert (noise["embedding"] - oracle["embedding"] == 2 * classes).all()
+    assert not shown[wrong["image"], wrong["embedding"] - 2 * classes].any()
+    assert np.array_equal(
+        *(np.isin(ids, split.base) for ids in (every[wrong["embedding"] % classes], wrong["category"]))
+    )
     with pytest.raises(StudyError, match="shows every category"):
         evaluation.wrong_classes(np.ones((1, 3), bool), Split((1, 2), (3,)), 0)
 
 
 def test_perfect_answers_score_100_and_follow_their_questions(scenes: CocoDataset, split: Split, data: SamData) -> None:
-    table = perfect(scenes, split).ap(SAM, data, samples=20)
-    assert len(table) == (len(VARIANTS) * 3 + 1) * 2
+    answers = perfect(scenes, split)
+    table = pd.concat([answers.ap(answers.artists, samples=20), answers.mask_ap(SAM, data, samples=20)])
+    assert len(table) == (len(VARIANTS) + 2 * len(COMPARED) + 1) * 2
     boxes = table[table["iou_type"] == "bbox"].set_index(["variant", "artists", "split"])["AP"]
+    assert answers.effect("base").value == pytest.approx(100) and answers.effect("base", "novel").value == 0
     for variant in ("class_oracle", "all_classes", "random_reference"):
         assert boxes[variant].to_numpy() == pytest.approx(100)
     # nothing was found by the wrong references, as no image shows their class
@@ -115,19 +121,18 @@ def test_results_are_in_pixels_of_the_image(scenes: CocoDataset, split: Split) -
 def test_detect_keeps_the_best_of_the_models_output(data: SamData) -> None:
     model = build_model(TINY, SAM, 5, 0).eval()
     embeddings = torch.randn(3, TINY.dim, generator=torch.Generator().manual_seed(0)) * 5
-    asked = np.zeros((8, 3), bool)
-    asked[2, :] = asked[5, 1] = True
-    found = evaluation.detect(model, data, embeddings, asked, TINY)
-    assert sorted(set(zip(found["image"], found["embedding"], strict=True))) == [(2, 0), (2, 1), (2, 2), (5, 1)]
+    questions = pd.DataFrame({"image": [5, 2, 2, 2], "embedding": [1, 0, 1, 2]})
+    found = evaluation.detect(model, data, embeddings, questions, TINY)
+    assert found["question"].nunique() == 4
     with torch.no_grad():
         image = data.maps(np.array([5]))
         output = model.decode(model.encode(image), embeddings[None, 1:2])
-    scores, best = output.logits[-1, 0, 0], found[found["image"] == 5]
+    scores, best = output.logits[-1, 0, 0], found[found["question"] == 0]
     np.testing.assert_allclose(best["score"], scores.sigmoid().sort(descending=True)[0][:4], rtol=1e-4)
     x, y, width, height = output.boxes[-1, 0, 0, scores.argmax()].tolist()
     corners = np.clip([x - width / 2, y - height / 2, x + width / 2, y + height / 2], 0, 1)
     np.testing.assert_allclose(best[CORNERS].iloc[0].astype(float), corners, rtol=1e-3, atol=1e-4)
-    assert len(evaluation.detect(model, data, embeddings, asked, dataclasses.replace(TINY, min_score=1.0))) == 0
+    assert len(evaluation.detect(model, data, embeddings, questions, dataclasses.replace(TINY, min_score=1.0))) == 0
 
 
 def test_masks_are_sams_for_the_boxes(scenes: CocoDataset, split: Split, data: SamData) -> None:
@@ -136,22 +141,6 @@ def test_masks_are_sams_for_the_boxes(scenes: CocoDataset, split: Split, data: S
         box = torch.tensor([evaluation.corners(result)]).round().float()
         neck = data.maps(np.array([list(scenes.images).index(result["image_id"])])).neck
         assert (mask_of(result["segmentation"]) == box_masks(SAM, neck, box, SIZE, SIZE)[0]).mean() > 0.999
-
-
-def test_draws_are_numbered_one_after_another_and_noise_behind_them(
-    scenes: CocoDataset, split: Split, data: SamData
-) -> None:
-    model, classes = build_model(TINY, SAM, 5, 0).eval(), len(split.all)
-    embeddings = {draw: torch.randn(classes, TINY.dim) for draw in ((1, 0), (5, 0), (5, 1))}
-    answers = Answers(scenes, split, SIZE, tuple(embeddings)).answered(model, data, embeddings, TINY)
-    block = answers.detections["embedding"] // classes
-    asked = answers.detections.assign(column=answers.detections["embedding"] % classes)
-    shown = set(map(tuple, np.argwhere(evaluation.shown_classes(scenes, split)).tolist()))
-    pairs = {n: set(zip(rows["image"], rows["column"], strict=True)) for n, rows in asked.groupby(block)}
-    assert pairs[0] == shown and len(pairs[1]) == 8 * classes and pairs[2] > shown and pairs[4] == pairs[5] == shown
-    assert set(pairs) == {0, 1, 2, 4, 5}  # of the controls only those at most shots
-    alone = evaluation.detect(model, data, embeddings[5, 0], np.ones((8, classes), bool), TINY)
-    np.testing.assert_allclose(asked["score"][block == 1], alone["score"], atol=1e-5)
 
 
 def test_embeddings_of_averaged_tokens_and_matching_noise() -> None:

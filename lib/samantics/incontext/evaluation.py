@@ -23,15 +23,19 @@ from samantics.errors import StudyError
 from samantics.incontext.model import InContextModel
 from samantics.incontext.tokens import SamData, box_masks, input_scales
 from samantics.incontext.training import Split
-from samantics.metrics.coco_ap import Evaluation, Result, ap_interval, evaluate
+from samantics.metrics.coco_ap import Evaluation, Result, ap_difference, ap_interval, evaluate
+from samantics.metrics.intervals import Difference
 from samantics.scales import InContextSettings
 
 VARIANTS = (
     "class_oracle",  # an image is asked only for classes that it shows, as in the paper
-    "all_classes",  # every image is asked for every class, with the first draw of references
+    "all_classes",  # the first images are asked for every class, with the first draw of references
     "wrong_reference",  # as the oracle, with references of another class of the split that the image does not show
-    "random_reference",  # as the oracle, with Gaussian noise of the mean and spread of real base embeddings
+    "random_reference",  # as the oracle, with Gaussian noise of the mean and spread of real base embeddings, one draw
 )
+COMPARED = ("class_oracle", "wrong_reference")  # whose difference decides
+SIDES = {"base": ("base",), "novel": ("novel",), "base - novel": ("base", "novel")}
+ASKED_ALL = 100  # images that are asked for every class: they are most of the questions
 FATES = ("found", "confused with base", "confused with novel", "missed")
 CORNERS = ["x0", "y0", "x1", "y1"]
 TOGETHER = 16  # classes that an image is asked for at a time
@@ -54,24 +58,23 @@ def random_embeddings(real: Tensor, count: int, seed: int) -> Tensor:
 
 @torch.no_grad()
 def detect(
-    model: InContextModel, data: SamData, embeddings: Tensor, asked: NDArray[np.bool_], settings: InContextSettings
+    model: InContextModel, data: SamData, embeddings: Tensor, questions: pd.DataFrame, settings: InContextSettings
 ) -> pd.DataFrame:
-    """The best detections of every class in every image that is asked for it.
+    """The best answers to every question: rows of `questions_of`, whose column `embedding` is a row of `embeddings`.
 
-    `embeddings` are `(E, dim)`; `asked` `(N, E)` says which image is asked for which. Columns: `image` and `embedding`
-    (positions in `asked`), `score` 0-1, `x0, y0, x1, y1` as shares of the side of SAM's input.
+    Columns: `question` (row), `score` 0-1, `x0, y0, x1, y1` as shares of the side of SAM's input.
     """
-    tables = []
-    for image in tqdm(np.flatnonzero(asked.any(1)), desc="detecting", unit="image", leave=False):
+    tables, asked = [], questions["embedding"].to_numpy()
+    for image, chosen in tqdm(questions.groupby("image").indices.items(), desc="detecting", unit="image", leave=False):
         memory = model.encode(data.maps(np.array([image])))
-        for rows in torch.from_numpy(np.flatnonzero(asked[image])).to(embeddings.device).split(TOGETHER):
-            output = model.decode(memory, embeddings[rows][None])
+        for some in np.split(chosen, range(TOGETHER, len(chosen), TOGETHER)):
+            output = model.decode(memory, embeddings[torch.from_numpy(asked[some]).to(embeddings.device)][None])
             scores, order = output.logits[-1, 0].sigmoid().topk(min(settings.top, output.logits.shape[-1]), dim=1)
             boxes = box_convert(output.boxes[-1, 0], "cxcywh", "xyxy").clamp(0, 1)
             boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
-            kept = (scores >= settings.min_score) & (boxes[..., 2:] > boxes[..., :2]).all(-1)
-            table = pd.DataFrame(boxes[kept].numpy(force=True), columns=CORNERS).assign(image=image)
-            table["embedding"] = rows[:, None].expand_as(scores)[kept].numpy(force=True)
+            kept = ((scores >= settings.min_score) & (boxes[..., 2:] > boxes[..., :2]).all(-1)).cpu()
+            table = pd.DataFrame(boxes[kept].numpy(force=True), columns=CORNERS)
+            table["question"] = torch.from_numpy(some)[:, None].expand_as(kept)[kept].numpy()
             tables.append(table.assign(score=scores[kept].numpy(force=True)))
     return pd.concat(tables, ignore_index=True)
 
@@ -111,51 +114,71 @@ def wrong_classes(shown: NDArray[np.bool_], split: Split, seed: int) -> NDArray[
     return wrong
 
 
-def asked_pairs(variant: str, shown: NDArray[np.bool_], split: Split, seed: int) -> pd.DataFrame:
-    """Which images are asked for what: `image` row, `embedding` (a column of `shown`), `category` id that is meant."""
-    image, meant = np.argwhere(shown | (variant == "all_classes")).T
-    column = wrong_classes(shown, split, seed)[image, meant] if variant == "wrong_reference" else meant
-    return pd.DataFrame({"image": image, "embedding": column, "category": np.array(split.all)[meant]})
+def questions_of(dataset: CocoDataset, split: Split, variants: Sequence[str], draws: Sequence[Draw]) -> pd.DataFrame:
+    """Which images are asked for what, in each variant: the oracle in all draws, what it is compared to at most shots.
+
+    Columns `variant, shots, seed, image` (row), `category` (id that is meant), `embedding`: numbered draw by draw, each
+    as in `split.all`, first the real ones, then the random ones.
+    """
+    shown, most, tables = shown_classes(dataset, split), max(shots for shots, _ in draws), []
+    every, at_most = np.zeros_like(shown), [draw for draw in draws if draw[0] == most]
+    every[:ASKED_ALL] = True
+    asked = {"class_oracle": draws, "wrong_reference": at_most}  # the others with the first draw
+    for variant, draw in [(v, draw) for v in variants for draw in asked.get(v, at_most[:1])]:
+        image, meant = np.argwhere(every if variant == "all_classes" else shown).T
+        column = wrong_classes(shown, split, draw[1])[image, meant] if variant == "wrong_reference" else meant
+        block = draws.index(draw) + len(draws) * (variant == "random_reference")
+        table = pd.DataFrame({"image": image, "category": np.array(split.all)[meant]})
+        tables.append(
+            table.assign(variant=variant, shots=draw[0], seed=draw[1], embedding=column + block * len(split.all))
+        )
+    return pd.concat(tables, ignore_index=True)
 
 
-@dataclasses.dataclass(frozen=True)
+def answered(
+    model: InContextModel, data: SamData, embeddings: Mapping[Draw, Tensor], split: Split, variants: Sequence[str],
+    settings: InContextSettings,
+) -> pd.DataFrame:  # fmt: skip
+    """`detect` for `questions_of`, from the `(C, dim)` embeddings of `split.all` by draw."""
+    base, classes = torch.from_numpy(np.isin(split.all, split.base)), len(split.all)
+    noise = [random_embeddings(e[base], classes, 1000 * shots + seed) for (shots, seed), e in embeddings.items()]
+    questions = questions_of(data.dataset, split, variants, list(embeddings))
+    return detect(model.eval(), data, torch.cat([*embeddings.values(), *noise]), questions, settings)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Answers:
-    """The model's answers in a test set, for several draws of references; all variants but the oracle at most shots."""
+    """The model's answers in a test set."""
 
     dataset: CocoDataset
     split: Split
     input_size: int  # side of SAM's input, pixels
-    draws: tuple[Draw, ...]  # in the order in which `detections` numbers their embeddings
-    detections: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)  # of `detect`
+    questions: pd.DataFrame  # of `questions_of`
+    detections: pd.DataFrame  # of `detect`
+
+    @property
+    def most(self) -> int:
+        """The largest number of shots."""
+        return int(self.questions["shots"].max())
+
+    @property
+    def artists(self) -> tuple[str, ...]:
+        """`test` and `train` where artists are known (MojiWorld), else nothing."""
+        return tuple(sorted({i.split for i in self.dataset.instances} - {""}))
 
     def draws_of(self, variant: str) -> list[Draw]:
-        """The draws with which a variant is asked."""
-        most = max(shots for shots, _ in self.draws)
-        chosen = [draw for draw in self.draws if variant == "class_oracle" or draw[0] == most]
-        return chosen[:1] if variant == "all_classes" else chosen
+        """The draws (shots, seed) with which a variant is asked."""
+        asked = self.questions.loc[self.questions["variant"] == variant, ["shots", "seed"]].drop_duplicates()
+        return list(asked.itertuples(index=False, name=None))
 
-    def pairs(self, variant: str, draw: Draw) -> pd.DataFrame:
-        """`asked_pairs`, embeddings numbered as in `detections`: draw by draw the real ones, then the random ones."""
-        pairs = asked_pairs(variant, shown_classes(self.dataset, self.split), self.split, draw[1])
-        block = self.draws.index(draw) + len(self.draws) * (variant == "random_reference")
-        return pairs.assign(embedding=pairs["embedding"] + block * len(self.split.all))
-
-    def answered(
-        self, model: InContextModel, data: SamData, embeddings: Mapping[Draw, Tensor], settings: InContextSettings
-    ) -> Answers:
-        """The same with `detections`, from the `(C, dim)` embeddings of `split.all` by draw."""
-        base, classes = torch.from_numpy(np.isin(self.split.all, self.split.base)), len(self.split.all)
-        noise = [random_embeddings(e[base], classes, 1000 * shots + seed) for (shots, seed), e in embeddings.items()]
-        asked = np.zeros((len(self.dataset.images), 2 * len(self.draws) * classes), bool)
-        for variant in VARIANTS:
-            for draw in self.draws_of(variant):
-                asked[tuple(self.pairs(variant, draw)[["image", "embedding"]].to_numpy().T)] = True
-        found = detect(model.eval(), data, torch.cat([*embeddings.values(), *noise]), asked, settings)
-        return dataclasses.replace(self, detections=found)
+    def images_of(self, variant: str) -> CocoDataset:
+        """The images that are asked."""
+        return self.dataset.first(ASKED_ALL) if variant == "all_classes" else self.dataset
 
     def results(self, variant: str, draw: Draw) -> list[Result]:
         """Boxes of a variant and a draw (shots, seed) in COCO's result format, in pixels of the image."""
-        found = self.detections.merge(self.pairs(variant, draw), on=["image", "embedding"])
+        chosen = (self.questions[["variant", "shots", "seed"]] == [variant, *draw]).all(axis=1)
+        found = self.detections.join(self.questions[chosen], on="question", how="inner")
         ids, scales = list(self.dataset.images), input_scales(self.dataset, self.input_size)
         boxes = found[CORNERS].to_numpy(float) * self.input_size / scales[found["image"]]
         return [
@@ -165,47 +188,77 @@ class Answers:
             )
         ]
 
-    @functools.cached_property
-    def _evaluated(self) -> dict[tuple[str, str, int, str], list[Evaluation]]:
-        return {}
+    @functools.cache  # noqa: B019 - lives as long as the notebook
+    def _matched(self, variant: str, draw: Draw, artists: str) -> Evaluation:
+        images = self.images_of(variant)
+        images = images if artists == "all" else by_artists(images, artists)
+        return evaluate(images, self.results(variant, draw), "bbox", sizes=False).of(self.split.all)
 
     def evaluations(self, variant: str, side: str, shots: int = 0, artists: str = "all") -> list[Evaluation]:
-        """Of boxes, a draw each: for `base` or `novel` categories, at most shots, or so many. Made once.
+        """Of boxes, a draw each: for `base` or `novel` categories, at most shots, or so many.
 
         `artists`: only objects by `train` or by `test` artists count; what falls on others is ignored.
         """
-        key = (variant, side, shots or max(shots for shots, _ in self.draws), artists)
-        if key not in self._evaluated:
-            dataset = self.dataset if artists == "all" else by_artists(self.dataset, artists)
-            draws = [draw for draw in self.draws_of(variant) if draw[0] == key[2]]
-            results, categories = [self.results(variant, draw) for draw in draws], getattr(self.split, side)
-            self._evaluated[key] = [evaluate(dataset, one, "bbox", categories) for one in results]
-        return self._evaluated[key]
+        draws = [draw for draw in self.draws_of(variant) if draw[0] == (shots or self.most)]
+        return [self._matched(variant, draw, artists).of(getattr(self.split, side)) for draw in draws]
 
-    def ap(self, sam: Sam, data: SamData, samples: int = 200) -> pd.DataFrame:
-        """AP of every variant, split and number of shots, percent; mean over draws.
+    def ap(self, artists: Sequence[str] = (), samples: int = 200) -> pd.DataFrame:
+        """Box AP of every variant, split and number of shots, percent; mean over draws.
 
         Columns `variant, split, shots, artists, iou_type, AP, AP50, AP75, AR100, low, high, seeds`; low and high are
-        the 95 % bootstrap interval of AP over images and draws. Masks are SAM's, measured for the oracle at most shots.
+        the 95 % bootstrap interval of AP over images and draws. By `artists` only what is compared, at most shots.
         """
-        rows, most = [], max(shots for shots, _ in self.draws)
-        for variant, side in itertools.product(VARIANTS, ("base", "novel")):
+        rows = []
+        for variant, side in itertools.product(self.questions["variant"].unique(), ("base", "novel")):
             asked = sorted({(shots, "all") for shots, _ in self.draws_of(variant)})
-            for shots, artists in [*asked, *((most, name) for name in self.splits_of_artists)]:
-                head = {"variant": variant, "split": side, "shots": shots, "artists": artists, "iou_type": "bbox"}
-                rows.append(head | _means(self.evaluations(variant, side, shots, artists), samples))
-        draws = [draw for draw in self.draws if draw[0] == most]
-        masks = [with_masks(sam, data, self.results("class_oracle", draw)) for draw in draws]
-        for side in ("base", "novel"):
-            runs = [evaluate(self.dataset, results, "segm", getattr(self.split, side)) for results in masks]
-            head = {"variant": "class_oracle", "split": side, "shots": most, "artists": "all", "iou_type": "segm"}
-            rows.append(head | _means(runs, samples))
+            asked += [(self.most, who) for who in artists if variant in COMPARED]
+            for shots, who in asked:
+                head = {"variant": variant, "split": side, "shots": shots, "artists": who, "iou_type": "bbox"}
+                rows.append(head | _means(self.evaluations(variant, side, shots, who), samples))
         return pd.DataFrame(rows)
 
-    @property
-    def splits_of_artists(self) -> tuple[str, ...]:
-        """`test` and `train` where artists are known (MojiWorld), else nothing."""
-        return tuple(sorted({i.split for i in self.dataset.instances} - {""}))
+    def mask_ap(self, sam: Sam, data: SamData, samples: int = 200) -> pd.DataFrame:
+        """As `ap`: of SAM's masks for the boxes of the oracle at most shots, with the first draw of references."""
+        draw = self.draws_of("class_oracle")[-1]
+        found = evaluate(self.dataset, with_masks(sam, data, self.results("class_oracle", draw)), "segm", sizes=False)
+        head = {"variant": "class_oracle", "shots": self.most, "artists": "all", "iou_type": "segm"}
+        sides = ("base", "novel")
+        rows = [{**head, "split": side} | _means([found.of(getattr(self.split, side))], samples) for side in sides]
+        return pd.DataFrame(rows)
+
+    def terms(self, *sides: str, artists: str = "all") -> list[tuple[int, list[Evaluation]]]:
+        """Right minus wrong reference at most shots, of two splits the first's minus the second's: of `ap_difference`.
+
+        Both questions are put to the same images with the same draws of references, which are resampled together.
+        """
+        return [
+            (sign * weight, self.evaluations(variant, side, artists=artists))
+            for side, sign in zip(sides, (1, -1), strict=False)
+            for variant, weight in zip(COMPARED, (1, -1), strict=True)
+        ]
+
+    def effect(self, *sides: str, artists: str = "all") -> Difference:
+        """That difference, in points of box AP50."""
+        return ap_difference(self.terms(*sides, artists=artists), iou=0.5)
+
+    def effects(self) -> pd.DataFrame:
+        """Each of `SIDES`, of all objects and by artists: columns `split, artists, value, low, high, p`."""
+        asked = itertools.product(("all", *self.artists), SIDES.items())
+        rows = [(side, who, *self.effect(*of, artists=who)[:4]) for who, (side, of) in asked]
+        return pd.DataFrame(rows, columns=["split", "artists", "value", "low", "high", "p"])
+
+
+def arm_effects(arms: Mapping[str, Answers]) -> pd.DataFrame:
+    """What the right reference adds in each arm, then in each how much more than in the first, on the same questions.
+
+    Columns `arm, split, value, low, high, p`.
+    """
+    (first, known), *others = arms.items()
+    terms = {(arm, side): found.terms(*of) for arm, found in arms.items() for side, of in SIDES.items()}
+    for (arm, found), (side, of) in itertools.product(others, SIDES.items()):
+        terms[f"{arm} - {first}", side] = found.terms(*of) + [(-sign, runs) for sign, runs in known.terms(*of)]
+    rows = [(*names, *ap_difference(own, 0.5)[:4]) for names, own in terms.items()]
+    return pd.DataFrame(rows, columns=["arm", "split", "value", "low", "high", "p"])
 
 
 def _means(runs: Sequence[Evaluation], samples: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ Fuser and DETR are trained, nothing of SAM is. The DETR's parts, matcher and los
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
     inverse_sigmoid,
 )
 
+from samantics.incontext.adapters import Adapters
 from samantics.incontext.tokens import SamMaps, box_means, processes
 from samantics.scales import InContextSettings
 
@@ -61,8 +63,9 @@ class InContextModel(nn.Module):
     """Fuser and deformable DETR with iterative box refinement (Zhu et al. 2021, arXiv 2010.04159).
 
     The paper's head reads from the sum of query and class embedding whether both are of one class, which it learns in
-    days. Where `settings.naming` is above 0, the head is told how well what lies in a query's box agrees with the
-    embedding, and both learn from naming base classes (see `naming_loss`): minutes are enough.
+    days. Where `settings.naming` is above 0 this is a variant, the study's own: class embeddings and what lies in boxes
+    learn to name base classes (see `naming_loss`), and a query's score is told how well the two agree. A novel class
+    is then compared by the base classes that it resembles.
 
     `trunk_width`: channels of SAM's trunk maps; `token_shape`: (T, D) of a reference's mask tokens; `classes`: how many
     are base, for the naming.
@@ -101,6 +104,7 @@ class InContextModel(nn.Module):
             nn.init.zeros_(box.layers[2].bias)
         self.class_heads, self.box_heads = nn.ModuleList(scores), nn.ModuleList(boxes)
         self.decoder.bbox_embed = self.box_heads
+        self.adapters: Adapters | None = None  # see `with_adapters`
         self.scale: nn.BatchNorm1d | None = None
         if settings.naming:
             wide = settings.trunk_maps * trunk_width
@@ -145,6 +149,11 @@ class InContextModel(nn.Module):
     def named(self, features: Tensor) -> Tensor:
         """`(..., base classes)` logits of `(..., dim)` features: their cosine with the direction of each class."""
         return normalize(features, dim=-1) @ normalize(self.names, dim=-1).T / TEMPERATURE
+
+    def agreement(self, contents: Tensor, embeddings: Tensor) -> Tensor:
+        """How much likelier than by chance `(..., dim)` contents and embeddings have one base class, as a log."""
+        same = (self.named(contents).softmax(-1) * self.named(embeddings).softmax(-1)).sum(-1)
+        return torch.log(len(self.names) * same + LEAST)
 
     def encode(self, maps: SamMaps) -> Memory:
         """SAM's trunk maps, projected to `dim` channels and passed through the DETR's encoder."""
@@ -201,17 +210,11 @@ class InContextModel(nn.Module):
             moved.append((self.box_heads[layer](state) + inverse_sigmoid(start)).sigmoid().unflatten(1, (classes, -1)))
         if self.scale is not None:
             image = torch.arange(images, device=boxes.device).repeat_interleave(boxes.shape[1])
-            for layer, found in enumerate(moved):
-                # a box of NaN, which the training refuses, would make roi_align read outside its memory
-                corners = box_convert(found.detach().flatten(0, 2), "cxcywh", "xyxy").nan_to_num()
-                contents = self.looked(box_means(memory.maps, image, corners)).view(images, classes, -1, dim)
-                logits[layer] = logits[layer] + self.gain * self.agreement(contents, embeddings[:, :, None])
+            # a box of NaN, which the training refuses, would make roi_align read outside its memory
+            corners = box_convert(moved[-1].detach().flatten(0, 2), "cxcywh", "xyxy").nan_to_num()
+            contents = self.looked(box_means(memory.maps, image, corners)).view(images, classes, -1, dim)
+            logits[-1] = logits[-1] + self.gain * self.agreement(contents, embeddings[:, :, None])
         return DetrOutput(torch.stack(logits), torch.stack(moved))
-
-    def agreement(self, contents: Tensor, embeddings: Tensor) -> Tensor:
-        """How much likelier than by chance `(..., dim)` contents and embeddings have one base class, as a log."""
-        same = (self.named(contents).softmax(-1) * self.named(embeddings).softmax(-1)).sum(-1)
-        return torch.log(len(self.names) * same + LEAST)
 
 
 def who_sees_whom(classes: int, queries: int, hints: int) -> Tensor:
@@ -236,6 +239,15 @@ def build_model(settings: InContextSettings, sam: Sam, classes: int, seed: int) 
         return InContextModel(settings, width, (decoder.num_mask_tokens, decoder.transformer_dim), classes).to(
             sam.device
         )
+
+
+def with_adapters(model: InContextModel, sam: Sam, maps: int, width: int, seed: int = 0) -> InContextModel:
+    """A copy of the model with adapters beside it that do nothing yet, seeded."""
+    adapted = copy.deepcopy(model)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        adapted.adapters = Adapters(sam, maps, width).to(sam.device)
+    return adapted
 
 
 def spread_points(count: int) -> Tensor:

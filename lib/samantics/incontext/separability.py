@@ -16,7 +16,7 @@ from scipy.special import entr
 from sklearn.cluster import KMeans
 from sklearn.linear_model import RidgeClassifier
 from sklearn.manifold import TSNE
-from sklearn.metrics import silhouette_samples
+from sklearn.metrics import silhouette_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 
@@ -91,12 +91,17 @@ def recognised(
     return pd.concat(tables).rename_axis("point").reset_index()
 
 
-def structure(space: Points, labels: Labels, seed: int = 0) -> dict[str, float]:
-    """`silhouette` by cosine (-1 to 1) and `nmi` of k-means clusters with the classes (0 to 1), of `(n, d)` points."""
-    directions = normalize(np.asarray(space, np.float64))
+def structure(space: Points, labels: Labels, seed: int = 0) -> dict[str, tuple[float, float]]:
+    """Of `(n, d)` points `silhouette` by cosine (-1 to 1) and `nmi` of k-means clusters with the classes (0 to 1).
+
+    Each with the same number for shuffled labels.
+    """
+    directions, shuffled = normalize(np.asarray(space, np.float64)), np.random.default_rng(seed).permutation(labels)
     clusters = KMeans(len(np.unique(labels)), n_init=4, random_state=seed).fit_predict(directions)
-    apart = silhouette_samples(directions, labels, metric="cosine")
-    return {"silhouette": float(apart.mean()), "nmi": nmi(labels, clusters)}
+    distances = np.clip(1 - directions @ directions.T, 0, None)
+    np.fill_diagonal(distances, 0)
+    apart, floor = (float(silhouette_score(distances, one, metric="precomputed")) for one in (labels, shuffled))
+    return {"silhouette": (apart, floor), "nmi": (nmi(labels, clusters), nmi(shuffled, clusters))}
 
 
 def nmi(labels: Labels, clusters: Labels) -> float:
@@ -120,14 +125,12 @@ def summary(outcomes: pd.DataFrame, spaces: Mapping[str, tuple[Points, Points]],
         head = {"stage": stage, "split": split, "artists": artists, "metric": probe}
         found = bootstrap_mean(part["hit"].to_numpy(), seed)._asdict()
         rows.append({**head, **found, "shuffled": part["shuffled"].mean(), "objects": len(part)})
-    rng = np.random.default_rng(seed)
     groups = outcomes.drop_duplicates(["stage", "point"]).groupby(["stage", "split", "artists"], sort=False)
     for (stage, split, artists), part in groups:
         features, labels = spaces[stage][1][part["point"]], part["category_id"].to_numpy()
-        floors = structure(features, rng.permutation(labels), seed)
         head = {"stage": stage, "split": split, "artists": artists, "objects": len(part)}
-        found = structure(features, labels, seed)
-        rows += [{**head, "metric": name, "value": value, "shuffled": floors[name]} for name, value in found.items()]
+        of_classes = structure(features, labels, seed)
+        rows += [{**head, "metric": n, "value": value, "shuffled": floor} for n, (value, floor) in of_classes.items()]
     return pd.DataFrame(rows)
 
 

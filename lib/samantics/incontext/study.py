@@ -22,22 +22,33 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from samantics.cache import Checkpoint, hash_value, kept
+from samantics.cache import Checkpoint, atomic_path, hash_value, kept
 from samantics.data.coco import CocoDataset
 from samantics.data.detection import load_data, scenes
 from samantics.errors import StudyError
-from samantics.incontext.evaluation import Answers, class_embeddings
-from samantics.incontext.model import InContextModel, build_model
+from samantics.incontext.adapters import adapted
+from samantics.incontext.evaluation import (
+    ASKED_ALL,
+    COMPARED,
+    VARIANTS,
+    Answers,
+    answered,
+    class_embeddings,
+    questions_of,
+)
+from samantics.incontext.model import InContextModel, build_model, with_adapters
 from samantics.incontext.tokens import SamData, live_maps, object_arrays, object_features, stored_maps
-from samantics.incontext.training import BatchSampler, Split, draw_references, split_categories, train
+from samantics.incontext.training import AdaptedSampler, BatchSampler, Split, draw_references, split_categories, train
 from samantics.models.encoder import Encoder, load_encoder
 from samantics.run import Run, own_data, start_run
-from samantics.scales import InContextSettings
+from samantics.scales import NAMING, InContextSettings
 from samantics.training_free.mask_features import reference_features
 
-FORMAT = 2  # of what is cached; raised when the same settings would give other numbers
+FORMAT = 3  # of what is cached; raised when the same settings would give other numbers
+APART = 0.6  # of the steps, the fuser is tuned alone; for the rest once with frozen SAM, once with adapters in it
 OTHERS = ("dinov2", "clip")  # whose features are measured at the same place
 PER_CATEGORY = 40  # reference objects of a category whose class structure is measured
+WEIGHTS = (0.0, 1.0, 3.0)  # of naming, to choose from
 WITHOUT_EFFECT = (  # settings that the trained weights do not depend on
     "store_features", "top", "min_score", "shots", "reference_seeds",
 )  # fmt: skip
@@ -60,17 +71,37 @@ class InContextStudy:
         """Of the run's scale."""
         return self.run.scale.incontext
 
-    def sampler(self) -> BatchSampler:
-        """The training's batches."""
-        return BatchSampler(self.tuning, self.split.base, self.encoder.image_size, self.settings, self.run.seed)
+    def sampler(self, model: InContextModel) -> BatchSampler:
+        """The training's batches, as the model sees them."""
+        fields = (self.tuning, self.split.base, self.encoder.image_size, self.settings, self.run.seed)
+        if model.adapters is None:
+            return BatchSampler(*fields)
+        return AdaptedSampler(*fields, sam=self.encoder.model, adapters=model.adapters)
+
+    def halves(self, model: InContextModel) -> tuple[range, range]:
+        """The training's steps before and after `APART`, where adapters may come in."""
+        steps = self.sampler(model).steps
+        return range(round(APART * steps)), range(round(APART * steps), steps)
 
     def untrained(self) -> InContextModel:
         """The model before tuning."""
         return build_model(self.settings, self.encoder.model, len(self.split.base), self.run.seed)
 
-    def checkpoint(self) -> Checkpoint:
-        """Where the training is saved, and resumed from."""
-        return Checkpoint(self._folder / f"model_{hash_value(self.identity)}.pt", self.identity)
+    def tuned(self) -> tuple[InContextModel, pd.DataFrame]:
+        """The trained model, and the loss curve of the last part of its training (see `train`)."""
+        model = self.untrained()
+        start, rest = self.halves(model)
+        train(model, self.sampler(model), self.checkpoint("start"), start)
+        return train(model, self.sampler(model), self.checkpoint("fuser"), rest)
+
+    def adapted(self, model: InContextModel) -> InContextModel:
+        """A copy of the model with adapters in SAM's trunk that do nothing yet."""
+        settings, sam = self.settings, self.encoder.model
+        return with_adapters(model, sam, settings.trunk_maps, settings.adapters, self.run.seed)
+
+    def checkpoint(self, part: str) -> Checkpoint:
+        """Where a part of the training is saved, and resumed from: `start`, `fuser` or `adapters`."""
+        return Checkpoint(self._folder / f"{part}_{hash_value(self.identity)}.pt", self.identity)
 
     def reference_rows(self, shots: int, seed: int = 0) -> NDArray[np.int64]:
         """`(C, shots)` rows of randomly drawn reference objects for the categories of `split.all`."""
@@ -90,18 +121,46 @@ class InContextStudy:
         return [self.identity, *data, dataclasses.asdict(self.settings)]
 
     def evaluate(self, model: InContextModel) -> Answers:
-        """Ask the targets with the trained model, for all shots and seeds of the settings: computed once, then read."""
-        draws = tuple(itertools.product(sorted(self.settings.shots), range(self.settings.reference_seeds)))
-        answers = Answers(self.targets.dataset, self.split, self.encoder.image_size, draws)
+        """Ask the targets in every way, for all shots and seeds of the settings: computed once, then read."""
+        return self._asked(model, VARIANTS, self.settings.shots)
+
+    def compare(self, model: InContextModel) -> Answers:
+        """Ask the targets with right and wrong references, at most shots: computed once, then read."""
+        return self._asked(model, (*COMPARED, "all_classes"), (max(self.settings.shots),))
+
+    def cost(self, model: InContextModel, seconds: float) -> dict[str, float]:
+        """What a trained model costs: `tuning_seconds`, `image_seconds` (all classes, with encoding), `images`.
+
+        `images` are those that are asked for all classes.
+        """
+        few, sam, draw = self.targets.dataset.first(5), self.encoder.model, (max(self.settings.shots), 0)
+        data = self.targets._replace(dataset=few, maps=functools.partial(live_maps, sam, few, self.settings.trunk_maps))
+        data = data if model.adapters is None else adapted(data, sam, model.adapters)
+        embeddings = {draw: class_embeddings(model, self.references.tokens, self.reference_rows(*draw))}
+        started = time.perf_counter()
+        answered(model, data, embeddings, self.split, ("all_classes",), self.settings)
+        each, images = (
+            (time.perf_counter() - started) / len(few.images),
+            len(self.targets.dataset.first(ASKED_ALL).images),
+        )
+        return {"tuning_seconds": seconds, "image_seconds": each, "images": images}
+
+    def _asked(self, model: InContextModel, variants: tuple[str, ...], shots: Sequence[int]) -> Answers:
+        draws, sam = list(itertools.product(sorted(shots), range(self.settings.reference_seeds))), self.encoder.model
 
         def compute() -> dict[str, NDArray[Any]]:
-            tokens = self.references.tokens
-            embeddings = {draw: class_embeddings(model, tokens, self.reference_rows(*draw)) for draw in draws}
-            found = answers.answered(model, self.targets, embeddings, self.settings).detections
+            rows, known, targets = {draw: self.reference_rows(*draw) for draw in draws}, self.references, self.targets
+            if model.adapters is not None:
+                known = adapted(known, sam, model.adapters, np.unique(list(rows.values())))
+                targets = adapted(targets, sam, model.adapters)
+            embeddings = {draw: class_embeddings(model, known.tokens, rows[draw]) for draw in draws}
+            found = answered(model, targets, embeddings, self.split, variants, self.settings)
             return {name: np.asarray(found[name]) for name in found}
 
-        found = kept(self._folder / f"detections_{hash_value(self._key)}.npz", compute)
-        return dataclasses.replace(answers, detections=pd.DataFrame(found))
+        key = [self._key, variants, model.adapters is not None]
+        found = pd.DataFrame(kept(self._folder / f"detections_{hash_value(key)}.npz", compute))
+        asked = questions_of(self.targets.dataset, self.split, variants, draws)
+        return Answers(self.targets.dataset, self.split, self.encoder.image_size, asked, found)
 
     def points(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """The objects whose class structure is measured, of the references and of the targets.
@@ -206,7 +265,27 @@ def _part(run: Run, encoder: Encoder, dataset: CocoDataset) -> SamData:
         maps = functools.partial(live_maps, sam, dataset, settings.trunk_maps)
     objects = object_arrays(dataset, encoder.image_size)
     key = hash_value([FORMAT, dataset.hash, encoder.weights_hash, settings.trunk_maps])
-    return SamData(dataset, maps, objects, *object_features(sam, maps, objects, folder / f"tokens_{key}"))
+    return SamData(dataset, maps, objects, *object_features(sam, maps, objects, folder / f"tokens_{key}.npz"))
+
+
+def choose_naming(scale: str = "pocket") -> pd.DataFrame:
+    """Tune with each weight of `WEIGHTS`, ask scenes by the validation artist, and write the table the scale reads.
+
+    Returns:
+        Columns `naming, right, wrong, difference, low, high`: box AP50 of base classes with right and wrong references.
+    """
+    rows = []
+    for weight in WEIGHTS:
+        run = _with_settings(start_run(scale, "02_in_context"), naming=weight)
+        study, asked = load_study(run), scenes(run, "choice scenes", run.scale.pipeline.target_scenes)
+        model, _ = study.tuned()
+        found = dataclasses.replace(study, targets=_part(run, study.encoder, asked)).compare(model)
+        right, wrong = (np.mean([e.metrics["AP50"] or 0.0 for e in found.evaluations(way, "base")]) for way in COMPARED)
+        rows.append([weight, right, wrong, *found.effect("base")[:3]])
+    table = pd.DataFrame(rows, columns=["naming", "right", "wrong", "difference", "low", "high"])
+    with atomic_path(NAMING) as temporary:
+        table.to_csv(temporary, index=False, float_format="%.6g")
+    return table
 
 
 def tune(
@@ -225,7 +304,7 @@ def tune(
         run = _with_settings(start_run(scale, "02_in_context"), **(settings or {}))
         study = load_study(run, references, targets, images, weights)
         started = time.perf_counter()
-        _, curve = train(study.untrained(), study.sampler(), study.checkpoint())
+        _, curve = study.tuned()
         seconds, steps, loss = time.perf_counter() - started, int(curve["step"].max()) + 1, curve["loss"].iloc[-1]
         host = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         used = torch.cuda.max_memory_allocated() if run.device == "cuda" else host

@@ -21,13 +21,12 @@ from torch import Tensor
 from torchvision.ops import roi_align
 from tqdm.auto import tqdm
 
-from samantics.cache import atomic_path, hash_value, reading
+from samantics.cache import atomic_path, hash_value, kept, reading
 from samantics.data.coco import CocoDataset, read_image
 from samantics.errors import StudyError
 from samantics.models.architectures import capture
 from samantics.models.preprocessing import Preprocessing
 
-SHARD = 512  # images whose mask tokens are one file
 Rows = NDArray[np.int64]  # (B,) positions of images in a data set
 Mirrored = NDArray[np.bool_] | None  # (B,) images to be mirrored left to right
 
@@ -70,7 +69,6 @@ def sam_maps(sam: Sam, images: Sequence[Image.Image], count: int) -> SamMaps:
     return SamMaps(trunk, neck, inside)
 
 
-@torch.no_grad()
 def mask_tokens(sam: Sam, neck: Tensor, boxes: Tensor) -> Tensor:
     """`(R, T, D)` mask tokens as they leave the mask decoder's two-way transformer; SAM has T = 4.
 
@@ -178,16 +176,21 @@ def read_maps(stored: Sequence[NDArray[Any]], device: torch.device, rows: Rows, 
 def stored_maps(sam: Sam, dataset: CocoDataset, trunk_maps: int, weights_hash: str, folder: Path) -> MapSource:
     """SAM's maps of all images, kept on disk as float16; encoded now if they are not there."""
     count, key = len(dataset.images), hash_value(["maps 1", dataset.hash, weights_hash, trunk_blocks(sam, trunk_maps)])
-    paths = {part: folder / f"{key}_{part}.npy" for part in SamMaps._fields}
-    if not all(path.is_file() for path in paths.values()):
-        arrays: dict[str, NDArray[Any]] = {}
+    paths = [folder / f"{key}_{part}.npy" for part in SamMaps._fields]
+    if not all(path.is_file() for path in paths):
+        arrays: dict[Path, NDArray[Any]] = {}
         for rows in tqdm(np.split(np.arange(count), range(32, count, 32)), desc="SAM encodes", unit="batch"):
-            for part, values in live_maps(sam, dataset, trunk_maps, rows)._asdict().items():
-                kind = bool if part == "inside" else np.float16
-                arrays.setdefault(part, np.empty((count, *values.shape[1:]), kind))[rows] = values.numpy(force=True)
-        for part, array in arrays.items():
-            _save(paths[part], array)
-    return functools.partial(read_maps, [_load(path) for path in paths.values()], sam.device)
+            for path, values in zip(paths, live_maps(sam, dataset, trunk_maps, rows), strict=True):
+                kind = bool if values.dtype == torch.bool else np.float16
+                arrays.setdefault(path, np.empty((count, *values.shape[1:]), kind))[rows] = values.numpy(force=True)
+        for path, array in arrays.items():
+            with atomic_path(path) as temporary:
+                np.save(temporary, array)
+    stored = []
+    for path in paths:
+        with reading(path):
+            stored.append(np.load(path, mmap_mode="r"))
+    return functools.partial(read_maps, stored, sam.device)
 
 
 def box_means(maps: Tensor, image: Tensor, boxes: Tensor) -> Tensor:
@@ -205,47 +208,24 @@ def box_means(maps: Tensor, image: Tensor, boxes: Tensor) -> Tensor:
 
 
 def object_features(
-    sam: Sam, source: MapSource, objects: Objects, folder: Path
+    sam: Sam, source: MapSource, objects: Objects, path: Path
 ) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
-    """Mask tokens and contents of every object's own box (see `SamData`), from `folder`, else written there first.
+    """Mask tokens and contents of every object's own box (see `SamData`): computed once, then read from the file."""
+    side = sam.image_encoder.img_size
 
-    A file holds the objects of `SHARD` images, so a killed run goes on where it was; under `torchrun` the processes
-    share the files out.
-    """
-    shard, (rank, world) = objects.image // SHARD, processes()
-    paths = [folder / f"{number * SHARD:07d}.npy" for number in range(int(shard.max(initial=0)) + 1)]
-    missing = [number for number in range(rank, len(paths), world) if not paths[number].is_file()]
-    for number in tqdm(missing, desc="mask tokens", unit="file", disable=rank > 0 or not missing):
-        _save(paths[number], _features_of(sam, source, Objects(*(part[shard == number] for part in objects))))
-    if world > 1:
-        dist.barrier()
-    found = np.concatenate([_load(path) for path in paths])[np.argsort(np.argsort(shard, kind="stable"))]
-    shape = sam.mask_decoder.num_mask_tokens, sam.mask_decoder.transformer_dim
-    tokens, contents = np.split(found, [shape[0] * shape[1]], axis=1)
-    return tokens.reshape(-1, *shape), contents
+    def compute() -> dict[str, NDArray[np.float16]]:
+        images, rows = np.unique(objects.image), []
+        parts: dict[str, list[NDArray[np.float16]]] = {"tokens": [], "contents": []}
+        for some in tqdm(np.split(images, range(16, len(images), 16)), desc="mask tokens", unit="batch"):
+            maps, chosen = source(some), np.flatnonzero(np.isin(objects.image, some))
+            image = torch.from_numpy(np.searchsorted(some, objects.image[chosen])).to(sam.device)
+            boxes = torch.from_numpy(objects.boxes[chosen]).to(sam.device)
+            rows.append(chosen)
+            parts["tokens"].append(mask_tokens(sam, maps.neck[image], boxes).half().numpy(force=True))
+            contents = box_means(maps.trunk.flatten(1, 2), image, boxes / side)
+            parts["contents"].append(contents.half().numpy(force=True))
+        order = np.argsort(np.concatenate(rows))
+        return {name: np.concatenate(values)[order] for name, values in parts.items()}
 
-
-def _features_of(sam: Sam, source: MapSource, objects: Objects) -> NDArray[np.float16]:
-    """`(R, T * D + L * C)` mask tokens and contents of all these objects, 16 images at a time."""
-    images, side = np.unique(objects.image), sam.image_encoder.img_size
-    rows, parts = [], []
-    for some in np.split(images, range(16, len(images), 16)):
-        maps, chosen = source(some), np.flatnonzero(np.isin(objects.image, some))
-        image = torch.from_numpy(np.searchsorted(some, objects.image[chosen])).to(sam.device)
-        boxes = torch.from_numpy(objects.boxes[chosen]).to(sam.device)
-        tokens = mask_tokens(sam, maps.neck[image], boxes).flatten(1)
-        contents = box_means(maps.trunk.flatten(1, 2), image, boxes / side)
-        rows.append(chosen)
-        parts.append(torch.cat([tokens, contents], dim=1).half().numpy(force=True))
-    return np.asarray(np.concatenate(parts)[np.argsort(np.concatenate(rows))])
-
-
-def _save(path: Path, array: NDArray[Any]) -> None:
-    with atomic_path(path) as temporary:
-        np.save(temporary, array)
-
-
-def _load(path: Path) -> NDArray[Any]:
-    """An array of the cache, memory-mapped."""
-    with reading(path):
-        return np.asanyarray(np.load(path, mmap_mode="r"))
+    found = kept(path, compute)
+    return found["tokens"], found["contents"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import box_convert
@@ -21,14 +23,16 @@ from tqdm.auto import tqdm
 from samantics.cache import Checkpoint, remove_leftovers
 from samantics.data.coco import CocoDataset
 from samantics.errors import StudyError
+from samantics.incontext.adapters import Adapters
 from samantics.incontext.model import InContextModel, hint_loss, matched_loss
-from samantics.incontext.tokens import Objects, SamData, processes
+from samantics.incontext.tokens import Objects, SamData, SamMaps, box_means, mask_tokens, processes
 from samantics.scales import InContextSettings
 
 RECORD_EVERY = 10  # steps between rows of the loss curve
 SAVE_EVERY = 100  # steps between checkpoints
 NAMED = 256  # objects of a step that are named among all base classes
 QUESTIONS = 4  # sets of references of each base class that are named beside them
+RISING = 20  # steps over which a training's rate rises to its full height
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +91,14 @@ class Questions(NamedTuple):
     hint_labels: Tensor  # (B, K, M) 1 where the object is of the class, 0 where it is not, NaN for padding
 
 
+class Inputs(NamedTuple):
+    """Arguments of `InContextModel.forward`."""
+
+    maps: SamMaps
+    tokens: Tensor  # (B, K, T, D)
+    naming: tuple[Tensor, Tensor, Tensor, Tensor] | None
+
+
 @dataclasses.dataclass(frozen=True)
 class BatchSampler:
     """Draws the batches of a training; a draw depends on seed, step and image alone, so a resumed run repeats it."""
@@ -98,7 +110,7 @@ class BatchSampler:
     seed: int = 0
 
     @functools.cached_property
-    def _labelled(self) -> NDArray[np.bool_]:
+    def labelled(self) -> NDArray[np.bool_]:
         """`(R,)` objects of base categories, crowds apart."""
         return np.isin(self.data.objects.categories, self.base) & ~self.data.objects.crowd
 
@@ -116,7 +128,7 @@ class BatchSampler:
     @functools.cached_property
     def images(self) -> NDArray[np.int64]:
         """Rows of the images that show a base category: only in them is something to be found."""
-        return np.unique(self.data.objects.image[self._labelled])
+        return np.unique(self.data.objects.image[self.labelled])
 
     @property
     def steps(self) -> int:
@@ -140,7 +152,7 @@ class BatchSampler:
         references, boxes, hints, exact, labels = [], [], [], [], []
         for position, row in enumerate(rows):
             rng = np.random.default_rng([self.seed, step, int(row)])  # of the image: no process depends on another
-            members = np.flatnonzero((objects.image == row) & self._labelled)
+            members = np.flatnonzero((objects.image == row) & self.labelled)
             categories, corners = objects.categories[members], objects.boxes[members]
             present = np.resize(rng.permutation(np.unique(categories)), settings.classes_per_image)
             absent = rng.permutation(np.setdiff1d(self._known, categories))[: settings.absent_classes]
@@ -171,15 +183,52 @@ class BatchSampler:
         """`(len, T, D)` mask tokens, averaged over each of these lists of rows."""
         return torch.from_numpy(np.stack([self.data.tokens[rows].astype(np.float32).mean(0) for rows in references]))
 
+    def inputs(self, rows: NDArray[np.int64], mirrored: NDArray[np.bool_], asked: Questions, step: int) -> Inputs:
+        """What the frozen SAM gives the model for these images and questions."""
+        tokens = self.tokens(asked.references).unflatten(0, (len(rows), -1))
+        return Inputs(self.data.maps(rows, mirrored), tokens, self.naming(step) if self.settings.naming else None)
+
     def naming(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Objects and references to be named among all base classes: `(n, L * C)`, `(n,)`, `(m, T, D)`, `(m,)`."""
         rng = np.random.default_rng([self.seed, step, len(self.data.dataset.images)])
-        rows = rng.choice(np.flatnonzero(self._labelled), NAMED)
+        rows = rng.choice(np.flatnonzero(self.labelled), NAMED)
         labels = torch.from_numpy(np.searchsorted(self.base, self.data.objects.categories[rows]))
         most, known = self.settings.references_per_question, np.repeat(self._known, QUESTIONS)
         chosen = [rng.choice(self._candidates[c], rng.integers(1, most + 1)) for c in known.tolist()]
         contents = torch.from_numpy(self.data.contents[rows].astype(np.float32))
         return contents, labels, self.tokens(chosen), torch.from_numpy(np.searchsorted(self.base, known))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaptedSampler(BatchSampler):
+    """The same batches, seen by the adapted SAM: everything is encoded anew, with gradients.
+
+    That is why a question has the first of its references alone, and what is named are the objects of the step's own
+    images. Images cannot be mirrored.
+    """
+
+    sam: Sam
+    adapters: Adapters
+
+    def inputs(
+        self, rows: NDArray[np.int64], mirrored: NDArray[np.bool_], asked: Questions, step: int,  # noqa: ARG002
+    ) -> Inputs:  # fmt: skip
+        """What the adapted SAM gives the model for these images and questions."""
+        objects, chosen = self.data.objects, np.array([references[0] for references in asked.references])
+        images, which = np.unique(np.concatenate([rows, objects.image[chosen]]), return_inverse=True)
+        targets, references = torch.from_numpy(which).to(self.sam.device).tensor_split([len(rows)])
+        seen, boxes = (
+            self.adapters(self.sam, self.data.maps(images)),
+            torch.from_numpy(objects.boxes).to(targets.device),
+        )
+        tokens, naming = mask_tokens(self.sam, seen.neck[references], boxes[chosen]), None
+        if self.settings.naming:
+            members = np.flatnonzero(np.isin(objects.image, images) & self.labelled)
+            image = torch.from_numpy(np.searchsorted(images, objects.image[members])).to(targets.device)
+            contents = box_means(seen.trunk.flatten(1, 2), image, boxes[members] / self.input_size)
+            labels = torch.from_numpy(np.searchsorted(self.base, objects.categories))
+            naming = contents, labels[members], tokens, labels[chosen]
+        return Inputs(SamMaps(*(part[targets] for part in seen)), tokens.unflatten(0, (len(rows), -1)), naming)
 
 
 def jittered_boxes(boxes: Tensor, rng: np.random.Generator) -> Tensor:
@@ -192,36 +241,51 @@ def jittered_boxes(boxes: Tensor, rng: np.random.Generator) -> Tensor:
     return torch.cat([centres, boxes[:, 2:] * (1 + 0.4 * noise[:, 2:])], dim=1).clamp(0.01, 0.99)
 
 
-def train(model: InContextModel, sampler: BatchSampler, checkpoint: Checkpoint) -> tuple[InContextModel, pd.DataFrame]:
-    """Train to the end, from the checkpoint's step if there is one; each process of `torchrun` takes a share of a step.
+def train(
+    model: InContextModel, sampler: BatchSampler, checkpoint: Checkpoint, steps: range | None = None
+) -> tuple[InContextModel, pd.DataFrame]:
+    """Train from the checkpoint's step, if there is one; each process of `torchrun` takes a share of a step.
+
+    Args:
+        model: trained in place.
+        sampler: of the batches.
+        checkpoint: where the training is saved.
+        steps: only these of the training's; none: all.
 
     Returns:
         The model, in evaluation mode, and its loss curve, one row every `RECORD_EVERY` steps: `step, loss, loss_ce,
-        loss_bbox, loss_giou, loss_naming`.
+        loss_bbox, loss_giou, loss_naming`; its `attrs` have the `seconds` that these steps took.
 
     Raises:
         StudyError: the checkpoint belongs to another training; the model's boxes are not finite.
     """
-    settings, device = sampler.settings, next(model.parameters()).device
+    settings, device, steps = sampler.settings, next(model.parameters()).device, steps or range(sampler.steps)
     optimiser = torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
     remove_leftovers(checkpoint.path.parent)
-    first, curve = 0, []
+    done, curve, seconds = steps.start, [], 0.0
     if state := checkpoint.load(device):
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
-        first, curve = state["step"], state["curve"]
-    (rank, world), last = processes(), sampler.steps - 1
+        done, curve, seconds = state["step"], state["curve"], state["seconds"]
+    (rank, world), left = processes(), range(done, steps.stop)
     trained = DistributedDataParallel(model) if world > 1 else model
-    bar = tqdm(range(first, last + 1), initial=first, total=last + 1, desc="training", unit="step", disable=rank > 0)
+    bar = tqdm(left, initial=done, total=steps.stop, desc="training", unit="step", disable=rank > 0)
+    started = time.perf_counter() - seconds
     for step in bar:
+        late = step >= 0.8 * sampler.steps  # the paper's schedule: a tenth of the rate in the last fifth
+        for group in optimiser.param_groups:
+            group["lr"] = settings.learning_rate * min(1.0, (step - steps.start + 1) / RISING) * (0.1 if late else 1.0)
         terms = _train_step(trained, optimiser, sampler, step)
-        if step % RECORD_EVERY == 0 or step == last:
+        last, seconds = step == steps.stop - 1, time.perf_counter() - started
+        if step % RECORD_EVERY == 0 or last:
             curve.append({"step": step, **terms})
             bar.set_postfix(loss=f"{terms['loss']:.2f}")
-        if rank == 0 and ((step + 1) % SAVE_EVERY == 0 or step == last):
-            weights, moments = model.state_dict(), optimiser.state_dict()
-            checkpoint.save({"model": weights, "optimiser": moments, "step": step + 1, "curve": curve})
-    return model.eval(), pd.DataFrame(curve)
+        if rank == 0 and ((step + 1) % SAVE_EVERY == 0 or last):
+            now = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1, "curve": curve}
+            checkpoint.save(now | {"seconds": seconds})
+    table = pd.DataFrame(curve)
+    table.attrs["seconds"] = seconds
+    return model.eval(), table
 
 
 def _train_step(
@@ -229,16 +293,13 @@ def _train_step(
 ) -> dict[str, float]:
     """One step; its loss and the loss's terms, over all processes."""
     settings, device, (rank, world) = sampler.settings, next(model.parameters()).device, processes()
-    for group in optimiser.param_groups:  # the paper's schedule: a tenth of the rate in the last fifth
-        group["lr"] = settings.learning_rate * (1.0 if step < 0.8 * sampler.steps else 0.1)
     model.train()
     torch.manual_seed(sampler.seed * 1_000_003 + step)  # of dropout, the same after a resumption
     rows = sampler.rows(step)[rank::world]
     mirrored, asked = sampler.questions(rows, step)
-    tokens = sampler.tokens(asked.references).unflatten(0, (len(rows), -1)).to(device)
-    naming = [part.to(device) for part in sampler.naming(step)] if settings.naming else None
+    maps, tokens, naming = sampler.inputs(rows, mirrored, asked, step)
     hints = asked.hints.to(device) if settings.hints else None
-    output, named = model(sampler.data.maps(rows, mirrored), tokens, hints, naming)
+    output, named = model(maps, tokens.to(device), hints, naming and [part.to(device) for part in naming])
     if not torch.isfinite(output.boxes).all():
         raise StudyError(f"the model's boxes are not finite at step {step}: lower the learning rate in scales.py")
     loss, terms = matched_loss(output.queries(None, settings.queries), asked.boxes)
