@@ -28,10 +28,9 @@ from samantics.incontext.model import (
     DetrOutput,
     InContextModel,
     build_model,
-    hint_loss,
     matched_loss,
+    own_class_only,
     spread_points,
-    who_sees_whom,
     with_adapters,
 )
 from samantics.incontext.tokens import (
@@ -53,7 +52,6 @@ from samantics.incontext.training import (
     AdaptedSampler,
     BatchSampler,
     draw_references,
-    jittered_boxes,
     split_categories,
     train,
 )
@@ -204,27 +202,22 @@ def test_padding_does_not_reach_the_answer(sam: Sam) -> None:
 
 
 @pytest.mark.parametrize("naming", [0.0, 1.0])
-def test_every_question_is_answered_from_its_own_image_and_reference_whatever_the_hints(
+def test_every_question_is_answered_from_its_own_image_and_reference(
     naming: float, sam: Sam, sampler: BatchSampler
 ) -> None:
     model = build_model(dataclasses.replace(TINY, naming=naming), sam, 3, 0).eval()
     maps = sampler.data.maps(np.array([2, 5]))
-    tokens, hints = torch.randn(2, 3, 4, DIM) * 3, torch.rand(2, 5, 4) * 0.5 + 0.2
+    tokens = torch.randn(2, 3, 4, DIM) * 3
     with torch.no_grad():
         together = model(maps, tokens)[0]
         alone = model(SamMaps(*(part[1:] for part in maps)), tokens[1:, 2:])[0]
-        beside, fewer = model(maps, tokens, hints)[0], model(maps, tokens, hints[:, :2])[0]
     torch.testing.assert_close(together.boxes[:, 1:, 2:], alone.boxes, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(together.logits[:, 1:, 2:], alone.logits, atol=1e-4, rtol=1e-3)
     assert not torch.allclose(together.logits[:, 1, 0], together.logits[:, 1, 2])
-    torch.testing.assert_close(beside.queries(None, TINY.queries).logits, together.logits, atol=1e-4, rtol=1e-3)
-    torch.testing.assert_close(beside.boxes[..., : TINY.queries + 2, :], fewer.boxes, atol=1e-5, rtol=1e-4)
 
 
-def test_who_sees_whom() -> None:
-    seen = who_sees_whom(classes=2, queries=2, hints=2) == 0
-    own = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]).bool()
-    assert torch.equal(seen, torch.block_diag(own, own))
+def test_queries_see_those_of_their_own_class() -> None:
+    assert torch.equal(own_class_only(2, 3) == 0, torch.block_diag(torch.ones(3, 3), torch.ones(3, 3)).bool())
 
 
 def test_agreement_is_how_much_likelier_than_by_chance_two_have_one_name(sam: Sam) -> None:
@@ -258,7 +251,7 @@ def test_adapters_at_zero_change_nothing_and_only_they_and_the_model_are_tuned(
     members = np.flatnonzero(np.isin(sampler.data.objects.image, images) & sampler.labelled)
     np.testing.assert_allclose(contents.detach(), sampler.data.contents[members], atol=2e-2)
     np.testing.assert_allclose(tokens.detach().flatten(0, 1), sampler.data.tokens[first], atol=2e-2)
-    output, loss = model(maps, tokens, None, naming)
+    output, loss = model(maps, tokens, naming)
     (output.logits.sum() + output.boxes.sum() + loss).backward()
     assert all(p.grad is not None for p in adapters.parameters()) and all(p.grad is None for p in sam.parameters())
     seen = adapted(sampler.data, sam, adapters, np.array([4, 9]))
@@ -276,11 +269,6 @@ def test_loss_of_one_object_and_one_query_in_closed_form() -> None:
     expected = [float(focal), 0.05 + 0.05 + 0.1 + 0.1, float(generalized_box_iou_loss(*corners))]
     assert list(terms.values()) == pytest.approx(expected, abs=1e-5)
     assert float(total) == pytest.approx(2 * expected[0] + 5 * expected[1] + 2 * expected[2], abs=1e-4)
-    # where there is one object, a hint's loss is the matched one; padding does not count
-    torch.testing.assert_close(hint_loss(output, boxes[0][None], torch.ones(1, 1, 1)), total)
-    padded = DetrOutput(output.logits.repeat(1, 1, 1, 2), output.boxes.repeat(1, 1, 1, 2, 1))
-    labels = torch.tensor([[[1.0, math.nan]]])
-    torch.testing.assert_close(hint_loss(padded, boxes[0].repeat(2, 1)[None], labels), total)
     assert torch.isfinite(matched_loss(output, [torch.empty(0, 4)])[0])  # an image without the class
 
 
@@ -309,18 +297,14 @@ def test_training_never_labels_a_novel_object(sampler: BatchSampler) -> None:
     for step in range(5):
         rows = sampler.rows(step)
         asked = sampler.questions(rows, step)[1]
-        labelled = np.isin(objects.categories, sampler.base)
         for number, (references, boxes) in enumerate(zip(asked.references, asked.boxes, strict=True)):
             category, image = objects.categories[references[0]], rows[number // slots]
             assert category in sampler.base and (objects.categories[references] == category).all()
             assert (objects.image[references] != image).all()
             here = (objects.image == image) & (objects.categories == category)
             assert len(boxes) == here.sum() and (here.any() or number % slots >= TINY.classes_per_image)
-            labels = asked.hint_labels[number // slots, number % slots]
-            assert labels.nansum() == here.sum() * TINY.hints
-            exact = box_convert(asked.hint_boxes[number // slots][~labels.isnan()], "cxcywh", "xyxy")
-            own = corners[labelled & (objects.image == image)]
-            assert torch.isclose(exact[:, None], own[None], atol=1e-5).all(-1).any(1).all()
+            exact, own = box_convert(boxes, "cxcywh", "xyxy"), corners[here]
+            torch.testing.assert_close(exact, own, atol=1e-5, rtol=0)
         contents, labels, tokens, classes = sampler.naming(step)
         assert len(contents) == len(labels) and len(tokens) == len(classes)
         assert max(labels.max(), classes.max()) < len(sampler.base)
@@ -335,14 +319,6 @@ def test_every_image_is_asked_equally_often_where_classes_are_few(sampler: Batch
     assert len(references) == 3 * (TINY.classes_per_image + TINY.absent_classes)
 
 
-def test_jittered_boxes_stay_near() -> None:
-    boxes = torch.tensor([[0.5, 0.5, 0.3, 0.2]]).repeat(200, 1)
-    moved = jittered_boxes(boxes, np.random.default_rng(0))
-    assert ((moved[:, :2] - 0.5).abs() <= 0.2 * boxes[:, 2:] + 1e-6).all()
-    assert ((moved[:, 2:] / boxes[:, 2:] - 1).abs() <= 0.4 + 1e-5).all()
-    assert moved.std(0).min() > 0.01
-
-
 def test_mirrored_images_and_boxes_are_those_of_the_mirror_image(
     sam: Sam, wide: CocoDataset, sampler: BatchSampler
 ) -> None:
@@ -354,8 +330,8 @@ def test_mirrored_images_and_boxes_are_those_of_the_mirror_image(
         for flip in (0.0, 1.0)
     )
     assert turned_flags.all() and not flags.any()
-    expected = torch.cat([1 - plain.hint_boxes[..., :1], plain.hint_boxes[..., 1:]], dim=-1)
-    torch.testing.assert_close(mirror.hint_boxes, expected)
+    for before, after in zip(plain.boxes, mirror.boxes, strict=True):
+        torch.testing.assert_close(after, torch.cat([1 - before[:, :1], before[:, 1:]], dim=-1))
     with pytest.raises(StudyError, match="no mirror images"):
         sampler.data.maps(np.array([0]), np.array([True]))
 

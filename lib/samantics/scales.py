@@ -62,9 +62,6 @@ class InContextSettings:
     classes_per_image: int = 4  # so many of an image's base categories are asked for in a step
     absent_classes: int = 0  # base categories that the image does not show, asked for beside them
     references_per_question: int = 1  # in tuning, the tokens of one to so many references are averaged
-    # further queries for each labelled object of an image, started near it, in tuning only. They teach the class long
-    # before boxes are found, which short tuning needs; the paper has none
-    hints: int = 0
     # weight of naming objects and references among the base classes, in tuning; above 0 the score of a query also says
     # how well what lies in its box agrees with the class embedding; the paper has neither
     naming: float = 0.0
@@ -90,7 +87,7 @@ POCKET_INCONTEXT = InContextSettings(
     novel=POCKET_NOVEL, train_scenes=3000, store_features=True,
     trunk_maps=2, dim=160, heads=5, ffn_width=320, decoder_layers=2, queries=24, dropout=0.0, fuser_width=512,
     epochs=4 / 3, batch=8, learning_rate=1e-3, clip=1.0, flip=0.0,
-    classes_per_image=2, absent_classes=2, references_per_question=10, hints=2,
+    classes_per_image=2, absent_classes=2, references_per_question=10,
     naming=chosen_naming(), adapters=32,
     min_reference_area=10.0**2, top=10, min_score=0.05, shots=(1, 10),
 )  # fmt: skip

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
-from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import box_convert
 from transformers import DeformableDetrConfig
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
 from transformers.models.deformable_detr.modeling_deformable_detr import (
@@ -44,10 +44,6 @@ class DetrOutput(NamedTuple):
 
     logits: Tensor  # (layers, B, K, Q) of "an instance of the reference's class"
     boxes: Tensor  # (layers, B, K, Q, 4) centre x, centre y, width, height, as shares of the input's side
-
-    def queries(self, start: int | None, end: int | None = None) -> DetrOutput:
-        """Only the queries from `start` to `end`."""
-        return DetrOutput(self.logits[..., start:end], self.boxes[..., start:end, :])
 
 
 class Memory(NamedTuple):
@@ -93,7 +89,6 @@ class InContextModel(nn.Module):
         self.encoder = DeformableDetrEncoder(config)
         self.decoder = DeformableDetrDecoder(config)
         self.query_content = nn.Embedding(settings.queries, dim)
-        self.hint_content = nn.Parameter(torch.randn(dim))
         self.place = DeformableDetrMLPPredictionHead(2 * dim, dim, dim, 2)
         self.anchors = nn.Parameter(torch.logit(nn.functional.pad(spread_points(settings.queries), (0, 2), value=0.25)))
         scores = [nn.Linear(dim, 1) for _ in range(layers)]
@@ -114,7 +109,7 @@ class InContextModel(nn.Module):
             self.gain = nn.Parameter(torch.ones(()))
 
     def forward(
-        self, maps: SamMaps, tokens: Tensor, hints: Tensor | None = None, naming: Sequence[Tensor] | None = None
+        self, maps: SamMaps, tokens: Tensor, naming: Sequence[Tensor] | None = None
     ) -> tuple[DetrOutput, Tensor]:
         """Find the classes of references in images; the loss of naming objects and references (0 without `naming`).
 
@@ -122,11 +117,10 @@ class InContextModel(nn.Module):
             maps: of B images.
             tokens: `(B, K, T, D)` mask tokens of K classes for each, averaged over the references where there are
                 several.
-            hints: see `decode`.
             naming: contents and labels of objects, mask tokens and labels of references.
         """
         asked = self.fuser(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
-        output = self.decode(self.encode(maps), asked, hints)
+        output = self.decode(self.encode(maps), asked)
         return output, tokens.new_zeros(()) if naming is None else self.naming_loss(*naming)
 
     def naming_loss(self, contents: Tensor, labels: Tensor, tokens: Tensor, classes: Tensor) -> Tensor:
@@ -177,30 +171,23 @@ class InContextModel(nn.Module):
         )
         return Memory(encoded.last_hidden_state, inside, maps.trunk.flatten(1, 2), geometry)
 
-    def decode(self, memory: Memory, embeddings: Tensor, hints: Tensor | None = None) -> DetrOutput:
+    def decode(self, memory: Memory, embeddings: Tensor) -> DetrOutput:
         """Boxes and scores from `(B, K, dim)` class embeddings, each added to every query of its own.
 
         Args:
             memory: of B images.
             embeddings: what each image is asked for. The queries of one class do not see those of another.
-            hints: `(B, M, 4)` boxes, as in `DetrOutput`, that M further queries of each class start from, in training
-                only (DN-DETR, Li et al. 2022, arXiv 2203.01305). Their outputs come after the other queries', which
-                do not see them.
         """
-        (images, classes, dim), queries = embeddings.shape, len(self.anchors)
-        boxes, content = self.anchors.sigmoid().expand(images, -1, -1), self.query_content.weight
-        if hints is not None:
-            boxes = torch.cat([boxes, hints], dim=1)
-            content = torch.cat([content, self.hint_content.expand(hints.shape[1], -1)])
-        boxes = boxes.repeat(1, classes, 1)  # (B, K * (Q + M), 4): an image's classes share its memory
+        images, classes, dim = embeddings.shape
+        boxes = self.anchors.sigmoid().repeat(images, classes, 1)  # (B, K * Q, 4): an image's classes share its memory
         decoded = self.decoder(
-            inputs_embeds=(content + embeddings[:, :, None]).flatten(1, 2),
+            inputs_embeds=(self.query_content.weight + embeddings[:, :, None]).flatten(1, 2),
             object_queries_position_embeddings=self.place(box_waves(boxes, dim // 2)),
             encoder_hidden_states=memory.tokens,
             encoder_attention_mask=memory.inside,
             reference_points=boxes,
             valid_ratios=torch.ones(images, len(self.level_embedding), 2, device=boxes.device),
-            attention_mask=who_sees_whom(classes, queries, len(content) - queries).to(boxes)[None, None],
+            attention_mask=own_class_only(classes, len(self.anchors)).to(boxes)[None, None],
             **memory.geometry,
         )
         starts = [boxes, *decoded.intermediate_reference_points.unbind(1)[:-1]]
@@ -217,17 +204,10 @@ class InContextModel(nn.Module):
         return DetrOutput(torch.stack(logits), torch.stack(moved))
 
 
-def who_sees_whom(classes: int, queries: int, hints: int) -> Tensor:
-    """`(N, N)` added to the self-attention of N queries, class by class: those of a class see each other, and no hint.
-
-    A hint sees them and itself.
-    """
-    own = torch.full((queries + hints, queries + hints), -math.inf)
-    own[:, :queries] = 0.0
-    own.fill_diagonal_(0.0)
-    whole = torch.full((classes, queries + hints, classes, queries + hints), -math.inf)
-    for row in range(classes):
-        whole[row, :, row] = own
+def own_class_only(classes: int, queries: int) -> Tensor:
+    """`(K * Q, K * Q)` added to the self-attention of the queries: 0 within a class, minus infinity between two."""
+    whole = torch.full((classes, queries, classes, queries), -math.inf)
+    whole.diagonal(dim1=0, dim2=2)[:] = 0.0
     return whole.flatten(0, 1).flatten(1)
 
 
@@ -282,25 +262,6 @@ def matched_loss(output: DetrOutput, boxes: Sequence[Tensor]) -> tuple[Tensor, d
     total = sum(LOSS_WEIGHTS[name.rstrip("_0123456789")] * value for name, value in terms.items())
     assert isinstance(total, Tensor)
     return total * share, {name: float((terms[name] * share).detach()) for name in LOSS_WEIGHTS}
-
-
-def hint_loss(output: DetrOutput, boxes: Tensor, labels: Tensor) -> Tensor:
-    """The same three losses for the queries that start at hints; each knows its object, so nothing is matched.
-
-    Args:
-        output: of M hints, padded to the longest list.
-        boxes: `(B, M, 4)` the hints' objects.
-        labels: `(B, K, M)` 1 where the object is of the class asked for, 0 where it is not, NaN for padding.
-    """
-    real, total = ~labels.isnan(), torch.zeros((), device=boxes.device)
-    target = boxes[:, None].expand(*labels.shape, 4)[real]
-    corners = box_convert(target, "cxcywh", "xyxy")
-    for logits, found in zip(*output, strict=True):
-        focal = sigmoid_focal_loss(logits[real], labels[real], alpha=0.25, gamma=2, reduction="sum")
-        distance = (found[real] - target).abs().sum()
-        giou = generalized_box_iou_loss(box_convert(found[real], "cxcywh", "xyxy"), corners, reduction="sum")
-        total = total + sum(w * v for w, v in zip(LOSS_WEIGHTS.values(), (focal, distance, giou), strict=True))
-    return total / mean_count(len(target), boxes.device)
 
 
 def mean_count(count: int, device: torch.device) -> float:

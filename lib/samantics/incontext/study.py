@@ -44,7 +44,7 @@ from samantics.run import Run, own_data, start_run
 from samantics.scales import NAMING, InContextSettings
 from samantics.training_free.mask_features import reference_features
 
-FORMAT = 3  # of what is cached; raised when the same settings would give other numbers
+FORMAT = 4  # of what is cached; raised when the same settings would give other numbers
 APART = 0.6  # of the steps, the fuser is tuned alone; for the rest once with frozen SAM, once with adapters in it
 OTHERS = ("dinov2", "clip")  # whose features are measured at the same place
 PER_CATEGORY = 40  # reference objects of a category whose class structure is measured
@@ -139,11 +139,9 @@ class InContextStudy:
         embeddings = {draw: class_embeddings(model, self.references.tokens, self.reference_rows(*draw))}
         started = time.perf_counter()
         answered(model, data, embeddings, self.split, ("all_classes",), self.settings)
-        each, images = (
-            (time.perf_counter() - started) / len(few.images),
-            len(self.targets.dataset.first(ASKED_ALL).images),
-        )
-        return {"tuning_seconds": seconds, "image_seconds": each, "images": images}
+        each = (time.perf_counter() - started) / len(few.images)
+        asked = len(self.targets.dataset.first(ASKED_ALL).images)
+        return {"tuning_seconds": seconds, "image_seconds": each, "images": asked}
 
     def _asked(self, model: InContextModel, variants: tuple[str, ...], shots: Sequence[int]) -> Answers:
         draws, sam = list(itertools.product(sorted(shots), range(self.settings.reference_seeds))), self.encoder.model

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -24,7 +23,7 @@ from samantics.cache import Checkpoint, remove_leftovers
 from samantics.data.coco import CocoDataset
 from samantics.errors import StudyError
 from samantics.incontext.adapters import Adapters
-from samantics.incontext.model import InContextModel, hint_loss, matched_loss
+from samantics.incontext.model import InContextModel, matched_loss
 from samantics.incontext.tokens import Objects, SamData, SamMaps, box_means, mask_tokens, processes
 from samantics.scales import InContextSettings
 
@@ -86,9 +85,6 @@ class Questions(NamedTuple):
 
     references: list[NDArray[np.int64]]  # B * K arrays of rows of reference objects
     boxes: list[Tensor]  # B * K of (n, 4), to be found
-    hints: Tensor  # (B, M, 4) jittered boxes of the image's base objects, padded
-    hint_boxes: Tensor  # (B, M, 4) those boxes exactly
-    hint_labels: Tensor  # (B, K, M) 1 where the object is of the class, 0 where it is not, NaN for padding
 
 
 class Inputs(NamedTuple):
@@ -149,7 +145,7 @@ class BatchSampler:
         An image with fewer categories is asked for some of them again, with other references.
         """
         settings, objects, mirrored = self.settings, self.data.objects, np.zeros(len(rows), bool)
-        references, boxes, hints, exact, labels = [], [], [], [], []
+        references, boxes = [], []
         for position, row in enumerate(rows):
             rng = np.random.default_rng([self.seed, step, int(row)])  # of the image: no process depends on another
             members = np.flatnonzero((objects.image == row) & self.labelled)
@@ -164,12 +160,7 @@ class BatchSampler:
             found = box_convert(torch.from_numpy(corners) / self.input_size, "xyxy", "cxcywh")
             references += [self._references(int(category), int(row), rng) for category in asked]
             boxes += [found[torch.from_numpy(categories == category)] for category in asked]
-            exact.append(found.repeat(settings.hints, 1))
-            hints.append(jittered_boxes(exact[-1], rng))
-            labels.append(torch.from_numpy(np.tile(categories, settings.hints) == asked[:, None]).float().T)
-        whole, starts = (nn.utils.rnn.pad_sequence(part, True, 0.5) for part in (exact, hints))
-        hint_labels = nn.utils.rnn.pad_sequence(labels, True, math.nan).mT
-        return mirrored, Questions(references, boxes, starts, whole, hint_labels)
+        return mirrored, Questions(references, boxes)
 
     def _references(self, category: int, row: int, rng: np.random.Generator) -> NDArray[np.int64]:
         found = self._candidates[category]
@@ -217,10 +208,8 @@ class AdaptedSampler(BatchSampler):
         objects, chosen = self.data.objects, np.array([references[0] for references in asked.references])
         images, which = np.unique(np.concatenate([rows, objects.image[chosen]]), return_inverse=True)
         targets, references = torch.from_numpy(which).to(self.sam.device).tensor_split([len(rows)])
-        seen, boxes = (
-            self.adapters(self.sam, self.data.maps(images)),
-            torch.from_numpy(objects.boxes).to(targets.device),
-        )
+        seen = self.adapters(self.sam, self.data.maps(images))
+        boxes = torch.from_numpy(objects.boxes).to(targets.device)
         tokens, naming = mask_tokens(self.sam, seen.neck[references], boxes[chosen]), None
         if self.settings.naming:
             members = np.flatnonzero(np.isin(objects.image, images) & self.labelled)
@@ -229,16 +218,6 @@ class AdaptedSampler(BatchSampler):
             labels = torch.from_numpy(np.searchsorted(self.base, objects.categories))
             naming = contents, labels[members], tokens, labels[chosen]
         return Inputs(SamMaps(*(part[targets] for part in seen)), tokens.unflatten(0, (len(rows), -1)), naming)
-
-
-def jittered_boxes(boxes: Tensor, rng: np.random.Generator) -> Tensor:
-    """`(m, 4)` boxes, centres moved by up to a fifth of the side, sides scaled by 0.6 to 1.4 (as in DN-DETR).
-
-    Queries that start near an object learn what it is long before the others find it.
-    """
-    noise = torch.from_numpy(rng.uniform(-1, 1, boxes.shape)).float()
-    centres = boxes[:, :2] + 0.2 * noise[:, :2] * boxes[:, 2:]
-    return torch.cat([centres, boxes[:, 2:] * (1 + 0.4 * noise[:, 2:])], dim=1).clamp(0.01, 0.99)
 
 
 def train(
@@ -298,14 +277,10 @@ def _train_step(
     rows = sampler.rows(step)[rank::world]
     mirrored, asked = sampler.questions(rows, step)
     maps, tokens, naming = sampler.inputs(rows, mirrored, asked, step)
-    hints = asked.hints.to(device) if settings.hints else None
-    output, named = model(maps, tokens.to(device), hints, naming and [part.to(device) for part in naming])
+    output, named = model(maps, tokens.to(device), naming and [part.to(device) for part in naming])
     if not torch.isfinite(output.boxes).all():
         raise StudyError(f"the model's boxes are not finite at step {step}: lower the learning rate in scales.py")
-    loss, terms = matched_loss(output.queries(None, settings.queries), asked.boxes)
-    if settings.hints:
-        its = output.queries(settings.queries)
-        loss = loss + hint_loss(its, asked.hint_boxes.to(device), asked.hint_labels.to(device))
+    loss, terms = matched_loss(output, asked.boxes)
     loss = loss + settings.naming * named
     terms["loss_naming"] = float(named.detach())
     values = torch.tensor([loss.item(), *terms.values()], device=device)
