@@ -78,7 +78,7 @@ def sam() -> Sam:
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
     stream = Stream("test scenes", "references", ("scene",), "novel")  # few classes, so that each is often shown
-    return load_coco(*write_scenes(World(SIZE), stream, 24, tmp_path_factory.mktemp("scenes"), workers=1))
+    return load_coco(*write_scenes(World(SIZE), stream, 24, tmp_path_factory.mktemp("scenes")))
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +286,7 @@ def test_split_by_names(scenes: CocoDataset) -> None:
 
 
 def test_tuning_scenes_show_train_artists_and_base_classes_only(tmp_path: Path) -> None:
-    tuning = load_coco(*write_scenes(World(SIZE), STREAMS["tuning"], 12, tmp_path, workers=1))
+    tuning = load_coco(*write_scenes(World(SIZE), STREAMS["tuning"], 12, tmp_path))
     assert {i.split for i in tuning.instances} == {"train"}
     assert len(tuning.categories) == 60 and not set(tuning.categories.values()) & set(POCKET_NOVEL)
 

@@ -35,7 +35,7 @@ TINY = dataclasses.replace(
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
     folder = tmp_path_factory.mktemp("scenes")
-    return load_coco(*write_scenes(World(SIZE), STREAMS["targets"], 8, folder, workers=1))
+    return load_coco(*write_scenes(World(SIZE), STREAMS["targets"], 8, folder))
 
 
 @pytest.fixture(scope="module")

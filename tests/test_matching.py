@@ -182,7 +182,7 @@ def test_a_cut_out_is_alone_on_grey_in_a_square() -> None:
 
 
 def test_features_of_cut_outs_are_the_encoder_s_own(tmp_path: Path) -> None:
-    dataset = coco.load_coco(*write_scenes(World(64, seed=1), STREAMS["targets"], 2, tmp_path, workers=1))
+    dataset = coco.load_coco(*write_scenes(World(64, seed=1), STREAMS["targets"], 2, tmp_path))
     masks: dict[int, list[Rle]] = {1: [i.rle for i in dataset.by_image[1]], 2: []}
     encoder = load_encoder("clip", "zoo_random")
     found = mask_features.encode_masks({"clip": encoder}, dataset, masks, tmp_path / "files", "cut_out")
@@ -194,7 +194,7 @@ def test_features_of_cut_outs_are_the_encoder_s_own(tmp_path: Path) -> None:
 
 def test_features_are_kept_by_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second run encodes nothing, one that was killed only what is missing; other masks have other features."""
-    dataset = coco.load_coco(*write_scenes(World(64, seed=1), STREAMS["targets"], 3, tmp_path, workers=1))
+    dataset = coco.load_coco(*write_scenes(World(64, seed=1), STREAMS["targets"], 3, tmp_path))
     masks: dict[int, list[Rle]] = {n: [i.rle for i in dataset.by_image[n]] for n in dataset.images}
     masks[min(masks)] = []
     encoders = {name: load_encoder(name, "zoo_random") for name in ("sam", "dinov2")}

@@ -13,7 +13,7 @@ from samantics.mojiworld.captions import caption
 from samantics.mojiworld.rendered import render
 from samantics.mojiworld.world import Stream, World
 from samantics.zoo import masks as mask_losses
-from samantics.zoo import pixels, views, words
+from samantics.zoo import objectives
 from samantics.zoo.contract import Batch, at_size
 from samantics.zoo.objectives import OBJECTIVES, build_objective
 
@@ -122,9 +122,9 @@ def test_sam2_starts_with_the_trunk_and_neck_of_its_parent(batch: Batch) -> None
 
 def test_three_fifths_of_hieras_squares_are_hidden() -> None:
     torch.manual_seed(0)
-    hidden = pixels.hidden_squares(50, 6, torch.device("cpu"))
+    hidden = objectives.hidden_squares(50, 6, torch.device("cpu"))
     assert hidden.shape == (50, 6, 6) and (hidden.sum((1, 2)) == 22).all()  # of 36
-    assert (hidden.float().mean(0) - pixels.MASKED).abs().max() < 0.3
+    assert (hidden.float().mean(0) - objectives.MASKED).abs().max() < 0.3
 
 
 def test_a_vit_takes_smaller_pictures_by_a_table_of_positions_of_their_size(batch: Batch) -> None:
@@ -139,7 +139,7 @@ def test_a_vit_takes_smaller_pictures_by_a_table_of_positions_of_their_size(batc
 
 def test_the_clip_that_is_shipped_holds_the_statistics_of_its_training(batch: Batch) -> None:
     torch.manual_seed(0)
-    objective = words.ClipObjective()
+    objective = objectives.ClipObjective()
     for _ in range(3):
         objective(batch, 0.0)
     objective.eval()
@@ -166,7 +166,7 @@ def test_clip_reads_captions_as_sets_of_words() -> None:
 
 
 def test_the_classes_of_a_picture_are_those_of_its_drawings(batch: Batch) -> None:
-    shown, label = words.shown_classes(batch.drawings), catalogue.class_of_drawing()
+    shown, label = objectives.shown_classes(batch.drawings), catalogue.class_of_drawing()
     for row, drawings in zip(shown, batch.drawings.tolist(), strict=True):
         assert set(row.nonzero()[:, 0].tolist()) == {int(label[drawing]) for drawing in drawings if drawing >= 0}
 
@@ -178,10 +178,10 @@ def test_a_view_of_the_whole_picture_recoloured_by_nothing_is_the_picture(monkey
     monkeypatch.setattr(torch.Tensor, "uniform_", middle)
     monkeypatch.setattr(torch, "rand", lambda *shape, **kwargs: torch.ones(*shape))
     images = torch.arange(6 * 3 * 16 * 16).remainder(256).to(torch.uint8).view(6, 3, 16, 16)
-    whole = views.augmented(images, 16, (1.0, 1.0))
-    torch.testing.assert_close(whole, views.normalised(images), atol=1e-4, rtol=0)
-    corner = views.augmented(images, 8, (0.25, 0.25))  # a quarter of the area, at the far corner
-    torch.testing.assert_close(corner, views.normalised(images)[..., 8:, 8:], atol=1e-4, rtol=0)
+    whole = objectives.augmented(images, 16, (1.0, 1.0))
+    torch.testing.assert_close(whole, objectives.normalised(images), atol=1e-4, rtol=0)
+    corner = objectives.augmented(images, 8, (0.25, 0.25))  # a quarter of the area, at the far corner
+    torch.testing.assert_close(corner, objectives.normalised(images)[..., 8:, 8:], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -204,7 +204,7 @@ def test_the_loss_of_views_equals_a_plain_classification(batch: Batch) -> None:
     torch.manual_seed(1)
     loss, _ = objective(batch, 0.1)
     torch.manual_seed(1)
-    shown = torch.cat([views.augmented(batch.images, SIDE, (0.5, 1.0)) for _ in range(2)])
+    shown = torch.cat([objectives.augmented(batch.images, SIDE, (0.5, 1.0)) for _ in range(2)])
     unit = functional.normalize(objective.heads[0](objective.student(shown).last_hidden_state[:, 0]), dim=1)
     logits = (unit @ unit.T / 0.15).fill_diagonal_(-torch.inf)  # nobody is its own partner
     expected = functional.cross_entropy(logits, torch.arange(6).roll(3))

@@ -140,7 +140,7 @@ def test_no_proposal_and_no_decoder() -> None:
 
 def test_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes share the images; a broken image stops at itself; a rerun makes what is missing; damage is named."""
-    dataset = load_coco(*write_scenes(World(96, seed=1), STREAMS["targets"], 3, tmp_path / "scenes", workers=1))
+    dataset = load_coco(*write_scenes(World(96, seed=1), STREAMS["targets"], 3, tmp_path / "scenes"))
     encoder, settings = load_encoder("sam", "zoo_random"), ProposalSettings(2, predicted_iou=0.0, stability=0.0)
     folder = proposals_folder(encoder, dataset, settings, tmp_path)
     assert proposals_folder(encoder, dataset, ProposalSettings(3), tmp_path) != folder

@@ -116,18 +116,6 @@ def test_rounded_numbers_have_five_bits_and_stay_when_rounded_again(dtype) -> No
     assert torch.equal(32 * mantissa, (32 * mantissa).round())
 
 
-def test_shipped_models_name_their_shipped_parents(tmp_path, data) -> None:
-    recipe, trained, shipped = dataclasses.replace(RECIPE, images=4, pool=4), tmp_path / "trained", tmp_path / "shipped"
-    shipped.mkdir()
-    for name in ("mae", "sam"):
-        training.train(name, recipe, trained, data)
-    training.ship(["sam", "mae"], trained, shipped)
-    assert pocket.card("sam", shipped)["parent"] == pocket.verify("mae", shipped)
-    assert pocket.verify("sam", shipped) == pocket.verify("sam", trained)  # rounded already when it was trained
-    with pytest.raises(StudyError, match=r"clip\.safetensors is missing"):
-        training.ship(["clip"], trained, shipped)
-
-
 def test_tables_of_embeddings_are_left_to_adamw() -> None:
     objective = build_objective("clip")
     muon, adamw = training.make_optimisers(objective, RECIPE)

@@ -217,7 +217,7 @@ def test_stored_pictures_equal_rendered_ones(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("SAMANTICS_CACHE", str(tmp_path))
     monkeypatch.setattr(rendered, "CHUNK", 4)
     stream = STREAMS["choice scenes"]
-    stored = rendered.stored_pictures(WORLD, stream, 10, workers=2)
+    stored = rendered.stored_pictures(WORLD, stream, 10)
     direct = rendered.render(WORLD, stream, range(10))
     for part in vars(direct):
         assert (getattr(stored, part) == getattr(direct, part)).all(), part
@@ -242,7 +242,7 @@ def test_a_half_rendered_folder_is_cleared_away(tmp_path: Path, monkeypatch: pyt
 
 def test_scenes_are_written_as_coco_reads_them(tmp_path: Path) -> None:
     stream = STREAMS["targets"]
-    path, images = rendered.write_scenes(WORLD, stream, 6, tmp_path, workers=1)
+    path, images = rendered.write_scenes(WORLD, stream, 6, tmp_path)
     coco = COCO(path)
     assert len(coco.getCatIds()) == 80 and len(coco.getImgIds()) == 6
     assert sum(entry["part"] == "novel" for entry in coco.loadCats(coco.getCatIds())) == 20
@@ -260,7 +260,7 @@ def test_scenes_are_written_as_coco_reads_them(tmp_path: Path) -> None:
             assert (entry["class"], entry["artist"]) == (row["class"], row["artist"])
             assert coco.loadCats(entry["category_id"])[0]["name"] == row["class"]
     before = json.loads(path.read_text())
-    again, _ = rendered.write_scenes(WORLD, stream, 6, tmp_path, workers=1)
+    again, _ = rendered.write_scenes(WORLD, stream, 6, tmp_path)
     assert again == path and json.loads(path.read_text()) == before
 
 

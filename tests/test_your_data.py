@@ -35,7 +35,7 @@ def reader_files(folder: Path, targets: str = "masks") -> dict[str, str]:
     files = {"images": str(folder)}
     for name, count in (("references", 24), ("targets", 3)):
         stream = Stream(name, name, ("scene",), "novel")
-        scenes = coco.load_coco(*write_scenes(WORLD, stream, count, folder, workers=1))
+        scenes = coco.load_coco(*write_scenes(WORLD, stream, count, folder))
         records = [dataclasses.replace(r, file=f"{scenes.folder.name}/{r.file}") for r in scenes.images.values()]
         instances = [dataclasses.replace(i, box_only=targets == "boxes") for i in scenes.instances]
         kept = [] if (name, targets) == ("targets", "none") else instances

@@ -185,7 +185,6 @@ Models = Annotated[list[str], Argument(help="Models of the zoo or its controls, 
 def train(
     names: Models,
     out: Annotated[Path | None, Option(help="Folder of the results (default: where the zoo is loaded)")] = None,
-    workers: Annotated[int, Option(help="Processes that render (default: all cores)")] = 0,
     images: Annotated[int | None, Option(help="Pictures seen, counted with repetition")] = None,
     pool: Annotated[int | None, Option(help="Different pictures rendered")] = None,
     batch: Annotated[int | None, Option(help="Pictures per step")] = None,
@@ -199,17 +198,7 @@ def train(
 
     given = _given(images=images, pool=pool, batch=batch, learning_rate=learning_rate, growth=growth, seed=seed)
     recipe = Recipe(**given, **_given(probe_points=probe_points))
-    train_models(names, recipe, workers=workers, **_given(folder=out))
-
-
-@app.command()
-def ship(
-    names: Models, source: Annotated[Path, Option("--from", help="Folder of their weights, cards and curves")]
-) -> None:
-    """Copy trained models to where the zoo is loaded from, their weights rounded so that git can keep them."""
-    from samantics.zoo.training import ship as ship_models
-
-    ship_models(names, source)
+    train_models(names, recipe, **_given(folder=out))
 
 
 @app.command()

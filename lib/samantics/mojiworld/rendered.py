@@ -63,8 +63,8 @@ def render(world: World, stream: Stream, indices: Iterable[int]) -> Pictures:
     )
 
 
-def stored_pictures(world: World, stream: Stream, count: int, workers: int = 0) -> Pictures:
-    """Pictures 0 to `count - 1` of a stream, rendered once by `workers` processes (0: one on each core), then kept.
+def stored_pictures(world: World, stream: Stream, count: int) -> Pictures:
+    """Pictures 0 to `count - 1` of a stream, rendered once by all cores, then kept.
 
     Raises:
         StudyError: the drawings are not installed; the cache is damaged; a count below 1.
@@ -74,7 +74,7 @@ def stored_pictures(world: World, stream: Stream, count: int, workers: int = 0) 
         if unfinished:
             for part, sample in vars(render(world, stream, [0])).items():
                 np.lib.format.open_memmap(unfinished / f"{part}.npy", "w+", sample.dtype, (count, *sample.shape[1:]))
-            _by_all_cores(functools.partial(_fill, unfinished, world, stream), count, workers)
+            _by_all_cores(functools.partial(_fill, unfinished, world, stream), count)
     with reading(folder):
         return Pictures(*(np.load(folder / f"{f.name}.npy", mmap_mode="r") for f in dataclasses.fields(Pictures)))
 
@@ -111,10 +111,10 @@ def _made_once(folder: Path, count: int) -> Iterator[Path | None]:
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _by_all_cores(work: Callable[[range], Any], count: int, workers: int) -> list[Any]:
+def _by_all_cores(work: Callable[[range], Any], count: int) -> list[Any]:
     """What `work(span)` returns for all spans of `CHUNK` indices up to `count`, in order."""
     spans = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
-    workers = min(workers or len(os.sched_getaffinity(0)), len(spans))
+    workers = min(len(os.sched_getaffinity(0)), len(spans))
     shown = functools.partial(tqdm, total=len(spans), desc="rendering MojiWorld", unit=f"{CHUNK} pictures", leave=False)
     if workers == 1:
         return list(shown(map(work, spans)))
@@ -125,7 +125,7 @@ def _by_all_cores(work: Callable[[range], Any], count: int, workers: int) -> lis
 # ------------------------------------------------------------------------------------------------------- COCO JSON
 
 
-def write_scenes(world: World, stream: Stream, count: int, folder: Path | str, workers: int = 0) -> tuple[Path, Path]:
+def write_scenes(world: World, stream: Stream, count: int, folder: Path | str) -> tuple[Path, Path]:
     """Write pictures of a stream as PNG files with COCO JSON, into a folder of their own in `folder`, once.
 
     Every annotation also names its `class`, `superclass`, `artist`, the artist's `split` and the `icon`;
@@ -135,7 +135,7 @@ def write_scenes(world: World, stream: Stream, count: int, folder: Path | str, w
     home = Path(folder) / _name(world, stream, count)
     with _made_once(home, count) as unfinished:
         if unfinished:
-            spans = _by_all_cores(functools.partial(_write_span, unfinished, world, stream), count, workers)
+            spans = _by_all_cores(functools.partial(_write_span, unfinished, world, stream), count)
             images, objects = zip(*(entry for span in spans for entry in span), strict=True)
             annotations = [{"id": n, **one} for n, one in enumerate([one for its in objects for one in its], start=1)]
             content = {"images": images, "annotations": annotations, "categories": categories(stream)}

@@ -9,12 +9,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import hashlib
 import itertools
 import math
 import os
 import platform
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,13 +89,13 @@ class TrainingData:
     choice: Pictures  # what these probes are tested on: the validation artist's drawings
 
 
-def training_data(recipe: Recipe, workers: int = 0) -> TrainingData:
+def training_data(recipe: Recipe) -> TrainingData:
     """The pool of a recipe's world, and unseen and labelled pictures of the default world; rendered once, then kept."""
     size = pocket.DEFAULT.image_size
     drawings = {name: sum(map(len, visible_drawings(STREAMS[name].role))) for name in ("labels", "choice")}
     counts = {"held out": 512, "labels": drawings["labels"], "choice": 4 * drawings["choice"]}
-    pool = stored_pictures(World(size, recipe.theme_strength), STREAMS["pretraining"], recipe.pool, workers)
-    return TrainingData(pool, *(stored_pictures(World(size), STREAMS[n], c, workers) for n, c in counts.items()))
+    pool = stored_pictures(World(size, recipe.theme_strength), STREAMS["pretraining"], recipe.pool)
+    return TrainingData(pool, *(stored_pictures(World(size), STREAMS[n], c) for n, c in counts.items()))
 
 
 def batch_of(
@@ -328,33 +326,12 @@ def rounded(value: Tensor, bits: int = 5) -> Tensor:
     return torch.ldexp((mantissa * 2**bits).round() / 2**bits, exponent).to(value.dtype)
 
 
-def ship(names: Sequence[str], source: Path, folder: Path = pocket.ASSETS) -> None:
-    """Copy trained models to where the zoo is loaded from: weights as `stored`, cards with the new hashes.
-
-    A parent is named by the hash of its shipped file, if the one in `source` is what the model started from.
-
-    Raises:
-        StudyError: a model is missing in `source` or damaged.
-    """
-    for name in names:
-        pocket.verify(name, source)
-        card, parent = pocket.card(name, source), source / f"{entry(name).parent}.safetensors"
-        path = folder / f"{name}.safetensors"
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(stored(load_file(source / path.name)))
-        if parent.is_file() and hash_file(parent) == card.get("parent"):
-            card["parent"] = hashlib.sha256(stored(load_file(parent))).hexdigest()
-        write_json(folder / f"{name}.json", card | {"sha256": hash_file(path)})
-        with atomic_path(folder / f"{name}.csv") as temporary:
-            shutil.copyfile(source / f"{name}.csv", temporary)
-
-
-def train_models(names: Sequence[str], recipe: Recipe, folder: Path = pocket.ASSETS, workers: int = 0) -> None:
+def train_models(names: Sequence[str], recipe: Recipe, folder: Path = pocket.ASSETS) -> None:
     """Train models one after the other, on a GPU where there is one: `python -m samantics train`."""
     for name in names:
         entry(name)  # refused before pictures are rendered
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    data = training_data(recipe, workers)
+    data = training_data(recipe)
     for name in names:
         train(name, recipe, folder, data, "cuda" if torch.cuda.is_available() else "cpu")
