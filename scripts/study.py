@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,11 @@ from samantics.scales import get_scale
 NOTEBOOKS = PROJECT / "notebooks"
 NUMBERED = re.compile(r"[0-9A-Z][0-9]_\w+")
 OWN_DATA = ("data", "references", "targets", "images", "target_images")  # the options that name files of the user's own
+KERNEL = (
+    "--log-level=40",  # its warning about its transport is no news to a reader
+    # packages of models make millions of objects that stay: looking for garbage among them takes a fifth of importing
+    "--IPKernelApp.exec_lines=import gc; gc.set_threshold(50_000)",
+)
 logging.getLogger("papermill").setLevel(logging.ERROR)
 
 
@@ -75,8 +81,8 @@ def run_study(
     for variable, place in (("SAMANTICS_FIGURES", figures_dir()), ("SAMANTICS_CACHE", cache_dir())):
         if place.exists() and not place.is_dir():
             raise StudyError(f"{place} is a file and cannot hold results: let {variable} name a folder")
-    outcomes, reports = [], []
-    with only_run(scale), kernel_environment():
+    outcomes, pages = [], []
+    with only_run(scale), kernel_environment(), ThreadPoolExecutor(1) as aside:  # pages are made beside the next kernel
         if fresh:
             shutil.rmtree(cache_dir() / scale, ignore_errors=True)
         for folder in (figures_dir() / scale, cache_dir() / scale):
@@ -89,8 +95,8 @@ def run_study(
             outcomes.append(dataclasses.replace(execute(path, figures, known), data=mine))
             print(_row(outcomes[-1]), flush=True)
             save_outcomes(figures, outcomes[-1:])
-            reports.append(write_report(figures))
-    for report in dict.fromkeys(reports):
+            pages.append(aside.submit(write_pages, figures, path.name))
+    for report in dict.fromkeys(page.result() for page in pages):
         print(f"report: {report}")
     return outcomes
 
@@ -188,7 +194,7 @@ def _row(outcome: Outcome) -> str:
 
 
 def execute(path: Path, figures: Path, parameters: Mapping[str, Any]) -> Outcome:
-    """Run one notebook; leave it with its outputs, and as a page, in `figures/notebooks`, also when it fails."""
+    """Run one notebook; leave it with its outputs in `figures/notebooks`, also when it fails."""
     target, error = figures / "notebooks" / path.name, ""
     before, started, date = _pictures(figures, path), time.monotonic(), datetime.datetime.now(datetime.UTC)
     bar = {"desc": path.stem, "delay": 5, "leave": False, "mininterval": 0.1 if sys.stderr.isatty() else 10}
@@ -205,7 +211,7 @@ def execute(path: Path, figures: Path, parameters: Mapping[str, Any]) -> Outcome
                 start_timeout=10**6,  # seconds of a clock that may jump by days; a kernel that dies is noticed anyway
                 shutdown_kernel="immediate",  # a kernel with torch takes 1.6 s to take itself apart
                 coalesce_streams=True,
-                extra_arguments=["--log-level=40"],  # a kernel's warning about its transport is no news to a reader
+                extra_arguments=list(KERNEL),
             )
         except papermill.PapermillExecutionError as failure:
             error = f"{path.stem} stopped in cell [{failure.exec_count}]: {_reason(failure)}"
@@ -214,11 +220,17 @@ def execute(path: Path, figures: Path, parameters: Mapping[str, Any]) -> Outcome
             begun = sum(cell.metadata.papermill.start_time is not None for cell in cells)
             error = f"{path.stem}: its kernel died in cell {begun} of {len(cells)}, as when memory runs out"
         clean_notebook(temporary)
-    with atomic_path(target.with_suffix(".html")) as temporary:
-        temporary.write_text(notebook_page(nbformat.read(target, as_version=4), path.stem), encoding="utf-8")
     left, seconds = _pictures(figures, path) - before, round(time.monotonic() - started, 1)
     gib, when = round(max(peak) / 2**30, 2), date.isoformat(timespec="seconds")
     return Outcome(path.stem, seconds, gib, len(left), error, started=when)
+
+
+def write_pages(figures: Path, notebook: str) -> Path:
+    """The page of an executed notebook, and the report that leads to it."""
+    executed = figures / "notebooks" / notebook
+    with atomic_path(executed.with_suffix(".html")) as temporary:
+        temporary.write_text(notebook_page(nbformat.read(executed, as_version=4), executed.stem), encoding="utf-8")
+    return write_report(figures)
 
 
 def _pictures(figures: Path, notebook: Path) -> set[tuple[str, int, int]]:

@@ -16,7 +16,6 @@ VALUES: dict[str, Any] = {
     ".csv": pd.DataFrame({"name": ["", "None", "a,b"], "ap": [1 / 3, np.nan, 2.0], "count": [1, 2, 3]}),
     ".json": [{"a": 1, "b": None}],
     ".npz": {"x": np.arange(3) / 7, "y": np.array([True])},
-    ".safetensors": {"w": torch.arange(4.0).reshape(2, 2)},
 }
 
 

@@ -179,7 +179,7 @@ def test_files_being_written_are_known_by_their_lock_and_not_by_their_age(tmp_pa
 # ------------------------------------------------------------------------------------------------------- cut files
 
 KINDS = (
-    "shard", "key", "proposals", "annotations", "checkpoint", "kept.json", "kept.npz", "kept.safetensors",
+    "shard", "key", "proposals", "annotations", "checkpoint", "kept.json", "kept.npz",
     "card", "zoo weights", "safetensors", "pickled weights",
 )  # fmt: skip
 
@@ -216,7 +216,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Ca
     }
     for name, file in (("safetensors", "dinov2.safetensors"), ("pickled weights", "sam.pth")):
         files[name] = folder / file, lambda file=file: str(weights.read_weights(folder / file, ""))
-    values = {"kept.json": [1, 2], "kept.npz": {"a": np.arange(9)}, "kept.safetensors": {"a": torch.arange(9.0)}}
+    values = {"kept.json": [1, 2], "kept.npz": {"a": np.arange(9)}}
     for name, value in values.items():
         files[name] = folder / name, lambda name=name, value=value: str(kept(folder / name, lambda: value))
     return files

@@ -19,7 +19,6 @@ import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock
-from safetensors.torch import load_file, save_file
 
 from samantics.errors import StudyError
 
@@ -135,7 +134,7 @@ def _read(path: Path) -> Any:
     if path.suffix == ".npz":
         with np.load(path) as arrays:
             return dict(arrays)
-    return load_file(path) if path.suffix == ".safetensors" else json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _write(value: Any, path: Path) -> None:
@@ -143,8 +142,6 @@ def _write(value: Any, path: Path) -> None:
         value.to_csv(path, index=False, na_rep=MISSING)
     elif path.suffix == ".npz":
         np.savez(path, **value)
-    elif path.suffix == ".safetensors":
-        save_file(value, path)
     else:
         path.write_text(json.dumps(value, allow_nan=False), encoding="utf-8")
 
@@ -157,7 +154,7 @@ def kept(path: Path, make: Callable[[], T]) -> T:
 
     Args:
         path: the file, named after all that its content depends on (`hash_value` of the settings). Its ending says
-            what it holds: `.csv` a table, `.json` a JSON value, `.npz` arrays by name, `.safetensors` tensors by name.
+            what it holds: `.csv` a table, `.json` a JSON value, `.npz` arrays by name.
         make: computes the value.
 
     Raises:

@@ -21,11 +21,9 @@ from tqdm.auto import tqdm
 from samantics.cache import alone, cache_dir, hash_value, reading, write_json
 from samantics.errors import StudyError
 from samantics.mojiworld import catalogue as tables
-from samantics.mojiworld.places import PLACES
 from samantics.mojiworld.world import KINDS, MAX_OBJECTS, PARTS, RGB, Stream, World, picture
 
 CHUNK = 128  # pictures that a process renders at a time
-NO_PLACE = 255
 Entry = tuple[dict[str, Any], list[dict[str, Any]]]  # COCO's image and its annotations
 
 
@@ -37,7 +35,6 @@ class Pictures:
     instances: NDArray[np.uint8]  # (N, S, S), as in `Picture`
     drawings: NDArray[np.int16]  # (N, MAX_OBJECTS) catalogue rows, -1 where there is no object; the first is the anchor
     kinds: NDArray[np.uint8]  # (N,) positions in `KINDS`
-    places: NDArray[np.uint8]  # (N,) positions in `PLACES`; 255 in a studio
 
     def __len__(self) -> int:
         return len(self.images)
@@ -50,7 +47,7 @@ class Pictures:
 
 def render(world: World, stream: Stream, indices: Iterable[int]) -> Pictures:
     """The pictures of a stream at these indices, in the order given."""
-    pictures, places = [picture(world, stream, index) for index in indices], list(PLACES)
+    pictures = [picture(world, stream, index) for index in indices]
     drawings = np.full((len(pictures), MAX_OBJECTS), -1, np.int16)
     for row, one in zip(drawings, pictures, strict=True):
         row[: len(one.drawings)] = one.drawings
@@ -59,7 +56,6 @@ def render(world: World, stream: Stream, indices: Iterable[int]) -> Pictures:
         np.stack([one.instances for one in pictures]),
         drawings,
         np.array([KINDS.index(one.kind) for one in pictures], np.uint8),
-        np.array([places.index(one.place) if one.place else NO_PLACE for one in pictures], np.uint8),
     )
 
 
