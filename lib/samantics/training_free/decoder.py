@@ -184,12 +184,12 @@ class PointDecoder:
         height, width = self.image.embedding.shape[1:]
         if not rows.any():
             return decoded.kernels.new_empty(0, 4 * height, 4 * width)
-        coarse, norm, activation, fine, last = self.decoder.output_upscaling
+        coarse, norm, _, fine, _ = self.decoder.output_upscaling  # both activations are GELU, done in place here
         x, levels = _doubled(decoded.image_tokens[rows], coarse), self._finer_maps
         x = x + levels[1] if levels else x
-        x = activation(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps))
+        x = torch.ops.aten.gelu_(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps))
         x = _doubled(x, fine)
-        x = last(x + levels[0] if levels else x)
+        x = torch.ops.aten.gelu_(x.add_(levels[0]) if levels else x)
         pixels = x.flatten(1, -2) @ decoded.kernels[rows].transpose(1, 2)
         pixels = pixels.view(-1, height, width, 2, 2, 2, 2, pixels.shape[-1]).permute(0, 7, 1, 3, 5, 2, 4, 6)
         return pixels.reshape(len(pixels), -1, 4 * height, 4 * width)[keep[rows]]
