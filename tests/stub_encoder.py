@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from samantics.models.architectures import Architecture, LayerOutput
 from samantics.models.encoder import Encoder
 from samantics.models.preprocessing import Preprocessing
+from samantics.models.registry import Architecture, LayerOutput
 from samantics.probing.features import FeatureStore, encode_images
 
 MEAN = ("final", "mean")

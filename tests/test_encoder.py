@@ -21,10 +21,9 @@ from transformers import DINOv3ViTImageProcessor, SiglipImageProcessorPil
 from samantics.data.folders import open_image
 from samantics.errors import StudyError
 from samantics.models import pocket
-from samantics.models.architectures import fuse_attention, fused_attention
 from samantics.models.encoder import Encoder, load_encoder, masked_mean
 from samantics.models.preprocessing import MEAN, OPENAI, STD, Preprocessing
-from samantics.models.registry import ENCODERS
+from samantics.models.registry import ENCODERS, fuse_attention, fused_attention
 from samantics.plots import COLOURS, LABELS
 from samantics.scales import SCALES
 from small_models import SMALL

@@ -17,9 +17,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from samantics import cli
 from samantics.errors import StudyError
-from samantics.models.architectures import Architecture, LayerOutput
 from samantics.models.encoder import Encoder
 from samantics.models.preprocessing import Preprocessing
+from samantics.models.registry import Architecture, LayerOutput
 from samantics.probing.features import FeatureStore, encode_images
 from stub_encoder import MEAN, LookUp
 

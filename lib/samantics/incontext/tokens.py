@@ -24,8 +24,8 @@ from tqdm.auto import tqdm
 from samantics.cache import atomic_path, hash_value, kept, reading
 from samantics.data.coco import CocoDataset, read_image
 from samantics.errors import StudyError
-from samantics.models.architectures import capture
 from samantics.models.preprocessing import Preprocessing
+from samantics.models.registry import capture
 
 Rows = NDArray[np.int64]  # (B,) positions of images in a data set
 Mirrored = NDArray[np.bool_] | None  # (B,) images to be mirrored left to right

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from samantics.errors import StudyError
-from samantics.models import pocket
-from samantics.models.architectures import Architecture, Layer, LayerOutput, Readout, capture, fuse_attention
+from samantics.models import pocket, registry
 from samantics.models.preprocessing import Preprocessing
-from samantics.models.registry import DINOV2, ENCODERS, SAM, Entry
+from samantics.models.registry import Architecture, Layer, LayerOutput, Readout, entry
 from samantics.models.weights import filled, read_weights, weight_file
 
+ZOO = Preprocessing(pocket.DEFAULT.image_size, "squash")
 POOLINGS = ("mean", "cls", "object", "tokens")
 TOKEN_GRID = 6  # tokens along a side that the pooling `tokens` keeps: as many for every encoder
 PIXELS_AT_ONCE = 2**20  # of a batch's input: one image of SAM's, whose attention takes 2.5 GB
@@ -102,7 +102,7 @@ class Encoder:
         self.check([(layer, "mean") for layer in layers])
         blocks = dict(zip(self.layers, self.architecture.blocks(self.model), strict=False))
         with (
-            capture({name: blocks[name] for name in layers if name in blocks}) as captured,
+            registry.capture({name: blocks[name] for name in layers if name in blocks}) as captured,
             torch.autocast(self.device.type, torch.bfloat16, enabled=self.half),
         ):
             outputs = self.architecture.forward(self.model, pixels.to(self.device))
@@ -191,12 +191,12 @@ def load_encoder(
     """
     if weights in ("zoo", "zoo_random"):
         model, weights_hash = _pocket_model(name, weights == "zoo", seed)
-        preprocess = Preprocessing(pocket.DEFAULT.image_size, "squash")
+        preprocess = ZOO
     else:
         model, weights_hash = _official_model(name, weights, seed)
-        preprocess = _entry(name).own
+        preprocess = entry(name).own
     if image_size is not None:
-        if not _entry(name).architecture.any_size and image_size != preprocess.size:
+        if not entry(name).architecture.any_size and image_size != preprocess.size:
             raise StudyError(f"encoder {name} takes {preprocess.size}-pixel images only: leave image_size out")
         preprocess = dataclasses.replace(preprocess, size=image_size, short=0)
     if not all(bool(values.isfinite().all()) for values in model.parameters()):
@@ -204,9 +204,9 @@ def load_encoder(
     return _encoder(name, weights_hash, model, preprocess, device, half)
 
 
-def zoo_encoder(name: str, model: nn.Module, weights_hash: str, image_size: int = pocket.DEFAULT.image_size) -> Encoder:
+def zoo_encoder(name: str, model: nn.Module, weights_hash: str) -> Encoder:
     """A model of the pocket architecture `name` as an encoder, wherever its weights come from."""
-    return _encoder(name, weights_hash, _image_encoder(name, model), Preprocessing(image_size, "squash"))
+    return _encoder(name, weights_hash, _image_encoder(name, model), ZOO)
 
 
 def has_fast_half(device: str | torch.device) -> bool:
@@ -217,16 +217,7 @@ def has_fast_half(device: str | torch.device) -> bool:
 
 def within_reach(names: Sequence[str], weights: str) -> tuple[str, ...]:
     """The encoders that can be loaded: official ones that are gated want a token, or their file (docs/weights.md)."""
-    return tuple(name for name in names if weights != "official" or _entry(name).weights.within_reach)
-
-
-SUPERVISED = dataclasses.replace(
-    DINOV2, architecture=dataclasses.replace(DINOV2.architecture, headline=("final", "mean"))
-)  # the zoo's ceiling: DINOv2's architecture, taught class names by its mean token
-
-
-def _entry(name: str) -> Entry:
-    return {"random": SAM, "supervised": SUPERVISED}.get(name) or ENCODERS[name]
+    return tuple(name for name in names if weights != "official" or entry(name).weights.within_reach)
 
 
 def _encoder(
@@ -235,8 +226,8 @@ def _encoder(
 ) -> Encoder:  # fmt: skip
     model = model.to(device).eval().requires_grad_(False)
     if torch.device(device).type == "cuda":
-        fuse_attention(model)
-    return Encoder(name, weights_hash, model, preprocess, _entry(name).architecture, torch.device(device), half)
+        registry.fuse_attention(model)
+    return Encoder(name, weights_hash, model, preprocess, entry(name).architecture, torch.device(device), half)
 
 
 def _pocket_model(name: str, trained: bool, seed: int) -> tuple[nn.Module, str]:
@@ -260,17 +251,17 @@ def _image_encoder(name: str, model: Any) -> nn.Module:
 
 def _official_model(name: str, weights: str | Path, seed: int) -> tuple[nn.Module, str]:
     """The model and the hash of its weights, which are official, of a file, or random."""
-    if name not in (*ENCODERS, "random"):
-        raise StudyError(f"no official encoder is called {name!r}: choose from {', '.join(ENCODERS)}, random")
-    entry, path, sha256 = _entry(name), None, ""
+    if name not in (*registry.ENCODERS, "random"):
+        raise StudyError(f"no official encoder is called {name!r}: choose from {', '.join(registry.ENCODERS)}, random")
+    own, path, sha256 = entry(name), None, ""
     if name != "random" and weights != "random":
-        path, sha256 = weight_file(entry.weights, None if weights == "official" else weights)
+        path, sha256 = weight_file(own.weights, None if weights == "official" else weights)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = entry.build()
+        model = own.build()
     if path is None:
         return model, hash_model(model)
-    return filled(model, read_weights(path, sha256), entry.prefix, name, path), sha256[:16]
+    return filled(model, read_weights(path, sha256), own.prefix, name, path), sha256[:16]
 
 
 def hash_model(model: nn.Module) -> str:

@@ -99,19 +99,16 @@ class Preprocessing:
         new_width, new_height = self.resized(image.width, image.height)
         if min(new_width, new_height) < 1 or max(new_width, new_height) > LONGEST_SIDE:
             raise StudyError(f"an image of {image.width}x{image.height} pixels is too narrow to be resized: remove it")
-        pixels = self._resize(image, new_width, new_height)
+        mode = TF.InterpolationMode.BICUBIC if self.bicubic else TF.InterpolationMode.BILINEAR
+        filtering = Image.Resampling.BICUBIC if self.bicubic else Image.Resampling.BILINEAR
+        if self.on_floats:
+            pixels = TF.resize(TF.to_tensor(image), [new_height, new_width], mode, antialias=True)
+        else:
+            pixels = TF.pil_to_tensor(
+                image if image.size == (new_width, new_height) else image.resize((new_width, new_height), filtering)
+            )
         if self.fit == "crop":
             pixels = TF.center_crop(pixels, [self.size, self.size])
         if self.fit == "pad":
             pixels = F.pad(pixels, (0, self.size - new_width, 0, self.size - new_height))
         return pixels
-
-    def _resize(self, image: Image.Image, width: int, height: int) -> Tensor:
-        """`(3, height, width)`."""
-        from torchvision.transforms import functional as TF
-
-        mode = TF.InterpolationMode.BICUBIC if self.bicubic else TF.InterpolationMode.BILINEAR
-        if self.on_floats:
-            return TF.resize(TF.to_tensor(image), [height, width], mode, antialias=True)
-        filtering = Image.Resampling.BICUBIC if self.bicubic else Image.Resampling.BILINEAR
-        return TF.pil_to_tensor(image.resize((width, height), filtering) if image.size != (width, height) else image)

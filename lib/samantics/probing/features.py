@@ -27,9 +27,9 @@ from tqdm.auto import tqdm
 from samantics.cache import atomic_path, cache_dir, hash_value, reading, remove_leftovers, write_json
 from samantics.data.folders import Images
 from samantics.errors import StudyError
-from samantics.models.architectures import Readout
 from samantics.models.encoder import Encoder
 from samantics.models.preprocessing import Geometry
+from samantics.models.registry import Readout
 
 FEW = 3  # unreadable images that a data set of any size may have
 FORMAT = 2  # of the shards; raised when they change

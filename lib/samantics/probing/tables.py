@@ -19,8 +19,8 @@ from samantics.cache import hash_value, kept
 from samantics.data.classification import ClassificationData, Part, Task
 from samantics.metrics.claims import PAPER_PROBE
 from samantics.metrics.intervals import bootstrap_mean
-from samantics.models.architectures import Readout
 from samantics.models.encoder import Encoder, has_fast_half, load_encoder, within_reach
+from samantics.models.registry import Readout
 from samantics.mojiworld.floors import INSTRUMENTS
 from samantics.probing.attentive import attentive_probe
 from samantics.probing.features import Column, FeatureStore, encode_images
