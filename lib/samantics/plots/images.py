@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
-from torchvision.utils import draw_segmentation_masks
 
 from samantics.plots.style import COLOURS, ink, label
 
@@ -85,6 +84,8 @@ def show_instances(
 
 def tinted(image: Any, masks: Sequence[NDArray[np.bool_]], shades: Sequence[str], opacity: float) -> NDArray[np.uint8]:
     """`(H, W, 3)`: an image under masks of one colour each, laid on one by one, the first on top."""
+    from torchvision.utils import draw_segmentation_masks  # a second to import: not where no mask is drawn
+
     picture = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     for mask, shade in list(zip(masks, shades, strict=False))[::-1]:
         picture = draw_segmentation_masks(picture, torch.from_numpy(np.asarray(mask)), alpha=opacity, colors=shade)
