@@ -220,5 +220,5 @@ def test_features_are_kept_by_image(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     np.testing.assert_allclose(pooled(2)["sam", max(masks)], first["sam", max(masks)][::-1], atol=1e-5)
     for path in (tmp_path / "files").iterdir():
         path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(StudyError, match="safetensors is damaged: delete it, and it is computed again"):
+    with pytest.raises(StudyError, match="npz is damaged: delete it, and it is computed again"):
         pooled(0)

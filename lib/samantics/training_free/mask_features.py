@@ -15,11 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import safe_open
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from samantics.cache import cache_dir, hash_value, kept, reading, remove_leftovers
@@ -154,8 +151,8 @@ class MaskFeatures:
     def of(self, source: str, image_id: int) -> Features:
         """`(N, C)` features of unit length of an image's masks, by one encoder."""
         path = self.places[image_id]
-        with reading(path), safe_open(path, "numpy") as file:
-            found: Features = file.get_tensor(f"{source}/{image_id}")
+        with reading(path), np.load(path) as arrays:  # of which this one alone is read
+            found: Features = arrays[f"{source}/{image_id}"]
         return found
 
 
@@ -188,7 +185,7 @@ def encode_masks(
     for start in tqdm(range(0, len(ids), batch), desc="features of masks", mininterval=1, leave=False):
         chosen = {image_id: masks[image_id] for image_id in ids[start : start + batch]}
         counts = [(image_id, [rle["counts"] for rle in rles]) for image_id, rles in chosen.items()]
-        path = folder / f"{hash_value([*key, counts])}.safetensors"
+        path = folder / f"{hash_value([*key, counts])}.npz"
         if not path.is_file():  # else nothing is read yet
             kept(path, functools.partial(read, chosen))
         places |= dict.fromkeys(chosen, path)
@@ -200,11 +197,11 @@ def _read(
     dataset: CocoDataset,
     view: Callable[[Encoder, Sequence[_Masked]], list[NDArray[Any]]],
     masks: Mapping[int, Sequence[Rle]],
-) -> dict[str, Tensor]:
+) -> dict[str, Features]:
     """Features of the masks of a few images, named as `MaskFeatures` looks them up."""
     batch = [_Masked(read_image(dataset, image_id), rles) for image_id, rles in masks.items()]
     return {
-        f"{name}/{image_id}": torch.from_numpy(unit(features))
+        f"{name}/{image_id}": unit(features)
         for name, encoder in encoders.items()
         for image_id, features in zip(masks, view(encoder, batch), strict=True)
     }
