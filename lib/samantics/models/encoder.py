@@ -235,7 +235,7 @@ def _pocket_model(name: str, trained: bool, seed: int) -> tuple[nn.Module, str]:
     if name not in (*pocket.NAMES, "random"):
         raise StudyError(f"no pocket encoder is called {name!r}: choose from {', '.join(pocket.NAMES)}, random")
     if trained and name != "random":
-        return _image_encoder(name, pocket.load(name)), pocket.verify(name)[:16]
+        return _image_encoder(name, pocket.load(name)), pocket.card(name)["sha256"][:16]
     model = pocket.build("sam" if name == "random" else name, seed=seed)
     return _image_encoder(name, model), hash_model(model)
 
