@@ -155,3 +155,15 @@ def test_the_curves_probes_read_a_class_that_is_there_and_none_that_is_not() -> 
     found = training.probe_scores(codes + 0.1 * noise, labels, codes + 0.1 * noise.flip(0), labels)
     assert found == {"probe_top1": 100.0, "knn_top1": 100.0}
     assert max(training.probe_scores(noise, labels, noise.flip(1), labels).values()) < 50
+
+
+def test_the_map_of_sam2_stays_of_a_size_with_the_positions_that_are_added_to_it(data) -> None:
+    torch.manual_seed(0)
+    recipe = dataclasses.replace(RECIPE, images=160, warmup=0.2)
+    sam2 = build_objective("sam2", dataclasses.replace(pocket.DEFAULT, image_size=64)).train()
+    optimisers = training.make_optimisers(sam2, recipe)
+    for step in range(20):
+        training.take_step(sam2, optimisers, data.pool, recipe, step)
+    with torch.no_grad():
+        image = sam2.embed(training.batch_of(data.pool, np.arange(12)).pixels)[0]
+    assert image.std() < 5 * sam2.model.sam_prompt_encoder.get_dense_pe().std()  # 8 at the full rate, 120 at the end

@@ -233,15 +233,18 @@ def make_optimisers(objective: Objective, recipe: Recipe) -> list[torch.optim.Op
     """Muon for matrices inside the network (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982), AdamW for the rest.
 
     Muon's steps are scaled to AdamW's size, so that both share one rate. Biases, norms and embeddings have no weight
-    decay.
+    decay. Convolutions that no norm follows learn at a tenth of the rate, biases with them.
     """
     trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     matrices = [p for name, p in trained.items() if p.ndim == 2 and not is_table(name)]
-    other = [p for name, p in trained.items() if p.ndim != 2 or is_table(name)]
+    free = [p for name, p in trained.items() if has_no_norm(name)]
+    other = [p for name, p in trained.items() if (p.ndim != 2 or is_table(name)) and not has_no_norm(name)]
     groups = [
         {"params": [p for p in other if p.ndim == 4 and len(p) > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in other if not (p.ndim == 4 and len(p) > 1)], "weight_decay": 0.0},
     ]
+    if free:
+        groups.append({"params": free, "weight_decay": recipe.weight_decay, "share": 0.1})  # of the rate
     options: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
     muon = torch.optim.Muon(matrices, **options, adjust_lr_fn="match_rms_adamw")
     return [muon, torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=other[0].is_cuda)]
@@ -252,6 +255,15 @@ def is_table(name: str) -> bool:
     return any(part in name for part in ("embed", "names", "token"))
 
 
+def has_no_norm(name: str) -> bool:
+    """Whether a weight of that name is a convolution of SAM 2's neck, after which no norm holds the map's size.
+
+    At the full rate its map grew a hundred times as large as the positions that are added to it, and the decoder no
+    longer found the place of the prompt (assets/zoo/README.md). SAM's neck ends in a norm.
+    """
+    return any(part in name for part in ("neck.convs", "conv_s0", "conv_s1"))
+
+
 def take_step(
     objective: Objective, optimisers: Sequence[torch.optim.Optimizer], pool: Pictures, recipe: Recipe, step: int
 ) -> None:
@@ -259,7 +271,7 @@ def take_step(
     device = next(objective.parameters()).device
     torch.manual_seed(recipe.seed * 1_000_003 + step)
     for group in itertools.chain.from_iterable(optimiser.param_groups for optimiser in optimisers):
-        group["lr"] = recipe.rate(step)
+        group["lr"] = recipe.rate(step) * group.get("share", 1.0)
     side = recipe.small if step < recipe.growth * recipe.steps else None
     batch = batch_of(pool, rows_of_step(recipe, len(pool), step), device, side)
     half = torch.autocast(device.type, torch.bfloat16, enabled=has_fast_half(device))
