@@ -12,8 +12,9 @@
 #   --student           only write the notebooks without the exercises' solutions, into student/
 #   --seed N            another seed than the notebooks' own
 #   --data DIR          your own images, a sub-folder for each class (notebook 05, or 01)
-#   --references FILE   your own reference instances, COCO JSON (notebook 05, or 02 and 03; 02 also tunes on them)
-#   --targets FILE      your own target images, COCO JSON (annotations may be missing, but for 02)
+#   --references FILE   your own reference instances, COCO JSON or a folder of labelme or SA-1B files (notebook 05, or
+#                       02 and 03; 02 also tunes on them)
+#   --targets FILE      your own target images: the same, or a folder of images (annotations may be missing, but for 02)
 #   --images DIR        the folder of the images that both name
 #   --target-images DIR the folder of the targets' images, where it is another (notebook 05)
 #   --weights NAME      zoo, official or random (official models, untrained) instead of the scale's

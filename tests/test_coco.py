@@ -78,7 +78,6 @@ REFUSED: list[tuple[str, Any]] = [  # words of the line, what the file holds
     ("not COCO instance data", None),
     ("not COCO instance data", NAN),
     ('no list "images"', {"images": {"a.png": {}}}),
-    ("it is in labelme's format", {"shapes": [], "imagePath": "a.png"}),
     ("lists no images", {**content(), "images": []}),
     ("image id 7 occurs more than once", {**content(), "images": content()["images"] * 2}),
     ("category id 3 occurs more than once", {**content(), "categories": content()["categories"] * 2}),

@@ -5,6 +5,7 @@ A fault of one annotation costs that annotation, and a note counts it; a fault o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import unicodedata
@@ -32,6 +33,7 @@ from samantics.data.instances import (
     xywh,
 )
 from samantics.data.masks import OUTSIDE, Mask, Rle, box_rle, is_pixel, mask_of, parsed_rle, rles_of
+from samantics.data.per_image import as_coco, is_per_image
 from samantics.errors import StudyError
 
 __all__ = [  # what works on COCO data imports it from here, wherever it is made
@@ -40,7 +42,7 @@ __all__ = [  # what works on COCO data imports it from here, wherever it is made
 ]  # fmt: skip
 
 LARGEST_ID = 2**63 - 1
-OTHER_FORMATS = {"shapes": "labelme's", "image": "SA-1B's", "segments_info": "panoptic", "_via_settings": "VIA's"}
+OTHER_FORMATS = {"segments_info": "panoptic", "_via_settings": "VIA's"}
 
 Notes = dict[tuple[str, str], list[Any]]  # what of, what is the matter -> the ids
 Id = Annotated[int, Field(strict=True, ge=-LARGEST_ID, le=LARGEST_ID)]
@@ -94,7 +96,7 @@ def load_coco(annotations: Path | str, images: Path | str, skip_bad_images: bool
     nothing outside it is opened. A file without `annotations` is good: it can be predicted on, not measured.
 
     Args:
-        annotations: the JSON file.
+        annotations: the JSON file; or labelme's or SA-1B's, which are one for each image, or the folder of those.
         images: the folder.
         skip_bad_images: leave out images whose file is missing or has no readable size, with a note.
 
@@ -103,10 +105,10 @@ def load_coco(annotations: Path | str, images: Path | str, skip_bad_images: bool
             share an id; an image file is missing; no annotation is usable.
     """
     path, folder = Path(annotations), Path(images)
-    content = _read_json(path)
+    notes: Notes = defaultdict(list)
+    content = _content(path, folder, notes)
     if not folder.is_dir():
         raise StudyError(f"{printable(folder)} is not a folder: give the folder of the images of {path}")
-    notes: Notes = defaultdict(list)
     entries = _entries(path, content, "image", "images", ImageEntry)
     records = _records(path, folder, entries, notes, skip_bad_images)
     named = _entries(path, content, "category", "categories", CategoryEntry)
@@ -135,13 +137,28 @@ def only_crowds(instances: Sequence[Instance]) -> str:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())  # of bytes it knows UTF-8, 16 and 32, with and without a mark
-    except OSError as error:
-        raise StudyError(f"{path} cannot be read ({error.strerror}): check the path") from error
-    except (ValueError, RecursionError) as error:
-        raise StudyError(f"{path} is not valid JSON ({error}): repair or export it again") from error
+def per_image_files(folder: Path) -> tuple[dict[Path, dict[str, Any]], list[str]]:
+    """What is in a folder's labelme and SA-1B files; the names of its other JSON files."""
+    paths = [path for path in visible_files(folder) if path.suffix.lower() == ".json" and path.is_file()]
+    found = dict[Path, dict[str, Any]]()
+    for path in paths:
+        with contextlib.suppress(StudyError):  # what cannot be read is none of them
+            content = _read_json(path)
+            found |= {path: content} if is_per_image(content) else {}
+    return found, [path.name for path in paths if path not in found]
+
+
+def _content(path: Path, folder: Path, notes: Notes) -> dict[str, Any]:
+    """What a COCO file holds, or would hold if one stood in the place of a file for each image."""
+    if path.is_dir():
+        files, others = per_image_files(path)
+        if not files:
+            raise StudyError(f"{printable(path)} has no labelme or SA-1B files: give them, or a COCO JSON file")
+        notes.update({("file", "neither labelme's nor SA-1B's: left out"): others} if others else {})
+        return as_coco(files, folder)
+    content = _read_json(path)
+    if is_per_image(content):
+        return as_coco({path: content}, folder)
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         known = [OTHER_FORMATS[key] for key in content if key in OTHER_FORMATS] if isinstance(content, dict) else []
         why = f"it is in {known[0]} format" if known else 'no list "images"'
@@ -149,6 +166,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not content["images"]:
         raise StudyError(f"{path} lists no images: choose a COCO file with some")
     return content
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())  # of bytes it knows UTF-8, 16 and 32, with and without a mark
+    except OSError as error:
+        raise StudyError(f"{path} cannot be read ({error.strerror}): check the path") from error
+    except (ValueError, RecursionError) as error:
+        raise StudyError(f"{path} is not valid JSON ({error}): repair or export it again") from error
 
 
 def _entries(path: Path, content: dict[str, Any], what: str, key: str, model: type[Entry]) -> list[Entry]:

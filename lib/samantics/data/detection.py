@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from samantics.data.coco import CocoDataset, ImageRecord, check_images, load_coco
+from samantics.data.coco import CocoDataset, ImageRecord, check_images, load_coco, per_image_files
 from samantics.data.fetch import coco_subset
 from samantics.data.folders import counted, image_size, listing, readable_endings, visible_files
+from samantics.data.per_image import UNNAMED
 from samantics.data.references import ReferenceRule, matched_categories, shared_images
 from samantics.errors import StudyError
 from samantics.models import pocket
@@ -36,7 +37,7 @@ def load_data(
     min_area: float = ReferenceRule.min_area,
     target_images: str = "",
 ) -> Data:
-    """The COCO files where given (the targets may be a folder of images), else the scale's own data.
+    """The COCO files where given (or labelme's or SA-1B's; targets may be images alone), else the scale's own data.
 
     At `pocket` that is MojiWorld scenes, at `lite` images of COCO val2017, which are fetched.
 
@@ -58,10 +59,12 @@ def load_data(
         if lacking:
             raise StudyError(f"own data needs --references, --targets and --images: --{lacking[0]} is missing")
         files = [load_coco(references, images, skip_bad_images)]
-        if Path(targets).is_dir():
+        if Path(targets).is_dir() and not per_image_files(Path(targets))[0]:
             files.append(unannotated(Path(targets), skip_bad_images))
         else:
             files.append(load_coco(targets, target_images or images, skip_bad_images))
+        if UNNAMED not in files[0].categories.values():
+            files[1] = _without_unnamed(files[1])
         datasets = [check_images(dataset, skip_bad_images) for dataset in files]
         rule = ReferenceRule(min_area=min_area, relative=True)  # a photograph's pixels, at every scale
     elif settings.target_scenes:
@@ -78,6 +81,14 @@ def load_data(
     run.record("reference_data", matched.hash)
     run.record("target_data", datasets[1].hash)
     return Data(matched, datasets[1], rule, names, every_note)
+
+
+def _without_unnamed(targets: CocoDataset) -> CocoDataset:
+    """Targets whose masks have no names are predicted and not measured."""
+    if {*targets.categories.values()} != {UNNAMED}:
+        return targets
+    notes = (*targets.notes, f"{targets.path.name}: SA-1B's masks have no names: the targets are not measured")
+    return dataclasses.replace(targets, categories={}, instances=(), annotated=False, notes=notes)
 
 
 def scenes(run: Run, stream: str, count: int) -> CocoDataset:
