@@ -56,13 +56,13 @@ def notebook_page(notebook: nbformat.NotebookNode, title: str) -> str:
 def write_report(figures: Path) -> Path:
     """Write `index.html` of a folder of figures: findings, each notebook's figures and tables, their origin.
 
-    Results that a notebook's newest run did not write again are shown as an earlier run's.
+    Shown is what a notebook's newest run wrote, and nothing of one that failed: its page says how far it came.
     """
     times, results = figures / "run.csv", [_result(path) for path in sorted(figures.glob("[0-9A-Z][0-9]_*.json"))]
     runs = pd.read_csv(times, keep_default_na=False) if times.is_file() else pd.DataFrame({"notebook": []})
     newest = {row["notebook"]: row for row in runs.to_dict("records")}
-    for result in results:
-        result["earlier"] = str(result["written"]) < newest.get(result["notebook"], {}).get("started", "")
+    ends = {name: "9" if row.get("error") else str(row.get("started", "")) for name, row in newest.items()}
+    results = [result for result in results if str(result["written"]) >= ends.get(result["notebook"], "")]
     executed = {path.stem: path for path in figures.glob("notebooks/*.ipynb")}
     sections = [
         {

@@ -88,6 +88,8 @@ def run_study(
         for folder in (figures_dir() / scale, cache_dir() / scale):
             remove_leftovers(folder, "**/.*")
         prepare(scale, [path.stem.split("_")[0] for path in values], given)
+        if own and own_figures(scale) != figures_dir() / scale:  # whose results would stand beside these
+            shutil.rmtree(own_figures(scale), ignore_errors=True)
         for path, names in values.items():
             mine = ", ".join(own[name] for name in own if name in names)
             figures = (own_figures(scale) if mine else figures_dir() / scale).resolve()
@@ -207,6 +209,7 @@ def execute(path: Path, figures: Path, parameters: Mapping[str, Any]) -> Outcome
                 kernel_name="python3",
                 language="python",
                 progress_bar=bar,
+                stderr_file=Bars(),
                 cwd=path.parent,
                 start_timeout=10**6,  # seconds of a clock that may jump by days; a kernel that dies is noticed anyway
                 shutdown_kernel="immediate",  # a kernel with torch takes 1.6 s to take itself apart
@@ -231,6 +234,24 @@ def write_pages(figures: Path, notebook: str) -> Path:
     with atomic_path(executed.with_suffix(".html")) as temporary:
         temporary.write_text(notebook_page(nbformat.read(executed, as_version=4), executed.stem), encoding="utf-8")
     return write_report(figures)
+
+
+class Bars:
+    """Shows on the terminal the bars of a kernel, which name the image at work, and nothing else of its stderr."""
+
+    last = 0.0
+
+    def write(self, text: str) -> None:
+        """Pass text on if it draws bars; where nobody watches, a line every ten seconds."""
+        if "\r" in text and sys.stderr.isatty():
+            sys.stderr.write(text)
+        elif (line := text.strip().split("\r")[-1]) and "\r" in text and time.monotonic() > self.last + 10:
+            self.last = time.monotonic()
+            sys.stderr.write(f"{line}\n")
+
+    def flush(self) -> None:
+        """What papermill asks for after each text."""
+        sys.stderr.flush()
 
 
 def _pictures(figures: Path, notebook: Path) -> set[tuple[str, int, int]]:
@@ -262,6 +283,7 @@ def clean_notebook(path: Path) -> None:
         cell.metadata.pop("execution", None)
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell.id = "injected-parameters"  # papermill draws one at random
+        cell.get("outputs", [])[:] = [out for out in cell.get("outputs", []) if out.get("text", "x").strip()]  # bars
         for output in cell.get("outputs", []):
             if png := output.get("data", {}).get("image/png"):
                 small = io.BytesIO()

@@ -46,14 +46,14 @@ def test_report_has_findings_figures_tables_and_origin(report: Path) -> None:
     assert "abc123" in text and "&lt;b&gt;" in text and text.count("not measured") >= 5
 
 
-def test_what_the_newest_run_did_not_make_again_is_an_earlier_runs(report: Path) -> None:
+def test_results_of_an_earlier_run_and_of_a_failed_one_are_not_shown(report: Path) -> None:
     times = report.parent / "run.csv"
-    assert "From an earlier run" not in report.read_text() and "on your own data" not in report.read_text()
-    run = {"data": "photos", "started": "2999-01-01T00:00:00+00:00", "error": "99_test stopped in cell [2]: no class"}
-    pd.read_csv(times).assign(**run).to_csv(times, index=False)
-    text = write_report(report.parent).read_text()
-    assert text.count("From an earlier run") == 2 and "on your own data: <b>photos</b>" in text
-    assert "This run stopped: 99_test stopped in cell [2]: no class" in text
+    runs = pd.read_csv(times).assign(data="photos")
+    for change, shown in (({"started": "1999-01-01"}, 2), ({"started": "2999-01-01"}, 0), ({"error": "stopped in cell [2]"}, 0)):
+        runs.assign(**change).to_csv(times, index=False)
+        text = write_report(report.parent).read_text()
+        assert text.count("99_table: Only numbers.") + text.count('href="99_line.csv"') == shown
+        assert "on your own data: <b>photos</b>" in text and ("stopped in cell [2]" in text) == ("error" in change)
 
 
 def test_links_inside_the_report_lead_to_files(report: Path) -> None:

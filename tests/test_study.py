@@ -79,6 +79,7 @@ def test_own_data_runs_05_and_its_results_lie_beside_those_of_pocket(
     assert all(path.read_bytes() == content for path, content in before.items())
     (outcome,) = study.run_study("pocket", only=["00"], parameters={"references": own_notebooks / "mine.json"})
     assert outcome.notebook == "00_good" and (figures / "own_data" / "00_picture.png").is_file()
+    assert not (figures / "own_data" / "05_picture.png").exists()  # of other data, for all that is known
 
 
 def test_notebook_whose_kernel_dies_is_named(own_notebooks: Path) -> None:

@@ -99,7 +99,11 @@ def test_inputs(pocket_run: Run, tmp_path: Path) -> None:
     run, folder, files = your_data.inputs(pocket_run, "", none)
     assert run.figures == pocket_run.figures and len(list(Path(folder).glob("*/*.png"))) == 48
     assert len(coco.load_coco(files["targets"], files["images"]).images) == 8
+    old = pocket_run.figures / "own_data" / "05_ap.csv"
+    old.parent.mkdir(parents=True)
+    old.touch()
     run, folder, files = your_data.inputs(pocket_run, str(tmp_path), none, "official", shots=3)
+    assert not old.exists()
     assert run.figures.name == "own_data" and folder == str(tmp_path) and not files
     assert run.scale.weights == "official" and run.scale.pipeline.shots == 3
 

@@ -30,6 +30,7 @@ from samantics.data.instances import (
     check_images,
     clipped,
     read_image,
+    shown,
     xywh,
 )
 from samantics.data.masks import OUTSIDE, Mask, Rle, box_rle, is_pixel, mask_of, parsed_rle, rles_of
@@ -38,7 +39,7 @@ from samantics.errors import StudyError
 
 __all__ = [  # what works on COCO data imports it from here, wherever it is made
     "Box", "CocoDataset", "ImageRecord", "Instance", "Mask", "Rle", "annotation", "box_iou", "check_images",
-    "load_coco", "mask_of", "read_image", "rles_of", "write_coco", "xywh",
+    "load_coco", "mask_of", "read_image", "rles_of", "shown", "write_coco", "xywh",
 ]  # fmt: skip
 
 LARGEST_ID = 2**63 - 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
+from tqdm import tqdm  # as text, also in notebooks: what runs them passes it on to its terminal
 
 from samantics.cache import hash_value
 from samantics.data.folders import counted, image_size, is_turned, listing, open_image, printable
@@ -127,6 +129,14 @@ def read_image(dataset: CocoDataset, image_id: int) -> Image.Image:
         sizes = f"{image.width}x{image.height} pixels, but {dataset.path} says {record.width}x{record.height}"
         raise StudyError(f"{printable(path)} has {sizes} (image {image_id}): correct the entry")
     return image
+
+
+def shown(dataset: CocoDataset, image_ids: Iterable[int], what: str) -> Iterator[int]:
+    """The ids one after the other, with a bar that counts the images and names the one at work."""
+    with tqdm(list(image_ids), what, unit="image", mininterval=0.2, leave=False) as bar:
+        for image_id in bar:
+            bar.set_postfix_str(printable(dataset.images[image_id].file))
+            yield image_id
 
 
 def check_images(dataset: CocoDataset, skip_bad_images: bool = False) -> CocoDataset:

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from samantics.cache import atomic_path, cache_dir, hash_value, reading, remove_leftovers, write_json
 from samantics.data.folders import Images
@@ -234,7 +234,7 @@ def _encode_shards(job: _Job, pending: Sequence[int], workers: int) -> None:
     """Encode what nobody else is encoding, then wait for (or take over) what others had begun."""
     reasons: list[str] = []
     done = len(job.images) - sum(len(job.rows(shard)) for shard in pending)
-    bar = tqdm(total=len(job.images), initial=done, unit="image", desc=job.encoder.name, disable=None)
+    bar = tqdm(total=len(job.images), initial=done, unit="image", desc=job.encoder.name, mininterval=0.2, leave=False)
     with ThreadPoolExecutor(workers) as pool, bar:
         for patience in (0.0, -1.0):  # seconds to wait for a lock; -1 is for ever
             left = []
@@ -242,20 +242,22 @@ def _encode_shards(job: _Job, pending: Sequence[int], workers: int) -> None:
                 try:
                     with FileLock(job.path(shard).with_suffix(".lock"), timeout=patience):
                         if not job.path(shard).exists():
-                            reasons += _encode_shard(job, shard, pool)
+                            reasons += _encode_shard(job, shard, pool, bar)
                             job.check_readable(reasons)
-                    bar.update(len(job.rows(shard)))
+                        else:
+                            bar.update(len(job.rows(shard)))
                 except Timeout:
                     left.append(shard)
             pending = left
 
 
-def _encode_shard(job: _Job, shard: int, pool: ThreadPoolExecutor) -> list[str]:
+def _encode_shard(job: _Job, shard: int, pool: ThreadPoolExecutor, bar: tqdm[Any]) -> list[str]:
     """Encode and write one shard; returns why some of its images were unreadable."""
     rows, parts, faults = job.rows(shard), [], list[str]()
     for inputs in _prefetched(job, rows, pool):
         parts.append(_encode_batch(job, inputs))
         faults += [item.fault for item in inputs]
+        bar.update(len(inputs))
     features = {":".join(readout): np.concatenate([part[readout] for part in parts]) for readout in job.readouts}
     for name, block in features.items():
         if not np.isfinite(block).all():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,10 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm.auto import tqdm
 
 from samantics.cache import cache_dir, hash_value, kept, reading, remove_leftovers
-from samantics.data.coco import CocoDataset, Instance, Rle, mask_of, read_image
+from samantics.data.coco import CocoDataset, Instance, Rle, mask_of, read_image, shown
 from samantics.errors import StudyError
 from samantics.models.encoder import PIXELS_AT_ONCE, Encoder
 from samantics.models.preprocessing import Geometry
@@ -178,12 +178,13 @@ def encode_masks(
     """
     folder = folder or cache_dir() / "mask_features"
     remove_leftovers(folder)
-    ids, places = list(masks), dict[int, Path]()
+    places = dict[int, Path]()
     key = [FORMAT, {name: encoder.key for name, encoder in encoders.items()}, dataset.hash, view]
     batch = _batch(max(encoder.image_size for encoder in encoders.values()))
     read = functools.partial(_read, encoders, dataset, VIEWS[view])
-    for start in tqdm(range(0, len(ids), batch), desc="features of masks", mininterval=1, leave=False):
-        chosen = {image_id: masks[image_id] for image_id in ids[start : start + batch]}
+    bar = shown(dataset, masks, "features of masks")
+    while some := list(itertools.islice(bar, batch)):
+        chosen = {image_id: masks[image_id] for image_id in some}
         counts = [(image_id, [rle["counts"] for rle in rles]) for image_id, rles in chosen.items()]
         path = folder / f"{hash_value([*key, counts])}.npz"
         if not path.is_file():  # else nothing is read yet

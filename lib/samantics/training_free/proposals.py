@@ -20,10 +20,9 @@ from PIL import Image
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 from torchvision.ops import masks_to_boxes, nms
-from tqdm.auto import tqdm
 
 from samantics.cache import cache_dir, hash_value, kept, reading, remove_leftovers
-from samantics.data.coco import CocoDataset, Instance, Rle, mask_of, read_image, rles_of
+from samantics.data.coco import CocoDataset, Instance, Rle, mask_of, read_image, rles_of, shown
 from samantics.errors import StudyError
 from samantics.models.encoder import Encoder
 from samantics.training_free.decoder import MASK_THRESHOLD, EncodedImage, PointDecoder, encode_image
@@ -189,7 +188,7 @@ def get_proposals(
     remove_leftovers(folder)
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     found = {}
-    for image_id in tqdm(list(dataset.images)[rank::world], f"proposals of {encoder.name}", mininterval=1, leave=False):
+    for image_id in shown(dataset, list(dataset.images)[rank::world], f"proposals of {encoder.name}"):
         path = folder / f"{image_id}.json"
         stored = kept(path, functools.partial(_stored, encoder, dataset, settings, image_id))
         with reading(path):

@@ -17,11 +17,10 @@ from matplotlib.font_manager import findfont
 from numpy.typing import NDArray
 from PIL import Image
 from torchvision.utils import draw_bounding_boxes
-from tqdm.auto import tqdm
 
 from samantics import plots
 from samantics.cache import atomic_path, write_json
-from samantics.data.coco import CocoDataset, load_coco, mask_of, read_image, write_coco
+from samantics.data.coco import CocoDataset, load_coco, mask_of, read_image, shown, write_coco
 from samantics.data.folders import ImageFolder
 from samantics.errors import StudyError
 from samantics.metrics.coco_ap import Result
@@ -58,7 +57,10 @@ def inputs(
     scale = dataclasses.replace(run.scale, weights=weights or run.scale.weights, pipeline=settings)
     run, own = dataclasses.replace(run, scale=scale), any(files.values())
     if folder or own:
-        return own_data(run), folder, dict(files) if own else {}
+        run = own_data(run)
+        for old in run.figures.glob("05_*"):  # of other data
+            shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink()
+        return run, folder, dict(files) if own else {}
     return run, str(_example_folder(run.cache / "example/folder")), _example_files(run.cache / "example")
 
 
@@ -133,7 +135,8 @@ def export(results: Sequence[Result], dataset: CocoDataset, names: Mapping[int, 
     shutil.rmtree(folder, ignore_errors=True)
     place = {category: number for number, category in enumerate(names)}
     stems, annotations = _stems(dataset), list[dict[str, Any]]()
-    for image_id, record in tqdm(dataset.images.items(), desc="files to take away", mininterval=1, leave=False):
+    for image_id in shown(dataset, dataset.images, "files to take away"):
+        record = dataset.images[image_id]
         found = [result for result in results if result["image_id"] == image_id]
         masks = [mask_of(result["segmentation"]) for result in found]
         labels = np.zeros((record.height, record.width), np.uint8 if len(names) < 256 else np.uint16)
