@@ -49,7 +49,11 @@ def test_report_has_findings_figures_tables_and_origin(report: Path) -> None:
 def test_results_of_an_earlier_run_and_of_a_failed_one_are_not_shown(report: Path) -> None:
     times = report.parent / "run.csv"
     runs = pd.read_csv(times).assign(data="photos")
-    for change, shown in (({"started": "1999-01-01"}, 2), ({"started": "2999-01-01"}, 0), ({"error": "stopped in cell [2]"}, 0)):
+    for change, shown in (
+        ({"started": "1999-01-01"}, 2),
+        ({"started": "2999-01-01"}, 0),
+        ({"error": "stopped in cell [2]"}, 0),
+    ):
         runs.assign(**change).to_csv(times, index=False)
         text = write_report(report.parent).read_text()
         assert text.count("99_table: Only numbers.") + text.count('href="99_line.csv"') == shown

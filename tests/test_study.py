@@ -66,8 +66,9 @@ def test_own_data_runs_05_and_its_results_lie_beside_those_of_pocket(
     own_notebooks: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("00_good", "05_your_data"):
-        write_notebook(own_notebooks, name, f'NAME = "{name}"\n{SAVE}')
+        write_notebook(own_notebooks, name, f'NAME = "{name}"\n{SAVE}\nfrom tqdm import tqdm\nlist(tqdm([1], "a bar"))')
     study.run_study("pocket")
+    assert "a bar: " in capsys.readouterr().err
     figures = figures_dir() / "pocket"
     before = {path: path.read_bytes() for path in figures.rglob("*") if path.is_file()}
     (own_notebooks / "mine.json").touch()

@@ -10,7 +10,7 @@ import re
 import stat
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -68,6 +68,15 @@ def open_image(path: Path | str, size: tuple[int, int] | None = None) -> Image.I
     with _opened(path) as image:
         shown = ImageOps.exif_transpose(image)
         return _as_rgb(image if image.size == size != shown.size else shown, path)
+
+
+def readable(images: Images, rows: Iterable[int]) -> dict[int, Any]:
+    """The pictures at these rows, by row, without damaged ones."""
+    found = dict[int, Any]()
+    for row in map(int, rows):
+        with contextlib.suppress(StudyError):
+            found[row] = images[row]
+    return found
 
 
 def image_size(path: Path | str) -> tuple[int, int]:

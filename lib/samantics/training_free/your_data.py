@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import shutil
 from collections import Counter
@@ -21,8 +20,6 @@ from torchvision.utils import draw_bounding_boxes
 from samantics import plots
 from samantics.cache import atomic_path, write_json
 from samantics.data.coco import CocoDataset, load_coco, mask_of, read_image, shown, write_coco
-from samantics.data.folders import ImageFolder
-from samantics.errors import StudyError
 from samantics.metrics.coco_ap import Result
 from samantics.models import pocket
 from samantics.mojiworld import catalogue as tables
@@ -87,15 +84,6 @@ def _example_files(home: Path) -> dict[str, str]:
         write_coco(path, images, scenes.categories, scenes.instances)
         files[role] = str(path)
     return files
-
-
-def samples(images: ImageFolder, most: int = 8) -> list[Image.Image]:
-    """Pictures at even steps through a folder, damaged ones left out."""
-    found = []
-    for row in range(0, len(images), -(-len(images) // most)):
-        with contextlib.suppress(StudyError):
-            found.append(images[row])
-    return found
 
 
 def top_results(results: Sequence[Result], min_score: float = 0.0, most: int = 20) -> list[Result]:
