@@ -31,7 +31,7 @@ from plan import prepare
 from report import notebook_page, write_report
 from samantics.cache import PROJECT, atomic_path, cache_dir, remove_leftovers
 from samantics.errors import StudyError
-from samantics.run import available_cores, checked_seed, few_colours, figures_dir, own_figures
+from samantics.run import available_cores, checked_seed, empty_own, few_colours, figures_dir, own_figures
 from samantics.scales import get_scale
 
 NOTEBOOKS = PROJECT / "notebooks"
@@ -89,7 +89,7 @@ def run_study(
             remove_leftovers(folder, "**/.*")
         prepare(scale, [path.stem.split("_")[0] for path in values], given)
         if own and own_figures(scale) != figures_dir() / scale:  # whose results would stand beside these
-            shutil.rmtree(own_figures(scale), ignore_errors=True)
+            empty_own(own_figures(scale), "*", [given[name] for name in own])
         for path, names in values.items():
             mine = ", ".join(own[name] for name in own if name in names)
             figures = (own_figures(scale) if mine else figures_dir() / scale).resolve()

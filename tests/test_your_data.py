@@ -104,6 +104,8 @@ def test_inputs(pocket_run: Run, tmp_path: Path) -> None:
     old.touch()
     run, folder, files = your_data.inputs(pocket_run, str(tmp_path), none, "official", shots=3)
     assert not old.exists()
+    with pytest.raises(StudyError, match=r"05_ap\.csv lies in a folder that a run on own data empties: copy it"):
+        your_data.inputs(pocket_run, "", none | {"references": str(old)})
     assert run.figures.name == "own_data" and folder == str(tmp_path) and not files
     assert run.scale.weights == "official" and run.scale.pipeline.shots == 3
 

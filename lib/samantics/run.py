@@ -8,8 +8,10 @@ import functools
 import importlib.metadata
 import os
 import platform
+import shutil
 import subprocess
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,15 @@ def own_data(run: Run) -> Run:
 def own_figures(scale: str) -> Path:
     """Folder of what a run on the user's own data leaves: the scale's at `paper`, which has no other data."""
     return figures_dir() / scale / ("own_data" if scale != "paper" else "")
+
+
+def empty_own(figures: Path, pattern: str, given: Iterable[str]) -> None:
+    """Remove what runs on other data left in their folder; StudyError where the files given now are part of it."""
+    for path in given:
+        if Path(path).resolve().is_relative_to(figures.resolve()):
+            raise StudyError(f"{path} lies in a folder that a run on own data empties: copy it elsewhere")
+    for old in figures.glob(pattern):
+        shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
 
 
 def figures_dir() -> Path:

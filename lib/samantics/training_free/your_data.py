@@ -25,7 +25,7 @@ from samantics.models import pocket
 from samantics.mojiworld import catalogue as tables
 from samantics.mojiworld.rendered import write_scenes
 from samantics.mojiworld.world import Stream, World, picture, visible_drawings
-from samantics.run import Run, own_data
+from samantics.run import Run, empty_own, own_data
 
 EXAMPLE = {"classes": 4, "pictures": 12, "references": 80, "targets": 8}  # of each what the example has
 FONT = findfont("DejaVu Sans")
@@ -55,8 +55,7 @@ def inputs(
     run, own = dataclasses.replace(run, scale=scale), any(files.values())
     if folder or own:
         run = own_data(run)
-        for old in run.figures.glob("05_*"):  # of other data
-            shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink()
+        empty_own(run.figures, "05_*", filter(None, [folder, *files.values()]))
         return run, folder, dict(files) if own else {}
     return run, str(_example_folder(run.cache / "example/folder")), _example_files(run.cache / "example")
 
