@@ -26,17 +26,8 @@ from samantics.metrics.intervals import Interval
 
 EMBEDDED_WIDTH = 1400  # pixels of the pictures inside the report; the full ones lie beside it
 ROWS_SHOWN = 60  # of a table without a picture
-ORIGIN = (
-    "scale",
-    "mark",
-    "seed",
-    "git_revision",
-    "written",
-    "machine",
-    "python",
-    "packages",
-    "recorded",
-)  # of a result's record
+# of a result's record
+ORIGIN = ("scale", "mark", "seed", "git_revision", "written", "machine", "python", "packages", "recorded")
 TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
 
 

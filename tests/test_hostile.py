@@ -50,12 +50,10 @@ from samantics.run import Run
 from samantics.training_free.mask_features import encode_masks
 from samantics.training_free.proposals import ProposalSettings, get_proposals
 from stub_encoder import MEAN, LookUp
-from test_coco import content
-from test_folders import encoded
+from test_coco import INF, NAN, RUNS, content, load
+from test_folders import JPEG, PICTURE, encoded
 
 FOREVER = 20  # seconds
-NAN, INF = float("nan"), float("inf")
-PICTURE = Image.fromarray(np.linspace(0, 255, 40 * 30 * 3).reshape(30, 40, 3).astype(np.uint8))
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow and torch also warn of what is damaged
 searched = settings(
     deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -178,7 +176,6 @@ def test_odd_image_files_are_refused(case: Case, tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "proof").exists()
 
 
-JPEG = encoded(PICTURE, "JPEG")
 CHANGES = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=8)
 
 
@@ -298,15 +295,6 @@ def test_an_archive_cannot_write_outside_its_folder(what: str, tmp_path: Path, m
 
 
 # ------------------------------------------------------------------------------------------------------------- COCO
-
-
-def load(folder: Path, data: Any) -> coco.CocoDataset:
-    Image.new("RGB", (100, 80)).save(folder / "a.png")
-    (folder / "x.json").write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode())
-    return coco.load_coco(folder / "x.json", folder)
-
-
-RUNS = {"size": [80, 100]}
 
 
 def test_any_name_of_a_category_is_shown_and_never_run(tmp_path: Path, pocket_run: Run) -> None:

@@ -27,39 +27,24 @@ from samantics.run import Run
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The images that a task trains or tests on: a whole split.
+    """The images that a task trains or tests on: a whole split."""
 
-    Attributes:
-        split: its name.
-        labels: `(N,)` class labels from 0.
-        kinds: `(N,)` what kind of picture each is (`studio` or `object`); None where there is but one kind.
-    """
-
-    split: str
-    labels: NDArray[np.int64]
-    kinds: NDArray[np.str_] | None = None
+    split: str  # its name
+    labels: NDArray[np.int64]  # (N,) class labels from 0
+    kinds: NDArray[np.str_] | None = None  # (N,) `studio` or `object`; None where there is but one kind of picture
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One question that is asked of an encoder's features.
+    """One question that is asked of an encoder's features."""
 
-    Attributes:
-        name: `view`, `artist` or `class`.
-        classes: names of the labels.
-        train, test: the images of each.
-        families: of every class the name of its superclass (or its own).
-        prompts: of every class, for CLIP; empty where the CLIP at hand does not know its words.
-        groups: `(N,)` of the train images: what is held out together when a probe chooses its settings.
-    """
-
-    name: str
-    classes: tuple[str, ...]
+    name: str  # `view`, `artist` or `class`
+    classes: tuple[str, ...]  # names of the labels
     train: Part
     test: Part
-    families: tuple[str, ...]
-    prompts: tuple[tuple[str, ...], ...] = ()
-    groups: NDArray[np.int64] | None = None
+    families: tuple[str, ...]  # of every class the name of its superclass (or its own)
+    prompts: tuple[tuple[str, ...], ...] = ()  # of every class, for CLIP; empty where it does not know its words
+    groups: NDArray[np.int64] | None = None  # (N,) of train: what is held out together when a probe chooses settings
 
     @property
     def chance(self) -> float:
@@ -69,25 +54,15 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class ClassificationData:
-    """Images and their tasks.
+    """Images and their tasks."""
 
-    Attributes:
-        name: of the data, for titles.
-        splits: images by split name.
-        hashes: identifies each split.
-        tasks: by name, the headline last.
-        masks: `(N, H, W)` bool-like object masks of each split, for object pooling; empty where there are none.
-        notes: what the reader should know of the files.
-        max_unreadable: images that may be damaged, see `encode_images`.
-    """
-
-    name: str
-    splits: Mapping[str, Images]
-    hashes: Mapping[str, str]
-    tasks: Mapping[str, Task]
-    masks: Mapping[str, Images]
-    notes: tuple[str, ...] = ()
-    max_unreadable: float = 0.01
+    name: str  # of the data, for titles
+    splits: Mapping[str, Images]  # images by split name
+    hashes: Mapping[str, str]  # identifies each split
+    tasks: Mapping[str, Task]  # by name, the headline last
+    masks: Mapping[str, Images]  # (N, H, W) bool-like object masks of each split; empty where there are none
+    notes: tuple[str, ...] = ()  # what the reader should know of the files
+    max_unreadable: float = 0.01  # images that may be damaged, see `encode_images`
 
 
 def scale_data(run: Run, folder: Path | str = "", skip_bad_images: bool = False) -> ClassificationData:

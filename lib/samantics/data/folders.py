@@ -164,19 +164,12 @@ def listing(values: Sequence[Any]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ImageFolder:
-    """One split of a folder of images; `folder[i]` opens image `i`.
+    """One split of a folder of images; `folder[i]` opens image `i`."""
 
-    Attributes:
-        paths: of the images, sorted.
-        labels: `(N,)` int64, positions in `classes`.
-        classes: names of the sub-folders, sorted.
-        notes: a line for each kind of file that was left out.
-    """
-
-    paths: tuple[Path, ...]
-    labels: NDArray[np.int64]
-    classes: tuple[str, ...]
-    notes: tuple[str, ...] = ()
+    paths: tuple[Path, ...]  # of the images, sorted
+    labels: NDArray[np.int64]  # (N,) positions in `classes`
+    classes: tuple[str, ...]  # names of the sub-folders, sorted
+    notes: tuple[str, ...] = ()  # a line for each kind of file that was left out
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,49 +38,31 @@ class ImageRecord:
 
 @dataclasses.dataclass(frozen=True)
 class Instance:
-    """One annotated object.
-
-    Attributes:
-        box: `(x0, y0, x1, y1)` pixels, inside the image.
-        area: pixels of the mask, as the file says it (COCO's area ranges are decided by it).
-        rle: the mask; the whole box where `box_only`.
-        crowd: the mask stands for a group; evaluation ignores what falls on it and it is never a reference.
-        box_only: the file has a box and no mask of it. As a reference it needs a mask made from the box.
-        artist, split: MojiWorld only: who drew it, and of which split that artist is (`train`, `validation`, `test`).
-    """
+    """One annotated object; `artist` and `split` (`train`, `validation`, `test`) say who drew it, in MojiWorld only."""
 
     id: int
     image_id: int
     category_id: int
-    box: Box
-    area: float
-    rle: Rle = dataclasses.field(hash=False, repr=False)
-    crowd: bool = False
+    box: Box  # inside the image
+    area: float  # pixels of the mask, as the file says it (COCO's area ranges are decided by it)
+    rle: Rle = dataclasses.field(hash=False, repr=False)  # the mask; the whole box where `box_only`
+    crowd: bool = False  # stands for a group: evaluation ignores what falls on it, and it is never a reference
     artist: str = ""
     split: str = ""
-    box_only: bool = False
+    box_only: bool = False  # the file has a box and no mask; as a reference it needs a mask made from the box
 
 
 @dataclasses.dataclass(frozen=True)
 class CocoDataset:
-    """Checked instance data.
+    """Checked instance data."""
 
-    Attributes:
-        path: the JSON file.
-        folder: of its images.
-        images, categories: by id; categories are names.
-        instances: in the file's order.
-        annotated: False where the file has no annotations at all: then nothing can be measured on it.
-        notes: a line for each kind of fault that was mended or left out in reading, with a count.
-    """
-
-    path: Path
-    folder: Path
-    images: dict[int, ImageRecord]
-    categories: dict[int, str]
-    instances: tuple[Instance, ...]
-    annotated: bool
-    notes: tuple[str, ...] = ()
+    path: Path  # the JSON file
+    folder: Path  # of its images
+    images: dict[int, ImageRecord]  # by id
+    categories: dict[int, str]  # names by id
+    instances: tuple[Instance, ...]  # in the file's order
+    annotated: bool  # False where the file has no annotations at all: then nothing can be measured on it
+    notes: tuple[str, ...] = ()  # a line for each kind of fault that was mended or left out in reading, with a count
 
     @functools.cached_property
     def by_image(self) -> dict[int, tuple[Instance, ...]]:
@@ -92,10 +74,13 @@ class CocoDataset:
 
     def first(self, count: int) -> CocoDataset:
         """The first so many images, with their objects."""
-        images = dict(list(self.images.items())[:count])
-        return dataclasses.replace(
-            self, images=images, instances=tuple(i for i in self.instances if i.image_id in images)
-        )
+        return self.only({*list(self.images)[:count]})
+
+    def only(self, image_ids: Collection[int], *notes: str) -> CocoDataset:
+        """These images, with their objects; further notes."""
+        images = {image_id: record for image_id, record in self.images.items() if image_id in image_ids}
+        instances = tuple(instance for instance in self.instances if instance.image_id in images)
+        return dataclasses.replace(self, images=images, instances=instances, notes=(*self.notes, *notes))
 
     @property
     def has_masks(self) -> bool:
@@ -175,12 +160,7 @@ def check_images(dataset: CocoDataset, skip_bad_images: bool = False) -> CocoDat
         photos = [dataset.images[image_id].file for image_id, (_, its) in found.items() if its == way]
         words = f"turned by EXIF: masks are taken to lie on the photo as it is {way}"
         lines += [f"{counted(len(photos), 'photo')} ({listing(photos)}): {words}"] * bool(photos)
-    return dataclasses.replace(
-        dataset,
-        images={image_id: record for image_id, record in dataset.images.items() if image_id not in bad},
-        instances=tuple(instance for instance in dataset.instances if instance.image_id not in bad),
-        notes=(*dataset.notes, *(f"{dataset.path.name}: {line}" for line in lines)),
-    )
+    return dataset.only(found.keys() - set(bad), *(f"{dataset.path.name}: {line}" for line in lines))
 
 
 # --------------------------------------------------------------------------------------------------------- boxes

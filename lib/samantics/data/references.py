@@ -19,23 +19,14 @@ PHOTO = 640 * 480  # pixels of a COCO photograph
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceRule:
-    """Which instances may serve as references; the paper's values (study, section 5), in pixels of a COCO photograph.
+    """Which instances may serve as references: the paper's values (section 5), in pixels of a COCO photograph."""
 
-    Attributes:
-        min_area: pixels, exclusive.
-        max_share: of the image's area, exclusive.
-        max_aspect: of the image, long side to short.
-        inset: pixels that the box keeps from the frame.
-        max_overlap: box IoU with any other box of the image.
-        relative: `min_area` and `inset` shrink with images of fewer pixels than a COCO photograph.
-    """
-
-    min_area: float = 32.0**2
-    max_share: float = 0.5
-    max_aspect: float = 5.0
-    inset: float = 10.0
-    max_overlap: float = 0.35
-    relative: bool = False
+    min_area: float = 32.0**2  # exclusive
+    max_share: float = 0.5  # of the image's area, exclusive
+    max_aspect: float = 5.0  # of the image, long side to short
+    inset: float = 10.0  # that the box keeps from the frame
+    max_overlap: float = 0.35  # box IoU with any other box of the image
+    relative: bool = False  # `min_area` and `inset` shrink with images of fewer pixels than a COCO photograph
 
     def refusal(self, instance: Instance, neighbours: Sequence[Instance], image: ImageRecord) -> str:
         """Why an instance cannot be a reference, empty where it can; `neighbours` are all instances of its image."""
