@@ -26,7 +26,7 @@ def rows(monkeypatch) -> dict[str, np.ndarray]:
         turn = sum(np.divmod(np.arange(count), len(own)))
         return rendered.Pictures(
             np.zeros((count, 1, 1, 3), np.uint8), np.ones((count, 1, 1), np.uint8),
-            shown[stream.name][:, None].astype(np.int16), (turn % 2).astype(np.uint8), np.zeros(count, np.uint8),
+            shown[stream.name][:, None].astype(np.int16), (turn % 2).astype(np.uint8),
         )  # fmt: skip
 
     monkeypatch.setattr(classification, "stored_pictures", blank)
