@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from textwrap import fill
 
@@ -45,15 +46,14 @@ def reference_figure(pipeline: Pipeline, most: int = 24) -> Figure:
 def gallery_figure(
     pipeline: Pipeline, results: Sequence[Result], judged: pd.DataFrame, image_ids: Sequence[int]
 ) -> Figure:
-    """Images with their true objects and, below, with the results that are rows of `judged` (see `verdicts`)."""
+    """Images under the names of their true objects and, below, with the results that are rows of `judged`."""
     dataset, names = pipeline.data.targets, pipeline.data.names
 
     def draw(axis: Axes, what: tuple[str, int]) -> None:
         row, image_id = what
-        objects, found = dataset.by_image[image_id], judged[judged["image_id"] == image_id]
-        masks, shades = [i.rle for i in objects], ["#DDDDDD"]
-        words = [names[i.category_id] for i in objects]
+        masks, shades, words = [i.rle for i in dataset.by_image[image_id]], ["#FFFFFF"], list[str]()
         if row == "predicted":
+            found = judged[judged["image_id"] == image_id]
             masks = [results[place]["segmentation"] for place in found.index]
             shades = [KIND_SHADES.get(kind, "#222222") for kind in found["kind"]]
             words = [names[category] for category in found["category_id"]]
@@ -62,7 +62,9 @@ def gallery_figure(
         plots.show_instances(axis, read_image(dataset, image_id), masks=decoded, names=words, shades=shades, tint=tint)
 
     rows = {row: [(row, image_id) for image_id in image_ids] for row in ("truth", "predicted")}
-    return plots.image_grid(rows, {"truth": [str(n) for n in image_ids]}, size=1.9, draw=draw)
+    shown = [Counter(names[i.category_id] for i in dataset.by_image[image_id]).items() for image_id in image_ids]
+    titles = ["\n".join(f"{count} {name}" for name, count in some) for some in shown]
+    return plots.image_grid(rows, {"truth": titles}, size=1.9, draw=draw)
 
 
 def likeness_map(encoder: Encoder, image: Image.Image, point: Point) -> NDArray[np.float32]:
