@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,8 +21,8 @@ from samantics.metrics.coco_ap import Result, ap_difference, ap_interval, evalua
 from samantics.metrics.intervals import Interval, bootstrap_statistic
 from samantics.training_free.mask_features import encode_masks
 from samantics.training_free.matching import match, ranked, result_of
-from samantics.training_free.pipeline import Pipeline, Variant, ap_row
-from samantics.training_free.proposals import Proposals, ProposalSettings, get_proposals, objects_of, propose
+from samantics.training_free.pipeline import Pipeline, Variant, ap_row, ap_table, kept_result
+from samantics.training_free.proposals import Proposals, ProposalSettings, get_proposals, objects_of, propose, surviving
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 FOREGROUND = 0.5  # IoU of a mask with the object that it stands for
@@ -41,20 +43,23 @@ def oracle_table(pipeline: Pipeline, variant: Variant) -> pd.DataFrame:
     `low` and `high` bound AP. `recall_ceiling` has no AP (proposals have no classes): its AR100 is the recall of all
     proposals, not only the best hundred, and the interval bounds that.
     """
-    targets, seeds = pipeline.data.targets, pipeline.references
-    found = pipeline.proposals(variant.proposals)
-    true_masks = dataclasses.replace(variant, proposals="truth")
-    outcomes = {
-        "none": [pipeline.predict(variant, seed) for seed in seeds],
-        "true_masks": [pipeline.predict(true_masks, seed) for seed in seeds],
-        "true_classes": [with_true_classes(targets, found)],
-        "best_mask": [best_masks(targets, found)],
-        "truth": [perfect_results(targets)],
-    }
-    rows = [{"oracle": name} | ap_row(targets, runs, "segm") for name, runs in outcomes.items()]
-    ceiling, low, high = recall(covered(targets, found))
-    rows.append({"oracle": "recall_ceiling", "iou_type": "segm", "AR100": ceiling, "low": low, "high": high})
-    return pd.DataFrame(rows)[["oracle", "iou_type", "AP", "AR100", "low", "high"]]
+    targets, columns = pipeline.data.targets, ["oracle", "iou_type", "AP", "AR100", "low", "high"]
+    predicted = ap_table(pipeline, [variant, dataclasses.replace(variant, proposals="truth")], ["segm"])
+
+    def annotated() -> pd.DataFrame:
+        found = pipeline.proposals(variant.proposals)
+        outcomes = {
+            "true_classes": with_true_classes(targets, found),
+            "best_mask": best_masks(targets, found),
+            "truth": perfect_results(targets),
+        }
+        rows = [{"oracle": name} | ap_row(targets, [results], "segm") for name, results in outcomes.items()]
+        ceiling, low, high = recall(covered(targets, found))
+        rows.append({"oracle": "recall_ceiling", "iou_type": "segm", "AR100": ceiling, "low": low, "high": high})
+        return pd.DataFrame(rows)[columns]
+
+    rest = kept_result(pipeline, [variant], ["oracles"], annotated, "csv")
+    return pd.concat([predicted.assign(oracle=["none", "true_masks"])[columns], rest], ignore_index=True)
 
 
 def with_true_classes(dataset: CocoDataset, proposals: Mapping[int, Proposals]) -> list[Result]:
@@ -116,28 +121,45 @@ def proposal_table(pipeline: Pipeline, settings: Mapping[str, ProposalSettings],
 
     Columns: `setting`; `seconds` of proposing, encoding included, per image, over five images; `proposals` per image,
     of which `wholes` (IoU with an object of one half or more), `parts` (not whole, and four fifths inside one object)
-    and `others`; `recall`; mask `AP, low, high`, named by `source`.
+    and `others`; `recall`; mask `AP, low, high`, named by `source`. A later run keeps all, the seconds too.
     """
-    scale, whole = pipeline.run.scale.pipeline, pipeline.data.targets
-    targets = whole.first(scale.grid_images)
-    sam, encoder, cache = pipeline.models["sam"], {source: pipeline.models[source]}, pipeline.run.cache
-    banks = [pipeline.bank(source, scale.shots, seed) for seed in pipeline.references]
-    timed, rows = [read_image(whole, image_id) for image_id in list(targets.images)[:5]], []
-    for name, setting in settings.items():
-        found = get_proposals(sam, targets, setting, cache / "proposals")
-        masks = {image_id: p.rles for image_id, p in found.items()}
-        features = encode_masks(encoder, targets, masks, cache / "mask_features")
-        runs = [[r for n, p in found.items() for r in match(n, p, features.of(source, n), b)] for b in banks]
-        row = ap_row(targets, runs, "segm")
+    scale, variant = pipeline.run.scale.pipeline, Variant(source=source, shots=pipeline.run.scale.pipeline.shots)
+    targets, columns = (
+        pipeline.data.targets.first(scale.grid_images),
+        "proposals wholes parts others recall AP low high",
+    )
+
+    def row(name: str, setting: ProposalSettings) -> list[Any]:
+        sam, encoder, cache = pipeline.models["sam"], {source: pipeline.models[source]}, pipeline.run.cache
+        alike = [other for other in settings.values() if other.points_per_side == setting.points_per_side]
+        loosest = dataclasses.replace(  # one set of masks, of which the filters of each setting leave some
+            setting,
+            predicted_iou=min(one.predicted_iou for one in alike),
+            stability=min(one.stability for one in alike),
+            box_nms=max(one.box_nms for one in alike),
+        )
+        every = get_proposals(sam, targets, loosest, cache / "proposals")
+        features = encode_masks(encoder, targets, {n: p.rles for n, p in every.items()}, cache / "mask_features")
+        left = {n: surviving(p, setting) for n, p in every.items()}
+        found = {n: p.select(left[n]) for n, p in every.items()}
+        banks = [pipeline.bank(source, scale.shots, seed) for seed in pipeline.references]
+        runs = [
+            [r for n, p in found.items() for r in match(n, p, features.of(source, n)[left[n]], bank)] for bank in banks
+        ]
+        ap = ap_interval([evaluate(targets, results, sizes=False) for results in runs])
+        kinds = np.sum([proposal_kinds(targets, n, p.rles) for n, p in found.items()], axis=0) / len(found)
+        timed = [read_image(targets, image_id) for image_id in list(targets.images)[:5]]
         started = time.perf_counter()
         for image in timed:
             propose(sam.model, image, setting)
         seconds = (time.perf_counter() - started) / len(timed)
-        kinds = np.sum([proposal_kinds(targets, n, p.rles) for n, p in found.items()], axis=0) / len(found)
-        ceiling = recall(covered(targets, found)).value
-        rows.append((name, seconds, kinds.sum(), *kinds, ceiling, row["AP"], row["low"], row["high"]))
-    columns = ["setting", "seconds", "proposals", "wholes", "parts", "others", "recall", "AP", "low", "high"]
-    return pd.DataFrame(rows, columns=columns)
+        return [name, seconds, kinds.sum(), *kinds, recall(covered(targets, found)).value, *ap]
+
+    def table() -> pd.DataFrame:
+        return pd.DataFrame([row(*one) for one in settings.items()], columns=["setting", "seconds", *columns.split()])
+
+    tried = {name: dataclasses.asdict(setting) for name, setting in settings.items()}
+    return kept_result(pipeline, [variant], ["proposals", tried, len(targets.images)], table, "csv")
 
 
 def proposal_kinds(dataset: CocoDataset, image_id: int, rles: Sequence[Rle]) -> NDArray[np.int64]:
@@ -157,19 +179,24 @@ def subset_table(pipeline: Pipeline, variants: Iterable[Variant]) -> pd.DataFram
     All classes compete for every name. A training-free method has seen none of them: base and novel are 02's. Subsets
     that the data do not have are left out. Rows `a minus b` are paired differences of two subsets.
     """
-    rows, parts = [], subsets(pipeline)
-    for variant in variants:
+    parts = subsets(pipeline)
+
+    def rows(variant: Variant) -> pd.DataFrame:
         runs = [pipeline.predict(variant, seed) for seed in pipeline.references]
         found = {
-            name: [evaluate(dataset, results, "segm", categories) for results in runs]
+            name: [evaluate(dataset, results, "segm", categories, sizes=False) for results in runs]
             for name, (dataset, categories) in parts.items()
         }
-        rows += [(variant.source, name, *ap_interval(evaluations)) for name, evaluations in found.items()]
+        table = [(variant.source, name, *ap_interval(evaluations)) for name, evaluations in found.items()]
         for more, less in (("base", "novel"), ("train artists", "test artists")):
             if more in found and less in found:
                 difference = ap_difference([(1, found[more]), (-1, found[less])])
-                rows.append((variant.source, f"{more} minus {less}", *difference[:3]))
-    return pd.DataFrame(rows, columns=["source", "subset", "AP", "low", "high"])
+                table.append((variant.source, f"{more} minus {less}", *difference[:3]))
+        return pd.DataFrame(table, columns=["source", "subset", "AP", "low", "high"])
+
+    what = ["subsets", {name: categories for name, (_, categories) in parts.items()}]
+    found = [kept_result(pipeline, [v], what, functools.partial(rows, v), "csv") for v in variants]
+    return pd.concat(found, ignore_index=True)
 
 
 def subsets(pipeline: Pipeline) -> dict[str, tuple[CocoDataset, list[int]]]:
@@ -196,17 +223,25 @@ def head_to_head(pipeline: Pipeline, variants: Mapping[str, Variant]) -> pd.Data
     All are asked for all classes on the same targets, the first that 02 asked so, with one draw of references;
     intervals are over images. Columns `HEAD_TO_HEAD`. Without results of 02 on these data only the variants' rows.
     """
-    known, whole = in_context_rows(pipeline), pipeline.data.targets
+    known, whole, parts = in_context_rows(pipeline), pipeline.data.targets, subsets(pipeline)
     targets = whole.first(int(known["images"].max())) if len(known) else whole
-    rows = []
-    for method, variant in variants.items():
-        seconds = image_seconds(pipeline, variant)
+
+    def rows(method: str, variant: Variant) -> pd.DataFrame:
         results = [r for r in pipeline.predict(variant) if r["image_id"] in targets.images]
-        for split in ("base", "novel"):
-            if split in subsets(pipeline):
-                found = evaluate(targets, results, "bbox", subsets(pipeline)[split][1])
-                rows.append((method, split, *ap_interval([found]), 0.0, seconds, len(targets.images)))
-    return pd.DataFrame([*known.itertuples(index=False, name=None), *rows], columns=HEAD_TO_HEAD)
+        seconds, count = image_seconds(pipeline, variant), len(targets.images)
+        found = {
+            split: evaluate(targets, results, "bbox", parts[split][1], sizes=False)
+            for split in ("base", "novel")
+            if split in parts
+        }
+        table = [(method, split, *ap_interval([one]), 0.0, seconds, count) for split, one in found.items()]
+        return pd.DataFrame(table, columns=HEAD_TO_HEAD)
+
+    found = [
+        kept_result(pipeline, [v], ["head to head", method, targets.hash], functools.partial(rows, method, v), "csv")
+        for method, v in variants.items()
+    ]
+    return pd.concat([known, *found] if len(known) else found, ignore_index=True)
 
 
 def in_context_rows(pipeline: Pipeline) -> pd.DataFrame:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -183,7 +183,7 @@ def ap_table(pipeline: Pipeline, variants: Iterable[Variant], iou_types: Sequenc
         tail = {name: head.pop(name) for name in ("scoring", "view")}
         return [head | ap_row(pipeline.data.targets, runs, iou_type) | tail for iou_type in iou_types]
 
-    found = [_kept(pipeline, [variant], list(iou_types), functools.partial(rows, variant)) for variant in variants]
+    found = [kept_result(pipeline, [v], list(iou_types), functools.partial(rows, v)) for v in variants]
     return pd.DataFrame([row for rows in found for row in rows])
 
 
@@ -192,14 +192,18 @@ def mask_ap_difference(pipeline: Pipeline, more: Variant, less: Variant) -> Diff
 
     def difference() -> Difference:
         targets = pipeline.data.targets
-        runs = [[evaluate(targets, pipeline.predict(v, s)) for s in pipeline.references] for v in (more, less)]
+        runs = [
+            [evaluate(targets, pipeline.predict(v, s), sizes=False) for s in pipeline.references] for v in (more, less)
+        ]
         return ap_difference_by_seeds([(1, runs[0]), (-1, runs[1])])
 
-    return Difference(*_kept(pipeline, [more, less], ["difference"], difference))
+    return Difference(*kept_result(pipeline, [more, less], ["difference"], difference))
 
 
-def _kept(pipeline: Pipeline, variants: Sequence[Variant], what: list[str], make: Any) -> Any:
-    """What `make` returns, from the run's cache where all that it depends on is as it was."""
+def kept_result(
+    pipeline: Pipeline, variants: Sequence[Variant], what: list[Any], make: Callable[[], Any], ending: str = "json"
+) -> Any:
+    """What `make` returns, from the run's cache where all that it depends on is as it was (`what`: its name, ...)."""
     data, models = pipeline.data, pipeline.models
     names = sorted({name for v in variants for name in (v.source, v.proposals) if name in models})
     key = hash_value(
@@ -210,7 +214,7 @@ def _kept(pipeline: Pipeline, variants: Sequence[Variant], what: list[str], make
             [{name: models[name].key for name in names}, [dataclasses.asdict(v) for v in variants], what],
         ]
     )
-    return kept(pipeline.run.cache / "pipeline" / f"{key}.json", make)
+    return kept(pipeline.run.cache / "pipeline" / f"{key}.{ending}", make)
 
 
 def ap_row(targets: CocoDataset, runs: Sequence[Sequence[Result]], iou_type: str) -> dict[str, Any]:
