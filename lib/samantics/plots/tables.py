@@ -18,6 +18,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
 from samantics.plots.style import COLOURS, colours, ink, label
@@ -84,7 +85,10 @@ def bars(
             axis.errorbar(at, chosen[y], span, fmt="none", ecolor="black", elinewidth=1.3, capsize=3, zorder=4)
             tops = chosen[y].to_numpy(float) + (0 if span is None else np.nan_to_num(span[1]))
             for spot, top, value in zip(at, tops.clip(min=0), chosen[y], strict=True):
-                axis.annotate(f"{value:.1f}", (spot, top), (0, 3), textcoords="offset points", ha="center", size=8.5)
+                number = axis.annotate(
+                    f"{value:.1f}", (spot, top), (0, 3), textcoords="offset points", ha="center", size=8.5
+                )
+                number.set_path_effects([withStroke(linewidth=2.5, foreground="white")])  # read over a line
             if floor is not None:
                 axis.hlines(chosen[floor], at - width / 2, at + width / 2, colors="black", linestyles=":", zorder=5)
         axis.set(xlabel="", ylabel="")
@@ -205,15 +209,15 @@ def heatmaps(
     """Matrices side by side on one colour scale, as seaborn draws them; row names at the first, one colour bar.
 
     Args:
-        matrices: by panel title; all with the same rows.
+        matrices: by panel title; all with the same rows; NaN stays blank.
         unit: written at the colour bar.
         numbers: write every value into its cell.
     """
     figure, axes = plt.subplots(
         1, len(matrices), figsize=(size[0] * len(matrices) + 0.8, size[1]), squeeze=False, layout="constrained"
     )
-    low = min(0.0, *(float(matrix.to_numpy().min()) for matrix in matrices.values()))
-    high = max(float(matrix.to_numpy().max()) for matrix in matrices.values())
+    low = min(0.0, *(float(np.nanmin(matrix)) for matrix in matrices.values()))
+    high = max(float(np.nanmax(matrix)) for matrix in matrices.values())
     for place, (axis, (name, matrix)) in enumerate(zip(axes[0], matrices.items(), strict=True)):
         sns.heatmap(
             matrix, ax=axis, vmin=low, vmax=high, cmap="viridis", cbar=False, annot=numbers, fmt=".1f",
@@ -222,6 +226,7 @@ def heatmaps(
         axis.set(xlabel=xlabel, ylabel=ylabel if place == 0 else "")
         axis.set_title(label(name), color=COLOURS.get(name, "black"))
         axis.tick_params(labelsize=8, length=0)
+        axis.grid(visible=False)
     figure.colorbar(axes[0][-1].collections[0], ax=list(axes[0]), label=unit, fraction=0.04, pad=0.02)
     return figure
 
