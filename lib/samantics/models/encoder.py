@@ -72,7 +72,7 @@ class Encoder:
         pixels = self.image_size**2
         if self.device.type == "cuda":
             return max(1, min(MOST_AT_ONCE, torch.cuda.mem_get_info(self.device)[0] // (BYTES_PER_PIXEL * pixels)))
-        return max(1, min(32, PIXELS_AT_ONCE // pixels))
+        return max(1, min(16, PIXELS_AT_ONCE // pixels))  # more of the zoo's outgrow the processor's cache
 
     def normalised(self, pixels: Tensor, seen: Tensor) -> Tensor:
         """Inputs on its device; `pixels` and `seen` are those of `Preprocessing.normalised`, moved as bytes."""
