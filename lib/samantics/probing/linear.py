@@ -146,12 +146,11 @@ class Heads(NamedTuple):
         """`(n, R, K)`."""
         return (prepared @ self.weights.flatten(1)).unflatten(1, self.weights.shape[1:])
 
-    def gradient(self, prepared: Tensor, labels: Tensor) -> Tensor:
-        """`(C + 1, R, K)` of the mean cross-entropy, written out: (softmax - one-hot), as autograd would give."""
+    def excess(self, prepared: Tensor, labels: Tensor) -> Tensor:
+        """`(n, R, K)` softmax minus one-hot: the cross-entropy's gradient at the logits, as autograd would give."""
         excess = self.logits(prepared).softmax(dim=2)
         where = labels[:, None, None].expand(-1, excess.shape[1], 1)
-        excess.scatter_add_(2, where, excess.new_full(where.shape, -1.0))
-        return (prepared.T @ excess.flatten(1)).view_as(self.weights) / len(prepared)
+        return excess.scatter_add_(2, where, excess.new_full(where.shape, -1.0))
 
     def ranked(self, x: Features, use: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
         """`(n, R, 5)` best classes of every layer for the rows in `use`, best first (fewer of fewer classes)."""
@@ -176,8 +175,12 @@ def train_heads(
         for _ in range(epochs):
             for rows, vectors in batches(x, BATCH, use, rng):
                 decay = 0.5 * (1 + np.cos(np.pi * min(1.0, step / steps)))
-                gradient = heads.gradient(heads.prepare(vectors), labels[rows])
-                weights.sub_(speed.mul_(MOMENTUM).add_(gradient) * (rate * decay))
+                prepared = heads.prepare(vectors)
+                excess = heads.excess(prepared, labels[rows]).flatten(1)
+                speed.flatten(1).addmm_(
+                    prepared.T, excess, beta=MOMENTUM, alpha=1 / len(rows)
+                )  # plus the mean gradient
+                weights.addcmul_(speed, rate * decay, value=-1)
                 step += 1
     return heads
 
