@@ -200,7 +200,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Ca
     shard = sorted(store.folder.glob("shard_*.npz"))[3]
 
     def features() -> Any:
-        return encode(folder / "features").read(MEAN).tolist()
+        return np.asarray(encode(folder / "features").column(MEAN)).tolist()
 
     files: dict[str, tuple[Path, Callable[[], Any]]] = {
         "shard": (shard, features),

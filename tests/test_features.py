@@ -40,13 +40,15 @@ def halves(stub: LookUp) -> NDArray[np.float32]:
 
 def test_features_are_the_images_own_in_order(stub: LookUp, tmp_path: Path) -> None:
     made = encode(stub, tmp_path, readouts=[("early", "mean"), MEAN])
-    assert np.allclose(made.read(MEAN), halves(stub), rtol=1e-3)
-    assert np.allclose(made.read(("early", "mean")), 2 * halves(stub), rtol=1e-3)
+    assert np.allclose(np.asarray(made.column(MEAN)), halves(stub), rtol=1e-3)
+    assert np.allclose(np.asarray(made.column(("early", "mean"))), 2 * halves(stub), rtol=1e-3)
     assert made.kept.tolist() == list(range(50)) and stub.calls == 50
     again = encode(stub, tmp_path, readouts=[MEAN, ("early", "mean")])  # in any order
-    assert np.array_equal(again.read(MEAN), made.read(MEAN)) and stub.calls == 50, "a second call encodes nothing"
+    assert np.array_equal(np.asarray(again.column(MEAN)), np.asarray(made.column(MEAN))) and stub.calls == 50, (
+        "a second call encodes nothing"
+    )
     with pytest.raises(StudyError, match="encode them too"):
-        made.read(("early", "cls"))
+        np.asarray(made.column(("early", "cls")))
 
 
 def test_some_rows_and_projected_ones_are_those_of_the_whole(stub: LookUp, tmp_path: Path) -> None:
@@ -78,10 +80,10 @@ def test_damage_is_found_and_mended_by_deleting_the_shard(stub: LookUp, tmp_path
     for damaged in (whole[:-30], whole[:180] + bytes([whole[180] ^ 1]) + whole[181:], b""):
         shard.write_bytes(damaged)
         with pytest.raises(StudyError, match=rf"{shard.name} is damaged: delete it"):
-            encode(stub, tmp_path).read(MEAN)
+            np.asarray(encode(stub, tmp_path).column(MEAN))
     shard.unlink()
     stub.calls = 0
-    assert np.allclose(encode(stub, tmp_path).read(MEAN), halves(stub), rtol=1e-3)
+    assert np.allclose(np.asarray(encode(stub, tmp_path).column(MEAN)), halves(stub), rtol=1e-3)
     assert stub.calls == 16
 
 
@@ -106,7 +108,7 @@ def test_unreadable_images_are_skipped_up_to_the_limit_and_listed(stub: LookUp, 
     made = encode(stub, tmp_path, images=images)  # three are a few, whatever share of 50
     assert sorted(made.skipped) == [3, 20, 21]
     assert "20.png" in made.skipped[20]
-    assert np.allclose(made.read(MEAN), halves(stub)[made.kept], rtol=1e-3)
+    assert np.allclose(np.asarray(made.column(MEAN)), halves(stub)[made.kept], rtol=1e-3)
     assert len(made.kept) == made.column(MEAN).shape[0] == 47
 
 
@@ -145,8 +147,8 @@ def test_object_masks_pool_the_object(tmp_path: Path) -> None:
         made = encode_images(
             encoder, [image], [MEAN, ("final", "object")], "data", masks=[mask], folder=tmp_path, shard_rows=1
         )
-        assert np.allclose(made.read(("final", "object")), 1, atol=0.05), fit
-        assert np.allclose(made.read(MEAN), 0.5, atol=0.05), fit  # padding is left out of the mean
+        assert np.allclose(np.asarray(made.column(("final", "object"))), 1, atol=0.05), fit
+        assert np.allclose(np.asarray(made.column(MEAN)), 0.5, atol=0.05), fit  # padding is left out of the mean
 
 
 def main_on_one_thread(options: list[str]) -> int:

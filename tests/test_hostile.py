@@ -239,7 +239,7 @@ def test_odd_things_in_a_class_folder_are_listed_as_unreadable(tmp_path: Path) -
     for part in image_folders(tmp_path):
         store = encode_images(encoder, part, [MEAN], part.hash, folder=tmp_path / "store", max_unreadable=0.7)
         skipped |= {part.paths[row].name for row in store.skipped}
-        assert np.isfinite(store.read(MEAN)).all() and len(store.kept) + len(store.skipped) == len(part)
+        assert np.isfinite(np.asarray(store.column(MEAN))).all() and len(store.kept) + len(store.skipped) == len(part)
     assert skipped == {"pipe.png", "socket.png", "loop.png", "gone.png", "empty.jpg", "text.jpg"}
 
 
@@ -474,7 +474,7 @@ def test_a_shard_that_is_no_table_of_features_is_refused_and_not_run(case: Case,
     store = encode_images(stub.encoder, stub.images, [MEAN], "data", folder=tmp_path)
     (shard,) = store.folder.glob("*.npz")
     case.write(shard)
-    refused(lambda: store.read(MEAN), "is damaged: delete it", shard)
+    refused(lambda: np.asarray(store.column(MEAN)), "is damaged: delete it", shard)
     assert not shard.with_name("proof").exists()
 
 

@@ -74,10 +74,6 @@ class FeatureStore:
             raise StudyError(f"{self.folder} has no {':'.join(readout)} features, only {have}: encode them too")
         return Column(self, readout)
 
-    def read(self, readout: Readout) -> NDArray[np.float32]:
-        """`(N, C)` features of the kept rows, all in memory, in the order of the images; raises as `column`."""
-        return np.asarray(self.column(readout))
-
 
 @dataclasses.dataclass(frozen=True)
 class Column:
