@@ -45,11 +45,7 @@ def resizing(geometry: Geometry, grid: tuple[int, int]) -> tuple[Features, Featu
 
 
 def token_weights(masks: NDArray[np.bool_], geometry: Geometry, grid: tuple[int, int]) -> NDArray[np.float32]:
-    """`(M, h * w)`: the share of each token of a `grid` `(h, w)` in the mean over `(M, height, width)` masks.
-
-    Raises:
-        StudyError: a mask is empty.
-    """
+    """`(M, h * w)`: the share of each token of a `grid` `(h, w)` in the mean over `(M, height, width)` masks."""
     _check_seen(masks)
     rows, columns = resizing(geometry, grid)
     weights = rows.T @ (masks.astype(np.float32) @ columns)
@@ -163,19 +159,7 @@ def encode_masks(
     folder: Path | None = None,
     view: str = "map",
 ) -> MaskFeatures:
-    """Features of the masks of each image by all encoders; a rerun finds them in the files of `folder`.
-
-    Args:
-        encoders: by name.
-        dataset: whose images they see.
-        masks: by image id.
-        folder: of the files.
-        view: of `VIEWS`: `map`, the mean of the image's features under the mask, or `cut_out`, what the mask covers
-            alone on grey.
-
-    Raises:
-        StudyError: an image cannot be read, a mask is empty, or no space is left. What was encoded stays.
-    """
+    """Features of masks (by image id) by all encoders, in a view of `VIEWS`; a rerun finds them in `folder`'s files."""
     folder = folder or cache_dir() / "mask_features"
     remove_leftovers(folder)
     places = dict[int, Path]()

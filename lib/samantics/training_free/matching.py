@@ -89,16 +89,9 @@ def merged_scores(
 ) -> NDArray[np.float64]:
     """Scores `(N,)` after merging, for masks ranked best first; 0 marks a mask that is dropped.
 
-    With IoS_ij = |M_i and M_j| / |M_i| the share of mask i inside a better-ranked mask j of its class:
-
-    - `none`: as they are;
-    - `hard`: dropped where the largest IoS exceeds one half;
-    - `soft`: times sqrt(1 - largest IoS);
-    - `semantic_soft`: the same with IoS_ij times max(0, f_i . f_j): a part that looks unlike the whole is kept
-      (arXiv 2507.02798).
-
-    Raises:
-        StudyError: no such merging.
+    IoS_ij = |M_i and M_j| / |M_i| is the share of mask i inside a better-ranked mask j of its class. `hard` drops where
+    the largest exceeds one half; `soft` multiplies by sqrt(1 - largest); `semantic_soft` does with IoS_ij times
+    max(0, f_i . f_j), so that a part that looks unlike the whole is kept (arXiv 2507.02798).
     """
     factor, final = _chosen(MERGINGS, merging, "merging"), scores.astype(np.float64)
     if merging == "none":

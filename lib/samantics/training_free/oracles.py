@@ -8,6 +8,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -123,29 +124,22 @@ def proposal_table(pipeline: Pipeline, settings: Mapping[str, ProposalSettings],
     of which `wholes` (IoU with an object of one half or more), `parts` (not whole, and four fifths inside one object)
     and `others`; `recall`; mask `AP, low, high`, named by `source`. A later run keeps all, the seconds too.
     """
-    scale, variant = pipeline.run.scale.pipeline, Variant(source=source, shots=pipeline.run.scale.pipeline.shots)
-    targets, columns = (
-        pipeline.data.targets.first(scale.grid_images),
-        "proposals wholes parts others recall AP low high",
-    )
+    scale, cache = pipeline.run.scale.pipeline, pipeline.run.cache
+    targets, sam = pipeline.data.targets.first(scale.grid_images), pipeline.models["sam"]
 
     def row(name: str, setting: ProposalSettings) -> list[Any]:
-        sam, encoder, cache = pipeline.models["sam"], {source: pipeline.models[source]}, pipeline.run.cache
-        alike = [other for other in settings.values() if other.points_per_side == setting.points_per_side]
-        loosest = dataclasses.replace(  # one set of masks, of which the filters of each setting leave some
-            setting,
-            predicted_iou=min(one.predicted_iou for one in alike),
-            stability=min(one.stability for one in alike),
-            box_nms=max(one.box_nms for one in alike),
-        )
+        alike = [asdict(other) for other in settings.values() if other.points_per_side == setting.points_per_side]
+        lowest = {limit: min(one[limit] for one in alike) for limit in ("predicted_iou", "stability")}
+        # one set of masks for a grid, of which the filters of each setting leave some
+        loosest = dataclasses.replace(setting, **lowest, box_nms=max(one["box_nms"] for one in alike))
         every = get_proposals(sam, targets, loosest, cache / "proposals")
-        features = encode_masks(encoder, targets, {n: p.rles for n, p in every.items()}, cache / "mask_features")
+        masks = {n: p.rles for n, p in every.items()}
+        features = encode_masks({source: pipeline.models[source]}, targets, masks, cache / "mask_features")
         left = {n: surviving(p, setting) for n, p in every.items()}
         found = {n: p.select(left[n]) for n, p in every.items()}
+        seen = {n: features.of(source, n)[rows] for n, rows in left.items()}
         banks = [pipeline.bank(source, scale.shots, seed) for seed in pipeline.references]
-        runs = [
-            [r for n, p in found.items() for r in match(n, p, features.of(source, n)[left[n]], bank)] for bank in banks
-        ]
+        runs = [[r for n, p in found.items() for r in match(n, p, seen[n], bank)] for bank in banks]
         ap = ap_interval([evaluate(targets, results, sizes=False) for results in runs])
         kinds = np.sum([proposal_kinds(targets, n, p.rles) for n, p in found.items()], axis=0) / len(found)
         timed = [read_image(targets, image_id) for image_id in list(targets.images)[:5]]
@@ -156,10 +150,11 @@ def proposal_table(pipeline: Pipeline, settings: Mapping[str, ProposalSettings],
         return [name, seconds, kinds.sum(), *kinds, recall(covered(targets, found)).value, *ap]
 
     def table() -> pd.DataFrame:
-        return pd.DataFrame([row(*one) for one in settings.items()], columns=["setting", "seconds", *columns.split()])
+        columns = ["setting", "seconds", "proposals", "wholes", "parts", "others", "recall", "AP", "low", "high"]
+        return pd.DataFrame([row(*one) for one in settings.items()], columns=columns)
 
-    tried = {name: dataclasses.asdict(setting) for name, setting in settings.items()}
-    return kept_result(pipeline, [variant], ["proposals", tried, len(targets.images)], table, "csv")
+    what = ["proposals", {name: asdict(setting) for name, setting in settings.items()}, len(targets.images)]
+    return kept_result(pipeline, [Variant(source=source, shots=scale.shots)], what, table, "csv")
 
 
 def proposal_kinds(dataset: CocoDataset, image_id: int, rles: Sequence[Rle]) -> NDArray[np.int64]:
@@ -228,19 +223,14 @@ def head_to_head(pipeline: Pipeline, variants: Mapping[str, Variant]) -> pd.Data
 
     def rows(method: str, variant: Variant) -> pd.DataFrame:
         results = [r for r in pipeline.predict(variant) if r["image_id"] in targets.images]
-        seconds, count = image_seconds(pipeline, variant), len(targets.images)
-        found = {
-            split: evaluate(targets, results, "bbox", parts[split][1], sizes=False)
-            for split in ("base", "novel")
-            if split in parts
-        }
-        table = [(method, split, *ap_interval([one]), 0.0, seconds, count) for split, one in found.items()]
-        return pd.DataFrame(table, columns=HEAD_TO_HEAD)
+        seconds, table = image_seconds(pipeline, variant), []
+        for split in parts.keys() & {"base", "novel"}:
+            found = evaluate(targets, results, "bbox", parts[split][1], sizes=False)
+            table.append((method, split, *ap_interval([found]), 0.0, seconds, len(targets.images)))
+        return pd.DataFrame(sorted(table), columns=HEAD_TO_HEAD)
 
-    found = [
-        kept_result(pipeline, [v], ["head to head", method, targets.hash], functools.partial(rows, method, v), "csv")
-        for method, v in variants.items()
-    ]
+    what = ["head to head", targets.hash]
+    found = [kept_result(pipeline, [v], [*what, m], functools.partial(rows, m, v), "csv") for m, v in variants.items()]
     return pd.concat([known, *found] if len(known) else found, ignore_index=True)
 
 

@@ -176,14 +176,7 @@ def proposals_folder(
 def get_proposals(
     encoder: Encoder, dataset: CocoDataset, settings: ProposalSettings, root: Path | None = None
 ) -> dict[int, Proposals]:
-    """Proposals of every image by its id: stored ones, and the missing ones computed first.
-
-    Proposals are stored one file an image, whole or not at all, so a killed run goes on where it stopped. Under
-    `torchrun` each process does, and returns, its share.
-
-    Raises:
-        StudyError: an image cannot be read; the model has no mask decoder; a stored file is damaged.
-    """
+    """Proposals of every image by its id, stored one file an image; under `torchrun` each process has its share."""
     folder = proposals_folder(encoder, dataset, settings, root)
     remove_leftovers(folder)
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
