@@ -184,7 +184,7 @@ QUICK = dataclasses.replace(
     incontext=dataclasses.replace(POCKET_INCONTEXT, train_scenes=300, reference_seeds=2),
     pipeline=dataclasses.replace(
         POCKET_PIPELINE, sources=("dinov2", "clip", "sam2", "sam", "random"), target_scenes=40, targets=20,
-        shot_curve=(1, 10), grids=(4, 8), grid_images=10, reference_seeds=2,
+        shots=5, shot_curve=(1, 5), grids=(4, 8), grid_images=10, reference_seeds=1,
     ),
     appendix=AppendixSettings(pictures=64, strengths=(0, 2, 4, 8), repetitions=3),
     mark="quick run: small samples, for a first look only",
