@@ -35,11 +35,6 @@ def test_seeds_that_differ_widen_the_interval() -> None:
     assert wide.high - wide.low > 3 * (narrow.high - narrow.low)
 
 
-def test_same_seed_same_interval() -> None:
-    values = np.arange(50.0)
-    assert bootstrap_mean(values, seed=5) == bootstrap_mean(values, seed=5) != bootstrap_mean(values, seed=6)
-
-
 @pytest.mark.parametrize("values", [[], [1.0, float("nan")]])
 def test_values_that_have_no_mean_are_refused(values: list[float]) -> None:
     with pytest.raises(ValueError, match="finite"):

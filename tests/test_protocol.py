@@ -66,14 +66,13 @@ def test_projections_keep_distances_on_average_and_are_the_same_from_a_store(
 ) -> None:
     x, y, test_x, test_y, classes = tamed
     x, test_x = ((part / x.std(0)).astype(np.float16).astype(np.float32) for part in (x, test_x))
-    wide, narrow = (projected_probe((x, y, test_x, test_y, classes), width, (0, 1)) for width in (200, 8))
-    direct = linear_probe(x, y, test_x, test_y, classes, seeds=(0, 1))
+    wide, narrow = (projected_probe((x, y, test_x, test_y, classes), width) for width in (200, 8))
+    direct = linear_probe(x, y, test_x, test_y, classes, seeds=(0,))
     assert wide.top1.mean() == pytest.approx(direct.top1.mean(), abs=0.03)
     assert direct.top1.mean() > narrow.top1.mean() + 0.05 > 1 / CLASSES + 0.05
-    assert len(narrow.learning_rates) == 2 and not np.array_equal(*narrow.predictions)
     columns = [stored(tmp_path / name, part).column(MEAN) for name, part in (("a", x), ("b", test_x))]
     monkeypatch.setattr(linear, "CHUNK_BYTES", 4 * 8 * 150)
-    streamed = projected_probe((columns[0], y, columns[1], test_y, classes), 8, (0, 1))
+    streamed = projected_probe((columns[0], y, columns[1], test_y, classes), 8)
     assert streamed.top1.mean() == pytest.approx(narrow.top1.mean(), abs=0.03)  # another order of the images
 
 

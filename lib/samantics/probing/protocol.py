@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -86,22 +85,18 @@ def training_changes(data: Data, groups: Labels | None = None, seed: int = 0) ->
     }
 
 
-def projected_probe(data: Data, width: int, seeds: Sequence[int]) -> ProbeResult:
+def projected_probe(data: Data, width: int, seed: int = 0) -> ProbeResult:
     """The sound probe of features projected at random to `width`, which compares encoders at one width.
 
-    Each seed draws a Gaussian matrix of its own, which keeps lengths on average.
+    The Gaussian matrix keeps lengths on average.
     """
     train_x, train_y, test_x, test_y, classes = data
-    results = []
-    for seed in seeds:
-        rng = np.random.default_rng([seed, train_x.shape[1], width])
-        matrix = (rng.normal(size=(train_x.shape[1], width)) / np.sqrt(width)).astype(np.float32)
-        train, test = (
-            dataclasses.replace(x, projection=matrix) if isinstance(x, Column) else x @ matrix
-            for x in (train_x, test_x)
-        )
-        results.append(linear_probe(train, train_y, test, test_y, classes, seeds=(seed,)))
-    return linear.joined(results)
+    rng = np.random.default_rng([seed, train_x.shape[1], width])
+    matrix = (rng.normal(size=(train_x.shape[1], width)) / np.sqrt(width)).astype(np.float32)
+    train, test = (
+        dataclasses.replace(x, projection=matrix) if isinstance(x, Column) else x @ matrix for x in (train_x, test_x)
+    )
+    return linear_probe(train, train_y, test, test_y, classes, seeds=(seed,))
 
 
 def paper_input(encoder: Encoder) -> Encoder:

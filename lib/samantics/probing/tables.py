@@ -310,7 +310,7 @@ def protocol_rows(
         found = training_changes(one.data(task), task.groups)
         found["no normalisation", "swept, features standardised"] = answers[one.name, task.name, "linear"]
         if one.dims(task)[one.headline] > width:
-            found["unequal widths", f"random projection to {width}"] = projected_probe(one.data(task), width, (0,))
+            found["unequal widths", f"random projection to {width}"] = projected_probe(one.data(task), width)
         if paper is not None:
             result = linear_probe(*paper.data(task), seeds=(0,), groups=task.groups)
             found["the encoder's input", "the paper's"] = result
