@@ -37,10 +37,6 @@ def test_the_main_models_can_be_told_apart(vision: np.ndarray) -> None:
         assert np.linalg.norm(seen[first] - seen[second]) > 15, (first, second)
 
 
-def test_every_colour_has_a_label() -> None:
-    assert plots.COLOURS.keys() == plots.LABELS.keys()
-
-
 def test_bars_stand_where_the_table_says_and_whiskers_end_at_the_interval() -> None:
     figure = plots.bars(TABLE, "encoder", "top1", hue="part", panel="level", low="low", high="high", floor="chance")
     for axis, (_, rows) in zip(figure.axes, TABLE.groupby("level", sort=False), strict=True):
