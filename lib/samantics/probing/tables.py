@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -224,19 +225,26 @@ def zero_shot(run: Run, features: Mapping[str, Encoded], tasks: Mapping[str, Tas
 
 def floor_rows(data: ClassificationData, features: Mapping[str, Encoded]) -> pd.DataFrame:
     """What instruments that learned nothing know: their nearest neighbours on the same images (some, of very many)."""
-    stores, rng = next(iter(features.values())).stores, np.random.default_rng(0)
-    few = {name: np.sort(rng.permutation(store.kept)[:FLOOR_IMAGES]) for name, store in stores.items()}
-    pictures = {name: squares(images, few[name]) for name, images in data.splits.items()}
+    first, rng = next(iter(features.values())), np.random.default_rng(0)
+    few = {name: np.sort(rng.permutation(store.kept)[:FLOOR_IMAGES]) for name, store in first.stores.items()}
 
-    def work(name: str) -> list[dict[str, Any]]:
-        vectors, table = {split: INSTRUMENTS[name](images) for split, images in pictures.items()}, []
-        for task in data.tasks.values():
-            parts = [(vectors[part.split], part.labels[few[part.split]]) for part in (task.train, task.test)]
-            found = knn_probe(*parts[0], *parts[1], len(task.classes), k=min(10, len(parts[0][1])))
-            table.append({"instrument": name, "labels": task.name, "probe": "knn", **percent("top1", found.top1)})
-        return table
+    def make() -> pd.DataFrame:
+        pictures = {name: squares(images, few[name]) for name, images in data.splits.items()}
+        found = on_all_cores(functools.partial(_floor, data.tasks.values(), pictures, few), [(n,) for n in INSTRUMENTS])
+        return pd.DataFrame(itertools.chain(*found))
 
-    return pd.DataFrame(itertools.chain(*on_all_cores(work, [(name,) for name in INSTRUMENTS])))
+    return kept(_path([first], list(data.tasks.values()), ["floors", FLOOR_IMAGES], "csv"), make)
+
+
+def _floor(
+    tasks: Iterable[Task], pictures: Mapping[str, Any], few: Mapping[str, NDArray[np.int64]], name: str
+) -> list[dict[str, Any]]:
+    vectors, table = {split: INSTRUMENTS[name](images) for split, images in pictures.items()}, []
+    for task in tasks:
+        parts = [(vectors[part.split], part.labels[few[part.split]]) for part in (task.train, task.test)]
+        found = knn_probe(*parts[0], *parts[1], len(task.classes), k=min(10, len(parts[0][1])))
+        table.append({"instrument": name, "labels": task.name, "probe": "knn", **percent("top1", found.top1)})
+    return table
 
 
 def layer_rows(features: Mapping[str, Encoded], task: Task) -> pd.DataFrame:
