@@ -183,7 +183,8 @@ QUICK = dataclasses.replace(
     probing=ProbingSettings(probe_seeds=1, labels=0.15, views=0.15, test=0.15, shots=(1, 2), scenes=(100, 40)),
     incontext=dataclasses.replace(POCKET_INCONTEXT, train_scenes=300, reference_seeds=2),
     pipeline=dataclasses.replace(
-        POCKET_PIPELINE, sources=("dinov2", "clip", "sam2", "sam", "random"), target_scenes=40, targets=20,
+        POCKET_PIPELINE, sources=("dinov2", "clip", "sam2", "sam", "random"),
+        reference_scenes=400, target_scenes=40, targets=20,
         shots=5, shot_curve=(1, 5), grids=(4, 8), grid_images=10, reference_seeds=1,
     ),
     appendix=AppendixSettings(pictures=64, strengths=(0, 2, 4, 8), repetitions=3),
