@@ -272,7 +272,7 @@ def test_bad_images_are_found_before_the_work_or_left_out(tmp_path: Path) -> Non
     assert list(dataset.images) == [0, 2, 3] and [i.id for i in dataset.instances] == [1, 3, 4]
     with pytest.raises(StudyError, match=r"3\.png has 50x50 pixels, but .* says 100x80 \(image 3\)"):
         coco.read_image(dataset, 3)
-    with pytest.raises(StudyError, match=r"2\.png cannot be read .*2 of 3 images are bad; skip_bad_images leaves"):
+    with pytest.raises(StudyError, match=r"2\.png cannot be read .*2 of 3 images are bad; --skip-bad-images leaves"):
         coco.check_images(dataset)
     checked = coco.check_images(dataset, skip_bad_images=True)
     assert list(checked.images) == [0] and [i.id for i in checked.instances] == [1]

@@ -77,12 +77,12 @@ def test_bad_images_and_small_references_are_left_out(tmp_path: Path, pocket_run
     files = reader_files(tmp_path)
     damaged = sorted(tmp_path.glob("targets_*/*.png"))[-1]
     damaged.write_bytes(damaged.read_bytes()[:200])
-    with pytest.raises(StudyError, match=rf"{damaged.name} cannot be read .* skip_bad_images leaves them out"):
+    with pytest.raises(StudyError, match=rf"{damaged.name} cannot be read .* --skip-bad-images leaves them out"):
         load_data(pocket_run, **files)
     found = load_data(pocket_run, **files, skip_bad_images=True, min_area=1e9)
     assert len(found.targets.images) == 2
     damaged.write_bytes(b"no picture")  # of a plain folder, and in one of its own
-    with pytest.raises(StudyError, match=rf"{damaged.name} cannot be read .*skip_bad_images leaves it out"):
+    with pytest.raises(StudyError, match=rf"{damaged.name} cannot be read .*--skip-bad-images leaves it out"):
         unannotated(damaged.parent)
     assert len(unannotated(damaged.parent, skip_bad_images=True).images) == 2
     (tmp_path / "elsewhere").mkdir()

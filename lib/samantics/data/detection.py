@@ -110,7 +110,7 @@ def unannotated(folder: Path, skip_bad_images: bool = False) -> CocoDataset:
             records[number] = ImageRecord(number, name, *image_size(folder / name))
         except StudyError as error:
             if not skip_bad_images:
-                raise StudyError(f"{error} (skip_bad_images leaves it out)") from error
+                raise StudyError(f"{error} (--skip-bad-images leaves it out)") from error
             bad.append(name)
     if not records:
         raise StudyError(f"{folder} has no images: name a folder with some, or a COCO file")

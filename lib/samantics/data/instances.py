@@ -153,7 +153,7 @@ def check_images(dataset: CocoDataset, skip_bad_images: bool = False) -> CocoDat
         found = dict(zip(dataset.images, pool.map(looked_at, dataset.images), strict=True))
     bad = [image_id for image_id, (fault, _) in found.items() if fault]
     if bad and (not skip_bad_images or len(bad) == len(found)):
-        counts = f"{len(bad)} of {len(found)} images are bad; skip_bad_images leaves them out"
+        counts = f"{len(bad)} of {len(found)} images are bad; --skip-bad-images leaves them out"
         raise StudyError(f"{found[bad[0]][0]} ({counts})")
     lines = [f"{counted(len(bad), 'image')} ({listing(bad)}): damaged or of another size: left out"] * bool(bad)
     for way in ("shown", "stored"):
