@@ -78,9 +78,7 @@ def run_study(
     if unknown := given.keys() - set().union(*values.values()):
         option = min(unknown).replace("_", "-")
         raise StudyError(f"no notebook of this run takes --{option}: leave it out, or choose others by --only")
-    for variable, place in (("SAMANTICS_FIGURES", figures_dir()), ("SAMANTICS_CACHE", cache_dir())):
-        if place.exists() and not place.is_dir():
-            raise StudyError(f"{place} is a file and cannot hold results: let {variable} name a folder")
+    _check_folders()
     outcomes, pages = [], []
     with only_run(scale), kernel_environment(), ThreadPoolExecutor(1) as aside:  # pages are made beside the next kernel
         if fresh:
@@ -98,9 +96,14 @@ def run_study(
             print(_row(outcomes[-1]), flush=True)
             save_outcomes(figures, outcomes[-1:])
             pages.append(aside.submit(write_pages, figures, path.name))
-    for report in dict.fromkeys(page.result() for page in pages):
-        print(f"report: {report}")
+    print(*(f"report: {report}" for report in dict.fromkeys(page.result() for page in pages)), sep="\n")
     return outcomes
+
+
+def _check_folders() -> None:
+    for variable, place in (("SAMANTICS_FIGURES", figures_dir()), ("SAMANTICS_CACHE", cache_dir())):
+        if place.exists() and not place.is_dir():
+            raise StudyError(f"{place} is a file and cannot hold results: let {variable} name a folder")
 
 
 def checked(parameters: Mapping[str, Any]) -> dict[str, Any]:

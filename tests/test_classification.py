@@ -64,6 +64,19 @@ def test_every_drawing_is_shown_in_a_studio_and_in_a_place(rows) -> None:
         assert len(data.splits[part.split]) == len(data.masks[part.split]) == len(part.labels)
 
 
+def test_some_of_the_views_and_some_of_the_classes(rows) -> None:
+    whole, third = (classification.mojiworld_data(World(96), 2, 1, 2, view_step=step) for step in (1, 3))
+    asked, few = (data.tasks["view"].test for data in (whole, third))
+    assert (few.labels == asked.labels[::3]).all() and set(few.kinds) == {"studio", "object"}
+    assert third.hashes["views"] != whole.hashes["views"] and third.hashes["test"] == whole.hashes["test"]
+    eighth = classification.some_classes(whole, 8, 1)
+    (task,), every = eighth.tasks.values(), whole.tasks["artist"]
+    assert task.classes == every.classes[::8] and set(task.train.labels) == set(range(len(task.classes)))
+    for mine, its in ((task.train, every.train), (task.test, every.test)):
+        named = [every.classes[label] for label in its.labels if label % 8 == 0]
+        assert [task.classes[label] for label in mine.labels] == named and len(eighth.splits[mine.split]) == len(named)
+
+
 def test_a_stream_serves_what_it_is_called(monkeypatch) -> None:
     monkeypatch.setitem(STREAMS, "labels", dataclasses.replace(STREAMS["test"], name="labels"))
     with pytest.raises(StudyError, match="must not serve labels"):

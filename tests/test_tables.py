@@ -102,6 +102,8 @@ def test_layers_poolings_and_the_protocol_have_their_rows(tmp_path, pocket_run) 
     assert lines["question"].tolist()[0] == "the paper's protocol" and len(lines) == 5
     assert lines["top1"].iloc[-1] == 100 * answers["clip", "artist", "linear"].top1.mean()
     assert run.facts["weights:clip"] and run.facts["data:train"] == "a"
+    inputs = tables.input_rows(run, data, step=1).set_index(["encoder", "setting"])["top1"]
+    assert len(inputs) == 6 and inputs.between(0, 100).all()
     layers = tables.layer_rows(found, _task())
     assert layers["depth"].iloc[-1] == 1 and layers["layer"].tolist() == list(found["clip"].layers)
     pooling = tables.pooling_rows(found, _task())

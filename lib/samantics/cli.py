@@ -163,17 +163,13 @@ def tune(
 @app.command()
 def choose_naming() -> None:
     """Choose the weight of notebook 02's naming on validation scenes, with the zoo as it is: some minutes."""
-    from samantics.incontext.study import choose_naming as choose
-
-    print(choose().to_string(index=False))
+    print(_script("choices").choose_naming().to_string(index=False))
 
 
 @app.command()
 def choose_filters() -> None:
     """Choose the filters of notebook 03's proposals on validation scenes, with the zoo as it is: about a minute."""
-    from samantics.training_free.choice import choose_filters as choose
-
-    print(choose().to_string(index=False))
+    print(_script("choices").choose_filters().to_string(index=False))
 
 
 # ---------------------------------------------------------------------------------------------------- the pocket zoo

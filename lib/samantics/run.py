@@ -11,7 +11,8 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,19 @@ def available_cores() -> int:
     cores = len(os.sched_getaffinity(0))
     limit = os.environ.get("OMP_NUM_THREADS", "")
     return min(cores, int(limit)) if limit.isdecimal() and int(limit) > 0 else cores
+
+
+def on_all_cores(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """`function` of every job, in order. A probe or a pocket model is too small for several cores: each takes a job.
+
+    Threads, because the work is in torch, which lets others run meanwhile; each computes on one core.
+    """
+    cores = available_cores()
+    try:
+        with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(lambda job: function(*job), jobs))
+    finally:
+        torch.set_num_threads(cores)
 
 
 def origin(run: Run) -> dict[str, Any]:

@@ -26,6 +26,7 @@ class ProbingSettings:
     image_size: int = 96  # side of MojiWorld's pictures, pixels: what the zoo takes
     labels: float = 2  # MojiWorld pictures of each drawing to train on; below 1, of this share of the classes
     views: float = 1  # likewise, other views of these drawings
+    view_step: int = 3  # of which every so many are asked: they stand beside the headline
     test: float = 2  # likewise, of test artists' drawings
     shots: tuple[int, ...] = (1, 2, 4, 8, 16, 32)  # train images per class of the few-shot curve, if there are as many
     scenes: tuple[int, int] = (300, 150)  # MojiWorld scenes that the dense readouts learn from and are asked

@@ -79,22 +79,25 @@ def scale_data(run: Run, folder: Path | str = "", skip_bad_images: bool = False)
         return dataclasses.replace(data, max_unreadable=0.9) if skip_bad_images else data
     if run.scale.weights == "zoo":
         settings = run.scale.probing
-        return mojiworld_data(World(settings.image_size), settings.labels, settings.views, settings.test)
+        counts = settings.labels, settings.views, settings.test
+        return mojiworld_data(World(settings.image_size), *counts, settings.view_step)
     if run.scale.name == "lite":
         return folder_data("Imagenette", imagenette(cache_dir() / "datasets"))
     raise StudyError("the scale paper needs ImageNet-1k: name its folder (train/ and val/ inside) with --data DIR")
 
 
-def mojiworld_data(world: World, labels: float, views: float, test: float) -> ClassificationData:
+def mojiworld_data(world: World, labels: float, views: float, test: float, view_step: int = 1) -> ClassificationData:
     """Pictures of one object each, in a studio and in a place by turns.
 
     Args:
         world: what the pictures are made of.
         labels, views, test: of these streams, pictures of every drawing that they show: what probes learn from, other
             views of the same drawings, drawings by the test artists. Below 1: this share of the classes only.
+        view_step: of the other views, every so many are asked.
     """
     counts = {"labels": labels, "views": views, "test": test}
     found = {name: _pictures(world, name, count) for name, count in counts.items()}
+    found["views"] = Pictures(*(part[::view_step] for part in vars(found["views"]).values()))
     part = {name: Part(name, its.labels, np.array(KINDS)[its.kinds]) for name, its in found.items()}
     artist = pd.factorize(catalogue.catalogue()["artist"])[0][found["labels"].drawings[:, 0]]
     known = 1 + int(found["labels"].labels.max())
@@ -105,8 +108,24 @@ def mojiworld_data(world: World, labels: float, views: float, test: float) -> Cl
         for task, asked in (("view", "views"), ("artist", "test"))
     }
     hashes = {name: f"{world.hash}:{name}:{count}" for name, count in counts.items()}
+    hashes["views"] += f":{view_step}"
     images, masks = ({name: vars(its)[what] for name, its in found.items()} for what in ("images", "instances"))
     return ClassificationData("MojiWorld", images, hashes, tasks, masks)
+
+
+def some_classes(data: ClassificationData, step: int, width: int) -> ClassificationData:
+    """The headline's images of every `step`-th class, cut to their middle `width` columns, and its task."""
+    task = list(data.tasks.values())[-1]
+    known, splits, hashes, parts = np.arange(0, len(task.classes), step), {}, {}, {}
+    for part in (task.train, task.test):
+        rows, images = np.flatnonzero(np.isin(part.labels, known)), np.asarray(data.splits[part.split])
+        left = (images.shape[2] - width) // 2
+        splits[part.split] = images[rows, :, left : left + width]
+        hashes[part.split] = f"{data.hashes[part.split]}:{step}:{width}"
+        parts[part.split] = Part(part.split, np.searchsorted(known, part.labels[rows]))
+    names = tuple(np.array(task.classes)[known])
+    few = Task(task.name, names, parts[task.train.split], parts[task.test.split], names)
+    return ClassificationData(data.name, splits, hashes, {task.name: few}, masks={})
 
 
 def _pictures(world: World, name: str, count: float) -> Pictures:

@@ -29,14 +29,9 @@ class Data:
 
 
 def load_data(
-    run: Run,
-    references: str = "",
-    targets: str = "",
-    images: str = "",
-    skip_bad_images: bool = False,
-    min_area: float = ReferenceRule.min_area,
-    target_images: str = "",
-) -> Data:
+    run: Run, references: str = "", targets: str = "", images: str = "", skip_bad_images: bool = False,
+    min_area: float = ReferenceRule.min_area, target_images: str = "",
+) -> Data:  # fmt: skip
     """The COCO files where given (or labelme's or SA-1B's; targets may be images alone), else the scale's own data.
 
     At `pocket` that is MojiWorld scenes, at `lite` images of COCO val2017, which are fetched.
@@ -58,20 +53,11 @@ def load_data(
         lacking = [name for name, value in given.items() if not value]
         if lacking:
             raise StudyError(f"own data needs --references, --targets and --images: --{lacking[0]} is missing")
-        files = [load_coco(references, images, skip_bad_images)]
-        if Path(targets).is_dir() and not per_image_files(Path(targets))[0]:
-            files.append(unannotated(Path(targets), skip_bad_images))
-        else:
-            files.append(load_coco(targets, target_images or images, skip_bad_images))
-        if UNNAMED not in files[0].categories.values():
-            files[1] = _without_unnamed(files[1])
-        datasets = [check_images(dataset, skip_bad_images) for dataset in files]
+        datasets = _own_files(references, targets, images, target_images or images, skip_bad_images)
         rule = ReferenceRule(min_area=min_area, relative=True)  # a photograph's pixels, at every scale
     elif settings.target_scenes:
-        datasets = [
-            scenes(run, "references", settings.reference_scenes),
-            scenes(run, "targets", settings.target_scenes),
-        ]
+        counts = {"references": settings.reference_scenes, "targets": settings.target_scenes}
+        datasets = [scenes(run, *part) for part in counts.items()]
     elif run.scale.coco:
         datasets = list(coco_subset(run.scale.coco, rule))
     else:
@@ -81,6 +67,18 @@ def load_data(
     run.record("reference_data", matched.hash)
     run.record("target_data", datasets[1].hash)
     return Data(matched, datasets[1], rule, names, every_note)
+
+
+def _own_files(references: str, targets: str, images: str, target_images: str, skip_bad: bool) -> list[CocoDataset]:
+    """The reader's files; their targets may be a folder of images alone."""
+    known = load_coco(references, images, skip_bad)
+    if Path(targets).is_dir() and not per_image_files(Path(targets))[0]:
+        asked = unannotated(Path(targets), skip_bad)
+    else:
+        asked = load_coco(targets, target_images, skip_bad)
+    if UNNAMED not in known.categories.values():
+        asked = _without_unnamed(asked)
+    return [check_images(dataset, skip_bad) for dataset in (known, asked)]
 
 
 def _without_unnamed(targets: CocoDataset) -> CocoDataset:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from samantics.cache import Checkpoint, atomic_path, hash_value, kept
+from samantics.cache import Checkpoint, hash_value, kept
 from samantics.data.coco import CocoDataset
 from samantics.data.detection import load_data, scenes
 from samantics.errors import StudyError
@@ -41,14 +41,13 @@ from samantics.incontext.tokens import SamData, live_maps, object_arrays, object
 from samantics.incontext.training import AdaptedSampler, BatchSampler, Split, draw_references, split_categories, train
 from samantics.models.encoder import Encoder, load_encoder
 from samantics.run import Run, own_data, start_run
-from samantics.scales import NAMING, InContextSettings
+from samantics.scales import InContextSettings
 from samantics.training_free.mask_features import reference_features
 
 FORMAT = 4  # of what is cached; raised when the same settings would give other numbers
 APART = 0.6  # of the steps, the fuser is tuned alone; for the rest once with frozen SAM, once with adapters in it
 OTHERS = ("dinov2", "clip")  # whose features are measured at the same place
 PER_CATEGORY = 40  # reference objects of a category whose class structure is measured
-WEIGHTS = (0.0, 1.0, 3.0)  # of naming, to choose from
 WITHOUT_EFFECT = (  # settings that the trained weights do not depend on
     "store_features", "top", "min_score", "shots", "reference_seeds",
 )  # fmt: skip
@@ -212,7 +211,7 @@ class InContextStudy:
         return found
 
 
-def _with_settings(run: Run, **settings: Any) -> Run:
+def with_settings(run: Run, **settings: Any) -> Run:
     """The same run with other values of `InContextSettings`."""
     incontext = dataclasses.replace(run.scale.incontext, **settings)
     return dataclasses.replace(run, scale=dataclasses.replace(run.scale, incontext=incontext))
@@ -251,11 +250,16 @@ def load_study(
         "seed": run.seed,
         "settings": of_tuning,
     }
-    parts = _part(run, encoder, tuning), _part(run, encoder, data.references), _part(run, encoder, data.targets)
+    parts = (
+        sam_data(run, encoder, tuning),
+        sam_data(run, encoder, data.references),
+        sam_data(run, encoder, data.targets),
+    )
     return InContextStudy(run, encoder, split, *parts, identity)
 
 
-def _part(run: Run, encoder: Encoder, dataset: CocoDataset) -> SamData:
+def sam_data(run: Run, encoder: Encoder, dataset: CocoDataset) -> SamData:
+    """A data set as SAM sees it: maps, and mask tokens of its objects, computed now if they are not kept."""
     settings, folder, sam = run.scale.incontext, run.cache / "incontext", encoder.model
     if settings.store_features:
         maps = stored_maps(sam, dataset, settings.trunk_maps, encoder.weights_hash, folder)
@@ -264,26 +268,6 @@ def _part(run: Run, encoder: Encoder, dataset: CocoDataset) -> SamData:
     objects = object_arrays(dataset, encoder.image_size)
     key = hash_value([FORMAT, dataset.hash, encoder.weights_hash, settings.trunk_maps])
     return SamData(dataset, maps, objects, *object_features(sam, maps, objects, folder / f"tokens_{key}.npz"))
-
-
-def choose_naming(scale: str = "pocket") -> pd.DataFrame:
-    """Tune with each weight of `WEIGHTS`, ask scenes by the validation artist, and write the table the scale reads.
-
-    Returns:
-        Columns `naming, right, wrong, difference, low, high`: box AP50 of base classes with right and wrong references.
-    """
-    rows = []
-    for weight in WEIGHTS:
-        run = _with_settings(start_run(scale, "02_in_context"), naming=weight)
-        study, asked = load_study(run), scenes(run, "choice scenes", run.scale.pipeline.target_scenes)
-        model, _ = study.tuned()
-        found = dataclasses.replace(study, targets=_part(run, study.encoder, asked)).compare(model)
-        right, wrong = (np.mean([e.metrics["AP50"] or 0.0 for e in found.evaluations(way, "base")]) for way in COMPARED)
-        rows.append([weight, right, wrong, *found.effect("base")[:3]])
-    table = pd.DataFrame(rows, columns=["naming", "right", "wrong", "difference", "low", "high"])
-    with atomic_path(NAMING) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6g")
-    return table
 
 
 def tune(
@@ -299,7 +283,7 @@ def tune(
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
-        run = _with_settings(start_run(scale, "02_in_context"), **(settings or {}))
+        run = with_settings(start_run(scale, "02_in_context"), **(settings or {}))
         study = load_study(run, references, targets, images, weights)
         started = time.perf_counter()
         _, curve = study.tuned()

@@ -238,22 +238,15 @@ def train(
     Raises:
         StudyError: the checkpoint belongs to another training; the model's boxes are not finite.
     """
-    settings, device, steps = sampler.settings, next(model.parameters()).device, steps or range(sampler.steps)
+    settings, steps, (rank, world) = sampler.settings, steps or range(sampler.steps), processes()
     optimiser = torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
-    remove_leftovers(checkpoint.path.parent)
-    done, curve, seconds = steps.start, [], 0.0
-    if state := checkpoint.load(device):
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        done, curve, seconds = state["step"], state["curve"], state["seconds"]
-    (rank, world), left = processes(), range(done, steps.stop)
+    done, curve, seconds = _resumed(model, optimiser, checkpoint) or (steps.start, [], 0.0)
     trained = DistributedDataParallel(model) if world > 1 else model
-    bar = tqdm(left, initial=done, total=steps.stop, desc="training", unit="step", disable=rank > 0)
+    bar = tqdm(range(done, steps.stop), initial=done, total=steps.stop, desc="training", unit="step", disable=rank > 0)
     started = time.perf_counter() - seconds
     for step in bar:
-        late = step >= 0.8 * sampler.steps  # the paper's schedule: a tenth of the rate in the last fifth
         for group in optimiser.param_groups:
-            group["lr"] = settings.learning_rate * min(1.0, (step - steps.start + 1) / RISING) * (0.1 if late else 1.0)
+            group["lr"] = settings.learning_rate * rate_share(step, steps.start, sampler.steps)
         terms = _train_step(trained, optimiser, sampler, step)
         last, seconds = step == steps.stop - 1, time.perf_counter() - started
         if step % RECORD_EVERY == 0 or last:
@@ -265,6 +258,24 @@ def train(
     table = pd.DataFrame(curve)
     table.attrs["seconds"] = seconds
     return model.eval(), table
+
+
+def _resumed(
+    model: InContextModel, optimiser: torch.optim.Optimizer, checkpoint: Checkpoint
+) -> tuple[int, list[dict[str, float]], float] | None:
+    """Model and optimiser as they were saved; the next step, the curve and the seconds till then, if anything was."""
+    remove_leftovers(checkpoint.path.parent)
+    state = checkpoint.load(next(model.parameters()).device)
+    if not state:
+        return None
+    model.load_state_dict(state["model"])
+    optimiser.load_state_dict(state["optimiser"])
+    return state["step"], state["curve"], state["seconds"]
+
+
+def rate_share(step: int, start: int, steps: int) -> float:
+    """Of the learning rate: it rises at a training's start; the paper's schedule takes a tenth in the last fifth."""
+    return min(1.0, (step - start + 1) / RISING) * (0.1 if step >= 0.8 * steps else 1.0)
 
 
 def _train_step(

@@ -92,17 +92,21 @@ def bars(
             if floor is not None:
                 axis.hlines(chosen[floor], at - width / 2, at + width / 2, colors="black", linestyles=":", zorder=5)
         axis.set(xlabel="", ylabel="")
-        words = [label(name) for name in names]
-        axis.set_xticks(range(len(words)), words)
-        longest = 0.1 * max(len(line) for word in words for line in word.split("\n"))  # inches, about
-        if longest > 0.85 * size[0] / len(words):
-            plt.setp(axis.get_xticklabels(), rotation=30, ha="right")
+        _name_ticks(axis, [label(name) for name in names], size[0] / len(names))
         axis.grid(axis="x", visible=False)
         axis.margins(y=0.12)
     parts[0][0].set_ylabel(ylabel or y)
     if hue:
         _legend(parts[-1][0], palette)
     return figure
+
+
+def _name_ticks(axis: Axes, words: Sequence[str], room: float) -> None:
+    """Names under the bars, aslant where one is longer than `room` (inches)."""
+    axis.set_xticks(range(len(words)), words)
+    longest = 0.1 * max(len(line) for word in words for line in word.split("\n"))  # inches, about
+    if longest > 0.85 * room:
+        plt.setp(axis.get_xticklabels(), rotation=30, ha="right")
 
 
 def dots(

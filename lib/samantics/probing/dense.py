@@ -22,7 +22,7 @@ from samantics.models.encoder import Encoder
 from samantics.mojiworld import catalogue
 from samantics.mojiworld.rendered import Pictures, stored_pictures
 from samantics.mojiworld.world import STREAMS, World
-from samantics.probing.tables import on_all_cores
+from samantics.run import on_all_cores
 
 GRID = 12  # tokens along a side, for every encoder
 CELLS = 4  # along a token's side: a boundary is looked for in each

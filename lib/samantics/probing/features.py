@@ -143,17 +143,10 @@ def _shard_path(folder: Path, shard: int) -> Path:
 
 
 def encode_images(
-    encoder: Encoder,
-    images: Images,
-    readouts: Sequence[Readout],
-    data_hash: str,
-    masks: Images | None = None,
-    folder: Path | None = None,
-    batch_size: int | None = None,
-    workers: int = 2,
-    max_unreadable: float = 0.01,
+    encoder: Encoder, images: Images, readouts: Sequence[Readout], data_hash: str, masks: Images | None = None,
+    folder: Path | None = None, batch_size: int | None = None, workers: int = 2, max_unreadable: float = 0.01,
     shard_rows: int = SHARD_ROWS,
-) -> FeatureStore:
+) -> FeatureStore:  # fmt: skip
     """The features of all images for every (layer, pooling): from disk where they are, encoded where they are not.
 
     Args:
@@ -181,20 +174,23 @@ def encode_images(
     place = (folder or cache_dir() / "features") / f"{encoder.name}_{hash_value(key)}" / hash_value(sorted(readouts))
     batch_size = batch_size or encoder.images_at_once
     job = _Job(encoder, images, masks, readouts, place, shard_rows, batch_size, max_unreadable)
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
-    own_first = sorted(range(job.shards), key=lambda shard: ((shard - rank) % world, shard))
-    if pending := [shard for shard in own_first if not job.path(shard).exists()]:
+    if pending := [shard for shard in _own_first(job.shards) if not job.path(shard).exists()]:
         remove_leftovers(place)
         write_json(place / "key.json", key)
         _encode_shards(job, pending, workers)
+    return _opened(job)
+
+
+def _opened(job: _Job) -> FeatureStore:
+    """The complete store of a job."""
     dims, skipped = dict[Readout, int](), dict[int, str]()
     for shard in range(job.shards):
         with reading(job.path(shard)), np.load(job.path(shard)) as arrays:
             skipped |= dict(zip(arrays["skipped"].tolist(), arrays["reasons"].tolist(), strict=True))
             if not shard:
-                dims = {readout: arrays[":".join(readout)].shape[1] for readout in readouts}
+                dims = {readout: arrays[":".join(readout)].shape[1] for readout in job.readouts}
     job.check_readable(list(skipped.values()))
-    return FeatureStore(place, len(images), shard_rows, dims, skipped)
+    return FeatureStore(job.folder, len(job.images), job.shard_rows, dims, skipped)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,6 +220,12 @@ class _Job:
         if len(reasons) > min(allowed, count - 1):
             of, limit_is = f"{len(reasons)} of {count} images", f"the limit of {allowed:.0f} (max_unreadable)"
             raise StudyError(f"{of} are unreadable, over {limit_is}: {reasons[0]}")
+
+
+def _own_first(shards: int) -> list[int]:
+    """All shards, those of this process of `torchrun` first."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    return sorted(range(shards), key=lambda shard: ((shard - rank) % world, shard))
 
 
 def _encode_shards(job: _Job, pending: Sequence[int], workers: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from samantics.models.encoder import Encoder
-from samantics.models.preprocessing import IMAGENET
+from samantics.models.preprocessing import IMAGENET, OPENAI
 from samantics.probing import linear
 from samantics.probing.features import Column
 from samantics.probing.linear import Features, Labels, ProbeResult, linear_probe
@@ -97,6 +98,17 @@ def projected_probe(data: Data, width: int, seed: int = 0) -> ProbeResult:
         dataclasses.replace(x, projection=matrix) if isinstance(x, Column) else x @ matrix for x in (train_x, test_x)
     )
     return linear_probe(train, train_y, test, test_y, classes, seeds=(seed,))
+
+
+def input_variants(name: str) -> dict[str, dict[str, Any]]:
+    """What the paper's code does to an encoder's input, as changes of a zoo model's `Preprocessing`: by setting.
+
+    CLIP is given another model's colour statistics there; pictures for SAM and SAM 2 are squashed, not padded.
+    """
+    if name == "clip":
+        return {"its own colour statistics": {}, "another's": dict(zip(("mean", "std"), OPENAI, strict=True))}
+    shapes = {"pictures of 3:4, padded": {"fit": "pad"}, "pictures of 3:4, squashed": {"fit": "squash"}}
+    return shapes if name in ("sam", "sam2") else {}
 
 
 def paper_input(encoder: Encoder) -> Encoder:

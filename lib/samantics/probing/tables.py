@@ -7,17 +7,15 @@ import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 
 from samantics.cache import hash_value, kept
-from samantics.data.classification import ClassificationData, Part, Task
+from samantics.data.classification import ClassificationData, Part, Task, some_classes
 from samantics.metrics.claims import PAPER_PROBE
 from samantics.metrics.intervals import bootstrap_mean
 from samantics.models.encoder import Encoder, has_fast_half, load_encoder, within_reach
@@ -27,10 +25,10 @@ from samantics.probing.attentive import attentive_probe
 from samantics.probing.features import Column, FeatureStore, encode_images
 from samantics.probing.knn import knn_probe
 from samantics.probing.linear import Labels, ProbeResult, few_shot_rows, linear_probe
-from samantics.probing.protocol import Data, paper_input, projected_probe, training_changes
+from samantics.probing.protocol import Data, input_variants, paper_input, projected_probe, training_changes
 from samantics.probing.similarity import squares
 from samantics.probing.zero_shot import class_texts, zero_shot_probe
-from samantics.run import Run, available_cores
+from samantics.run import Run, on_all_cores
 
 PROBES = 3  # of what is kept; raised when the same probe would give other numbers
 ENCODED_AGAIN = 100_000  # images of a split, at most, that are encoded again with another input
@@ -156,19 +154,6 @@ def _path(features: Sequence[Encoded], tasks: Sequence[Task], what: list[Any], k
     stores = [{split: store.folder.parts[-2:] for split, store in one.stores.items()} for one in features]
     key = hash_value([PROBES, stores, digest.hexdigest(), what])
     return features[0].stores[tasks[0].train.split].folder.parent / "probes" / f"{key}.{kind}"
-
-
-def on_all_cores(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """`function` of every job, in order. A probe is too small for several cores: each core takes a job.
-
-    Threads, because the work is in torch, which lets others run meanwhile; each computes on one core.
-    """
-    cores = available_cores()
-    try:
-        with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(lambda job: function(*job), jobs))
-    finally:
-        torch.set_num_threads(cores)
 
 
 # --------------------------------------------------------------------------------------------------------- tables
@@ -330,6 +315,26 @@ def protocol_rows(
         return pd.DataFrame(itertools.chain(*on_all_cores(work, jobs)))
 
     return kept(_path(own, [task], ["protocol"], "csv"), make)
+
+
+def input_rows(run: Run, data: ClassificationData, step: int = 8) -> pd.DataFrame:
+    """Rows like `protocol_rows`', of the zoo with the inputs of `input_variants`: quick probes, every `step`-th class.
+
+    MojiWorld's pictures are square, so that nothing of them is squashed: their middle three quarters are taken there.
+    """
+    side = np.asarray(next(iter(data.splits.values()))[0]).shape[1]
+    few = {width: some_classes(data, step, width) for width in (side, side * 3 // 4)}
+
+    def work(name: str, setting: str, change: dict[str, Any]) -> dict[str, Any]:
+        own, asked = probed_encoder(run, name), few[side * 3 // 4 if "fit" in change else side]
+        changed = dataclasses.replace(own, preprocess=dataclasses.replace(own.preprocess, **change))
+        (task,) = asked.tasks.values()
+        one = encode(run, asked, changed, [own.headline])
+        found = row(one, task, "quick", probe(one, [task], "quick")[task.name])
+        return {"question": f"the encoder's input ({len(task.classes)} classes)", "setting": setting} | found
+
+    jobs = [(name, *variant) for name in PAPER_PROBE for variant in input_variants(name).items()]
+    return pd.DataFrame(on_all_cores(work, jobs))
 
 
 def _paper_encoded(run: Run, data: ClassificationData, own: Encoded) -> Encoded | None:

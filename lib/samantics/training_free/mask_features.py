@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from samantics.data.coco import CocoDataset, Instance, Rle, mask_of, read_image,
 from samantics.errors import StudyError
 from samantics.models.encoder import PIXELS_AT_ONCE, Encoder
 from samantics.models.preprocessing import Geometry
+from samantics.run import on_all_cores
 
 Features = NDArray[np.float32]  # (N, C)
 FORMAT = 2  # of the files of features
@@ -166,14 +168,21 @@ def encode_masks(
     key = [FORMAT, {name: encoder.key for name, encoder in encoders.items()}, dataset.hash, view]
     batch = _batch(max(encoder.image_size for encoder in encoders.values()))
     read = functools.partial(_read, encoders, dataset, VIEWS[view])
-    bar = shown(dataset, masks, "features of masks")
-    while some := list(itertools.islice(bar, batch)):
-        chosen = {image_id: masks[image_id] for image_id in some}
+    bar, turn = shown(dataset, masks, "features of masks"), threading.Lock()
+
+    def work(count: int) -> dict[int, Path]:
+        with turn:  # the bar names what is at work
+            chosen = {image_id: masks[image_id] for image_id in itertools.islice(bar, count)}
         counts = [(image_id, [rle["counts"] for rle in rles]) for image_id, rles in chosen.items()]
         path = folder / f"{hash_value([*key, counts])}.npz"
         if not path.is_file():  # else nothing is read yet
             kept(path, functools.partial(read, chosen))
-        places |= dict.fromkeys(chosen, path)
+        return dict.fromkeys(chosen, path)
+
+    jobs = [(batch,)] * math.ceil(len(masks) / batch)
+    small = batch > 1 and all(encoder.device.type == "cpu" for encoder in encoders.values())
+    for found in on_all_cores(work, jobs) if small else itertools.starmap(work, jobs):
+        places |= found
     return MaskFeatures(places)
 
 

@@ -19,7 +19,7 @@ from torchvision.utils import draw_bounding_boxes
 
 from samantics import plots
 from samantics.cache import atomic_path, write_json
-from samantics.data.coco import CocoDataset, load_coco, mask_of, read_image, shown, write_coco
+from samantics.data.coco import CocoDataset, ImageRecord, load_coco, mask_of, read_image, shown, write_coco
 from samantics.metrics.coco_ap import Result
 from samantics.models import pocket
 from samantics.mojiworld import catalogue as tables
@@ -127,28 +127,33 @@ def export(results: Sequence[Result], dataset: CocoDataset, names: Mapping[int, 
         found = [result for result in results if result["image_id"] == image_id]
         masks = [mask_of(result["segmentation"]) for result in found]
         labels = np.zeros((record.height, record.width), np.uint8 if len(names) < 256 else np.uint16)
-        lines = []
         for result, mask in zip(found[::-1], masks[::-1], strict=True):  # the best on top
             labels[mask] = place[result["category_id"]] + 1
         for result, mask in zip(found, masks, strict=True):
             entry = {"id": len(annotations) + 1, "iscrowd": 0, "area": float(mask.sum())}
             annotations.append({**result, **entry, "segmentation": polygons(mask)})
-            x, y, width, height = result["bbox"]
-            across, down = (x + width / 2) / record.width, (y + height / 2) / record.height
-            shares = (across, down, width / record.width, height / record.height)
-            lines.append(" ".join([str(place[result["category_id"]]), *(f"{share:.6f}" for share in shares)]))
         words = [f"{names[result['category_id']]} {result['score']:.2f}" for result in found]
+        overlay = _overlay(read_image(dataset, image_id), found, masks, words)
         _save(folder / "label_maps" / f"{stems[image_id]}.png", labels)
-        _save(
-            folder / "overlays" / f"{stems[image_id]}.png", _overlay(read_image(dataset, image_id), found, masks, words)
-        )
-        _write(folder / "yolo" / f"{stems[image_id]}.txt", lines)
-    images = [{"id": r.id, "file_name": r.file, "width": r.width, "height": r.height} for r in dataset.images.values()]
-    categories = [{"id": category, "name": name} for category, name in names.items()]
-    write_json(folder / "instances.json", {"images": images, "annotations": annotations, "categories": categories})
+        _save(folder / "overlays" / f"{stems[image_id]}.png", overlay)
+        _write(folder / "yolo" / f"{stems[image_id]}.txt", [_yolo_line(result, place, record) for result in found])
+    write_json(folder / "instances.json", _coco_head(dataset, names) | {"annotations": annotations})
     write_json(folder / "results.json", list(results))
     _write(folder / "classes.txt", names.values())
     return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _coco_head(dataset: CocoDataset, names: Mapping[int, str]) -> dict[str, Any]:
+    images = [{"id": r.id, "file_name": r.file, "width": r.width, "height": r.height} for r in dataset.images.values()]
+    return {"images": images, "categories": [{"id": category, "name": name} for category, name in names.items()]}
+
+
+def _yolo_line(result: Result, place: Mapping[int, int], record: ImageRecord) -> str:
+    """`class x y width height`."""
+    x, y, width, height = result["bbox"]
+    centre = (x + width / 2) / record.width, (y + height / 2) / record.height
+    shares = (*centre, width / record.width, height / record.height)
+    return " ".join([str(place[result["category_id"]]), *(f"{share:.6f}" for share in shares)])
 
 
 def _stems(dataset: CocoDataset) -> dict[int, str]:
