@@ -182,13 +182,13 @@ QUICK = dataclasses.replace(
     name="quick",
     encoders=("sam", "sam2", "clip", "dinov2", "random"),
     probing=ProbingSettings(probe_seeds=1, labels=0.15, views=0.15, test=0.15, shots=(1, 2), scenes=(100, 40)),
-    incontext=dataclasses.replace(POCKET_INCONTEXT, train_scenes=300, reference_seeds=2),
+    incontext=dataclasses.replace(POCKET_INCONTEXT, train_scenes=200, reference_seeds=2),
     pipeline=dataclasses.replace(
         POCKET_PIPELINE, sources=("dinov2", "clip", "sam2", "sam", "random"),
         reference_scenes=400, target_scenes=40, targets=20,
         shots=5, shot_curve=(1, 5), grids=(4, 8), grid_images=10, reference_seeds=1,
     ),
-    appendix=AppendixSettings(pictures=64, strengths=(0, 2, 4, 8), repetitions=3),
+    appendix=AppendixSettings(pictures=32, strengths=(0, 2, 4, 8), repetitions=2),
     mark="quick run: small samples, for a first look only",
 )  # fmt: skip
 LITE = Scale("lite", "official", OFFICIAL_ENCODERS, coco=CocoSubset(), notebooks=STUDY)
