@@ -42,6 +42,7 @@ KERNEL = (
     # packages of models make millions of objects that stay: looking for garbage among them takes a fifth of importing
     "--IPKernelApp.exec_lines=import gc; gc.set_threshold(50_000)",
 )
+BAR = re.compile(r"[^\r\n]*\d+%\|[^\r\n]*|\x1b\[A")  # a line of a progress bar, and the way back up to it
 logging.getLogger("papermill").setLevel(logging.ERROR)
 
 
@@ -286,13 +287,15 @@ def clean_notebook(path: Path) -> None:
         cell.metadata.pop("execution", None)
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell.id = "injected-parameters"  # papermill draws one at random
-        cell.get("outputs", [])[:] = [out for out in cell.get("outputs", []) if out.get("text", "x").strip()]  # bars
         for output in cell.get("outputs", []):
+            if output.get("name") == "stderr":
+                output.text = BAR.sub("", output.text)
             if png := output.get("data", {}).get("image/png"):
                 small = io.BytesIO()
                 with Image.open(io.BytesIO(base64.b64decode(png))) as drawn:
                     few_colours(drawn).save(small, "PNG", optimize=True)
                 output.data["image/png"] = base64.b64encode(small.getvalue()).decode()
+        cell.get("outputs", [])[:] = [out for out in cell.get("outputs", []) if out.get("text", "x").strip()]
     text = nbformat.writes(notebook).replace(f"{figures_dir()}/", "figures/").replace(f"{PROJECT}/", "")
     path.write_text(text + "\n", encoding="utf-8")
 

@@ -27,7 +27,8 @@ folder = Path(os.environ["SAMANTICS_FIGURES"]) / scale / ("own_data" if referenc
 
 def test_run_leaves_executed_notebooks_figures_and_times_although_one_fails(own_notebooks: Path) -> None:
     folder = own_notebooks
-    write_notebook(folder, "00_good", f'NAME = "00_good"\n{SAVE}', 'print("seed", seed)')
+    bar = 'import sys\nprint(f"sam:  {50}%|##  | 1/2 [00:01]\\r\\x1b[Ahalf done", file=sys.stderr)'
+    write_notebook(folder, "00_good", f'NAME = "00_good"\n{SAVE}', 'print("seed", seed)', bar)
     write_notebook(folder, "01_wrong", "fine = 1", "before = 0\nbefore / 0\nafter = 0")
     write_notebook(folder, "02_mendable", "from samantics.errors import StudyError as E\nraise E('no file x: make it')")
     write_notebook(folder, "notes", "1 / 0")
@@ -47,7 +48,8 @@ def test_run_leaves_executed_notebooks_figures_and_times_although_one_fails(own_
         executed = nbformat.read(figures / "notebooks" / f"{name}.ipynb", as_version=4)
         assert "papermill" not in executed.metadata and not any("papermill" in cell.metadata for cell in executed.cells)
         assert "http" not in (figures / "notebooks" / f"{name}.html").read_text().replace("http://www.w3.org", "")
-    assert "seed 7" in (figures / "notebooks" / "00_good.html").read_text()
+    page = (figures / "notebooks" / "00_good.html").read_text()
+    assert "seed 7" in page and "half done" in page and "50%|" not in page
     assert "ZeroDivisionError" in (figures / "notebooks" / "01_wrong.html").read_text()
     table = study.summary(outcomes)
     assert "error: 02_mendable stopped in cell [3]: no file x: make it" in table.splitlines()

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from samantics.plots.style import COLOURS, ink, label
 
+LETTER = 0.062  # inches of a name's letter, about
+
 
 def image_grid(
     rows: Mapping[str, Sequence[Any]], titles: Mapping[str, Sequence[str]] | None = None, *, size: float = 1.35,
@@ -75,8 +77,10 @@ def show_instances(
     for place, name in enumerate(names):
         x, y = boxes[place][:2] if len(boxes) else np.argwhere(masks[place]).min(0, initial=10**6)[::-1]
         side = "bottom" if y > pixels.shape[0] / 12 else "top"  # a name above the frame would be cut off
+        ends = x / pixels.shape[1] + LETTER * len(name) * axis.figure.dpi / axis.bbox.width  # share of the width
+        x, end = (x, "left") if ends < 1 else (pixels.shape[1] - 0.5, "right")
         axis.text(
-            x, y, name, fontsize=7.5, color=ink(shade[place]), va=side, clip_on=True,
+            x, y, name, fontsize=7.5, color=ink(shade[place]), va=side, ha=end, clip_on=True,
             bbox={"facecolor": shade[place], "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
         )  # fmt: skip
     axis.set(xlim=(-0.5, pixels.shape[1] - 0.5), ylim=(pixels.shape[0] - 0.5, -0.5))  # boxes may leave the image
