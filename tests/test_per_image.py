@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -52,6 +55,14 @@ def test_labelme(tmp_path: Path) -> None:
     assert sum("left out" in note for note in dataset.notes) == 2 and "1 file ('notes.json')" in dataset.notes[0]
     alone = coco.load_coco(path / "part1" / "a.json", path / "part1")
     assert [i.rle for i in alone.instances] == [cat.rle]
+    bitmap, text = np.zeros((20, 30), bool), io.BytesIO()
+    bitmap[5:, 10:] = True
+    Image.fromarray(bitmap).save(text, "PNG")
+    shape = {"label": "cat", "points": [[40, 30], [70, 50]], "shape_type": "mask"}
+    shapes = [{**shape, "mask": base64.b64encode(text.getvalue()).decode()}, {**shape, "mask": "odd"}]
+    path = per_image(tmp_path / "bitmaps", {**one, "shapes": shapes})
+    mask, box = coco.load_coco(path, path).instances
+    assert (coco.mask_of(mask.rle)[30:50, 40:70] == bitmap).all() and mask.area == 300 and box.box_only
     (tmp_path / "empty").mkdir()
     with pytest.raises(StudyError, match="empty has no labelme or SA-1B files: give them, or a COCO JSON file"):
         coco.load_coco(tmp_path / "empty", path)
