@@ -33,6 +33,14 @@ def test_curves_of_all_seeds_are_read_and_their_last_third_judged(tmp_path: Path
     assert rest.loc["sam", "noise"] == pytest.approx(2 * 2.1213, rel=1e-3)  # standard deviation of 8 and 11
     assert rest.loc["clip", "probe_change"] == pytest.approx(20)
     assert rest["converged"].to_dict() == {"sam": True, "clip": False}
+    (noise,) = curves.seed_noise(found).to_dict("records")
+    assert (noise["encoder"], noise["images"], noise["seeds"]) == ("sam", 300, 2)
+    assert noise["probe_top1_mean"] == 9.5 and noise["knn_top1_std"] == 0
+    for seed in (1, 2):  # shorter ones tell the noise of the long one
+        write_training(tmp_path / f"seed_{seed}", "clip", seed, [0, 6 + 2 * seed])
+    folders = [tmp_path / name for name in ("own", "seed_1", "seed_2")]
+    rest = curves.last_third(curves.learning_curves(folders)).set_index("encoder")
+    assert rest.loc["clip", "probe_change"] == 20 and rest.loc["clip", "noise"] == pytest.approx(2 * 2**0.5)
 
 
 def test_a_step_on_smaller_pictures_costs_less() -> None:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 NAMED = {
     "sam": ("SAM", "#D55E00"), "sam2": ("SAM 2", "#E69F00"), "clip": ("CLIP", "#0072B2"),
     "dinov2": ("DINOv2", "#009E73"), "random": ("random", "#B3B3B3"), "chance": ("chance", "#5A5A5A"),
-    "supervised": ("supervised", "#222222"),
+    "supervised": ("supervised", "#222222"), "sam_scratch": ("SAM from scratch", "#A65628"),
     "mae": ("MAE", "#CC79A7"), "hiera": ("Hiera", "#8C5A2B"), "sam3": ("SAM 3", "#8B1A1A"),
     "dinov3": ("DINOv3", "#0B5A43"), "simclr": ("SimCLR", "#5D4A9C"), "siglip2": ("SigLIP 2", "#56B4E9"),
     "base": ("base", "#3B4A63"), "novel": ("novel", "#CC79A7"),

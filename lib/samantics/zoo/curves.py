@@ -57,8 +57,23 @@ def gigaflops(name: str, batch: Batch) -> float:
     return counter.get_total_flops() / len(batch.images) / 1e9
 
 
+def seed_noise(curves: pd.DataFrame) -> pd.DataFrame:
+    """How far trainings end apart that differ in their seed alone, given their `learning_curves`.
+
+    Returns:
+        For each model that was trained repeatedly at one length: `encoder, images, seeds`, then mean and standard
+        deviation over seeds of `probe_top1`, `knn_top1` and `objective` at the end.
+    """
+    ends = curves.loc[curves.groupby(["encoder", "seed"], sort=False)["images"].idxmax()]
+    same = ends.groupby(["encoder", "images"], sort=False)
+    table = same[COLUMNS[-3:]].agg(["mean", "std"])
+    table.columns = ["_".join(names) for names in table.columns]
+    table.insert(0, "seeds", same.size())
+    return table[table["seeds"] > 1].reset_index()
+
+
 def last_third(curves: pd.DataFrame) -> pd.DataFrame:
-    """What the last third of each training still changed, given its `learning_curves`: has it converged?
+    """What the last third of each model's longest training still changed, given `learning_curves`: has it converged?
 
     Returns:
         `encoder, probe_change` (points, counted from the measuring point nearest to the third's begin, mean over
@@ -66,13 +81,13 @@ def last_third(curves: pd.DataFrame) -> pd.DataFrame:
         errors of the drawings that it was tested on), `converged` (the change is within the noise).
     """
     drawings, rows = sum(map(len, visible_drawings(STREAMS["choice"].role))), []
+    spread = seed_noise(curves).groupby("encoder")["probe_top1_std"].max()
     for name, runs in curves.groupby("encoder", sort=False):
-        changes, ends = [], []
-        for _, curve in runs.groupby("seed"):
-            begins = (1 - LAST_PART) * curve["images"].max()
-            ends.append(float(curve["probe_top1"].iloc[-1]))
-            changes.append(ends[-1] - float(curve.loc[(curve["images"] - begins).abs().idxmin(), "probe_top1"]))
-        mean = float(np.mean(ends))
-        noise = 2 * float(np.std(ends, ddof=1) if len(ends) > 1 else np.sqrt(mean * (100 - mean) / drawings))
-        rows.append((name, float(np.mean(changes)), noise, bool(abs(np.mean(changes)) <= noise)))
+        length = runs["images"].max()
+        longest = runs.groupby("seed").filter(lambda run, length=length: run["images"].max() == length)
+        begins = (longest["images"] - (1 - LAST_PART) * length).abs().groupby(longest["seed"]).idxmin()
+        end = float(longest.loc[longest["images"] == length, "probe_top1"].mean())
+        change = end - float(longest.loc[begins, "probe_top1"].mean())
+        noise = 2 * (spread[name] if name in spread else float(np.sqrt(end * (100 - end) / drawings)))
+        rows.append((name, change, noise, abs(change) <= noise))
     return pd.DataFrame(rows, columns=["encoder", "probe_change", "noise", "converged"])
