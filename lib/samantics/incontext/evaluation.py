@@ -115,7 +115,7 @@ def wrong_classes(shown: NDArray[np.bool_], split: Split, seed: int) -> NDArray[
 
 
 def questions_of(dataset: CocoDataset, split: Split, variants: Sequence[str], draws: Sequence[Draw]) -> pd.DataFrame:
-    """Which images are asked for what, in each variant: the oracle in all draws, what it is compared to at most shots.
+    """Which images are asked for what, in each variant: the oracle in all draws, its controls with the most shots.
 
     Columns `variant, shots, seed, image` (row), `category` (id that is meant), `embedding`: numbered draw by draw, each
     as in `split.all`, first the real ones, then the random ones.
@@ -195,7 +195,7 @@ class Answers:
         return evaluate(images, self.results(variant, draw), "bbox", sizes=False).of(self.split.all)
 
     def evaluations(self, variant: str, side: str, shots: int = 0, artists: str = "all") -> list[Evaluation]:
-        """Of boxes, a draw each: for `base` or `novel` categories, at most shots, or so many.
+        """Of boxes, a draw each: for `base` or `novel` categories, with the most shots or so many.
 
         `artists`: only objects by `train` or by `test` artists count; what falls on others is ignored.
         """
@@ -206,7 +206,7 @@ class Answers:
         """Box AP of every variant, split and number of shots, percent; mean over draws.
 
         Columns `variant, split, shots, artists, iou_type, AP, AP50, AP75, AR100, low, high, seeds`; low and high are
-        the 95 % bootstrap interval of AP over images and draws. By `artists` only what is compared, at most shots.
+        the 95 % bootstrap interval of AP over images and draws. By `artists` only what is compared.
         """
         rows = []
         for variant, side in itertools.product(self.questions["variant"].unique(), ("base", "novel")):
@@ -218,7 +218,7 @@ class Answers:
         return pd.DataFrame(rows)
 
     def mask_ap(self, sam: Sam, data: SamData, samples: int = 200) -> pd.DataFrame:
-        """As `ap`: of SAM's masks for the boxes of the oracle at most shots, with the first draw of references."""
+        """As `ap`: of SAM's masks for the boxes of the oracle, with the most shots and the first draw of references."""
         draw = self.draws_of("class_oracle")[-1]
         found = evaluate(self.dataset, with_masks(sam, data, self.results("class_oracle", draw)), "segm", sizes=False)
         head = {"variant": "class_oracle", "shots": self.most, "artists": "all", "iou_type": "segm"}
@@ -227,7 +227,8 @@ class Answers:
         return pd.DataFrame(rows)
 
     def terms(self, *sides: str, artists: str = "all") -> list[tuple[int, list[Evaluation]]]:
-        """Right minus wrong reference at most shots, of two splits the first's minus the second's: of `ap_difference`.
+        """Right minus wrong reference, with the most shots (of two splits the first's minus the second's): of
+        `ap_difference`.
 
         Both questions are put to the same images with the same draws of references, which are resampled together.
         """

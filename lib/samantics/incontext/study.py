@@ -124,7 +124,7 @@ class InContextStudy:
         return self._asked(model, VARIANTS, self.settings.shots)
 
     def compare(self, model: InContextModel) -> Answers:
-        """Ask the targets with right and wrong references, at most shots: computed once, then read."""
+        """Ask the targets with right and wrong references, with the most shots: computed once, then read."""
         return self._asked(model, (*COMPARED, "all_classes"), (max(self.settings.shots),))
 
     def cost(self, model: InContextModel, seconds: float) -> dict[str, float]:

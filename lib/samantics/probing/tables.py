@@ -167,7 +167,7 @@ def percent(name: str, hits: NDArray[np.bool_]) -> dict[str, float]:
 def row(
     encoded: Encoded, task: Task, kind: str, result: ProbeResult, readout: Readout | None = None, shown: str = "all"
 ) -> dict[str, Any]:
-    """A row of `01_probe_accuracy.csv`, for one kind of picture: percent, 95 % intervals."""
+    """A probe's row in the tables of notebook 01, for one kind of picture: percent, 95 % intervals."""
     layer, pooling = readout or (TOKENS if kind == "attentive" else encoded.headline)
     chosen = (encoded.kinds(task.test) == shown) | (shown == "all")
     top1, top5 = result.top1[:, chosen], result.top5[:, chosen]

@@ -102,7 +102,7 @@ def covered(dataset: CocoDataset, proposals: Mapping[int, Proposals]) -> pd.Data
 def recall(objects: pd.DataFrame) -> Interval:
     """Percent of the objects of `covered` that a proposal covers, mean over COCO's thresholds, interval over images.
 
-    It is the ceiling of AR.
+    A ceiling of the recall; COCO's AR averages over classes instead.
     """
     hits = pd.Series((objects["iou"].to_numpy(float)[:, None] >= THRESHOLDS).mean(1))
     per_image = hits.groupby(objects["image_id"].to_numpy()).agg(["sum", "count"]).to_numpy()
@@ -235,7 +235,7 @@ def head_to_head(pipeline: Pipeline, variants: Mapping[str, Variant]) -> pd.Data
 
 
 def in_context_rows(pipeline: Pipeline) -> pd.DataFrame:
-    """What notebook 02 saved of the same targets asked for all classes, box AP at most shots, as `HEAD_TO_HEAD`."""
+    """Box AP that notebook 02 saved of the same targets (all classes, the most shots), as `HEAD_TO_HEAD`."""
     ap, cost = (pipeline.run.figures / f"{name}.csv" for name in ("02_icl_ap", "02_cost"))
     if not (ap.is_file() and cost.is_file()):
         return pd.DataFrame(columns=HEAD_TO_HEAD)
