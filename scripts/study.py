@@ -42,6 +42,7 @@ KERNEL = (
     # packages of models make millions of objects that stay: looking for garbage among them takes a fifth of importing
     "--IPKernelApp.exec_lines=import gc; gc.set_threshold(50_000)",
 )
+WIDGET = "application/vnd.jupyter.widget-view+json"  # a bar, or what a reader moves: nothing without a kernel
 BAR = re.compile(r"[^\r\n]*\d+%\|[^\r\n]*|\x1b\[A")  # a line of a progress bar, and the way back up to it
 logging.getLogger("papermill").setLevel(logging.ERROR)
 
@@ -276,12 +277,13 @@ def _reason(failure: papermill.PapermillExecutionError) -> str:
 
 
 def clean_notebook(path: Path) -> None:
-    """Take out of an executed notebook what differs between machines and reruns (times, the project's own path).
+    """Take out of an executed notebook what differs between reruns (times, the project's own path), bars and widgets.
 
     Its pictures are kept in 256 colours: a third of their size.
     """
     notebook = nbformat.read(path, as_version=4)
-    notebook.metadata.pop("papermill", None)
+    for part in ("papermill", "widgets"):
+        notebook.metadata.pop(part, None)
     for cell in notebook.cells:
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
@@ -295,7 +297,9 @@ def clean_notebook(path: Path) -> None:
                 with Image.open(io.BytesIO(base64.b64decode(png))) as drawn:
                     few_colours(drawn).save(small, "PNG", optimize=True)
                 output.data["image/png"] = base64.b64encode(small.getvalue()).decode()
-        cell.get("outputs", [])[:] = [out for out in cell.get("outputs", []) if out.get("text", "x").strip()]
+        cell.get("outputs", [])[:] = [
+            out for out in cell.get("outputs", []) if out.get("text", "x").strip() and WIDGET not in out.get("data", {})
+        ]
     text = nbformat.writes(notebook).replace(f"{figures_dir()}/", "figures/").replace(f"{PROJECT}/", "")
     path.write_text(text + "\n", encoding="utf-8")
 

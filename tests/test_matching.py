@@ -192,6 +192,17 @@ def test_features_of_cut_outs_are_the_encoder_s_own(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.of("clip", 1), mask_features.unit(expected.numpy()), atol=1e-5)
 
 
+def test_encoders_side_by_side_give_what_each_gives_alone(tmp_path: Path) -> None:
+    dataset = coco.load_coco(*write_scenes(World(64, seed=1), STREAMS["targets"], 4, tmp_path))
+    masks: dict[int, list[Rle]] = {n: [i.rle for i in dataset.by_image[n]] for n in dataset.images}
+    encoders = {name: load_encoder(name, "zoo_random") for name in ("clip", "sam", "dinov2")}
+    together = mask_features.encode_masks(encoders, dataset, masks, tmp_path / "together")
+    for name, encoder in encoders.items():
+        alone = mask_features.encode_masks({name: encoder}, dataset, masks, tmp_path / name)
+        for n in masks:
+            np.testing.assert_allclose(together.of(name, n), alone.of(name, n), atol=1e-5)
+
+
 def test_features_are_kept_by_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second run encodes nothing, one that was killed only what is missing; other masks have other features."""
     dataset = coco.load_coco(*write_scenes(World(64, seed=1), STREAMS["targets"], 3, tmp_path))

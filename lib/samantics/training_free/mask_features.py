@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -168,21 +167,14 @@ def encode_masks(
     key = [FORMAT, {name: encoder.key for name, encoder in encoders.items()}, dataset.hash, view]
     batch = _batch(max(encoder.image_size for encoder in encoders.values()))
     read = functools.partial(_read, encoders, dataset, VIEWS[view])
-    bar, turn = shown(dataset, masks, "features of masks"), threading.Lock()
-
-    def work(count: int) -> dict[int, Path]:
-        with turn:  # the bar names what is at work
-            chosen = {image_id: masks[image_id] for image_id in itertools.islice(bar, count)}
+    bar = shown(dataset, masks, "features of masks")
+    while some := list(itertools.islice(bar, batch)):
+        chosen = {image_id: masks[image_id] for image_id in some}
         counts = [(image_id, [rle["counts"] for rle in rles]) for image_id, rles in chosen.items()]
         path = folder / f"{hash_value([*key, counts])}.npz"
         if not path.is_file():  # else nothing is read yet
             kept(path, functools.partial(read, chosen))
-        return dict.fromkeys(chosen, path)
-
-    jobs = [(batch,)] * math.ceil(len(masks) / batch)
-    small = batch > 1 and all(encoder.device.type == "cpu" for encoder in encoders.values())
-    for found in on_all_cores(work, jobs) if small else itertools.starmap(work, jobs):
-        places |= found
+        places |= dict.fromkeys(chosen, path)
     return MaskFeatures(places)
 
 
@@ -194,10 +186,14 @@ def _read(
 ) -> dict[str, Features]:
     """Features of the masks of a few images, named as `MaskFeatures` looks them up."""
     batch = [_Masked(read_image(dataset, image_id), rles) for image_id, rles in masks.items()]
+    jobs = [(encoder, batch) for encoder in encoders.values()]
+    # an encoder serves one thread at a time: two at once would read each other's features
+    side_by_side = len(batch) > 1 and len(jobs) > 1 and all(encoder.device.type == "cpu" for encoder, _ in jobs)
+    found = on_all_cores(view, jobs) if side_by_side else itertools.starmap(view, jobs)
     return {
         f"{name}/{image_id}": unit(features)
-        for name, encoder in encoders.items()
-        for image_id, features in zip(masks, view(encoder, batch), strict=True)
+        for name, its in zip(encoders, found, strict=True)
+        for image_id, features in zip(masks, its, strict=True)
     }
 
 
