@@ -250,12 +250,8 @@ def load_study(
         "seed": run.seed,
         "settings": of_tuning,
     }
-    parts = (
-        sam_data(run, encoder, tuning),
-        sam_data(run, encoder, data.references),
-        sam_data(run, encoder, data.targets),
-    )
-    return InContextStudy(run, encoder, split, *parts, identity)
+    tuned, known, asked = (sam_data(run, encoder, part) for part in (tuning, data.references, data.targets))
+    return InContextStudy(run, encoder, split, tuned, known, asked, identity)
 
 
 def sam_data(run: Run, encoder: Encoder, dataset: CocoDataset) -> SamData:

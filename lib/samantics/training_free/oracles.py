@@ -102,7 +102,7 @@ def covered(dataset: CocoDataset, proposals: Mapping[int, Proposals]) -> pd.Data
 def recall(objects: pd.DataFrame) -> Interval:
     """Percent of the objects of `covered` that a proposal covers, mean over COCO's thresholds, interval over images.
 
-    A ceiling of the recall; COCO's AR averages over classes instead.
+    No naming of these proposals finds more objects. COCO's AR averages over classes instead.
     """
     hits = pd.Series((objects["iou"].to_numpy(float)[:, None] >= THRESHOLDS).mean(1))
     per_image = hits.groupby(objects["image_id"].to_numpy()).agg(["sum", "count"]).to_numpy()
