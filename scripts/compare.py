@@ -7,25 +7,26 @@ say) may move as far as their row's number with one, in proportion, or by a tent
 Counts, rows, columns and the verdicts on the claims must be the same.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from samantics.errors import StudyError
 from samantics.metrics.claims import KEYS
 
-TABLES = {  # the tables whose columns are a promise, and the columns that name a row
-    "01_probe_accuracy": ["encoder", "labels", "kind", "probe", "layer", "pooling"],
-    "01_differences": KEYS,
-    "02_differences": KEYS,
-    "03_differences": KEYS,
-    "02_icl_ap": ["arm", "variant", "split", "shots", "artists", "iou_type"],
-    "02_separability": ["stage", "split", "metric"],
-    "03_pipeline_ap": ["proposals", "source", "merging", "shots", "iou_type"],
-    "03_oracles": ["oracle", "iou_type"],
-    "04_findings": ["claim"],
+# of a table of differences; the verdicts are those of 04, and a p may move by orders of magnitude
+EVIDENCE = KEYS, ["difference", "low", "high", "effect_of_interest"]
+TABLES: dict[str, tuple[list[str], list[str]]] = {  # columns that name a row; those compared, where it is not all
+    "01_probe_accuracy": (["encoder", "labels", "kind", "probe", "layer", "pooling"], []),
+    "01_differences": EVIDENCE,
+    "02_differences": EVIDENCE,
+    "03_differences": EVIDENCE,
+    "02_icl_ap": (["arm", "variant", "split", "shots", "artists", "iou_type"], []),
+    "02_separability": (["stage", "split", "metric"], []),
+    "03_pipeline_ap": (["proposals", "source", "merging", "shots", "iou_type"], []),
+    "03_oracles": (["oracle", "iou_type"], []),
+    "04_findings": (["claim"], ["verdict"]),  # its numbers are those of the other tables
 }
 INTERVALS = {  # column of a number: columns of its interval
     "top1": ("top1_low", "top1_high"),
@@ -34,7 +35,6 @@ INTERVALS = {  # column of a number: columns of its interval
     "value": ("low", "high"),
     "difference": ("low", "high"),
 }
-NUMBERS = ["difference", "low", "high", "effect_of_interest"]  # of a table of differences
 WIDENED = 0.5  # of the interval's width, on either side
 WIDENED_TRAINED = 2.0  # where a model is trained within the run
 RELATIVE = 0.1
@@ -42,7 +42,10 @@ OF_RANGE = 0.01  # of a column's range: what a number near 0 may always move by
 
 
 def agree(old: Path, new: Path) -> bool:
-    """Whether two folders of figures agree; what differs is printed, one line each."""
+    """Whether two folders of figures agree; what differs is printed, one line each; StudyError for other folders."""
+    for folder in (old, new):
+        if not any((folder / f"{name}.csv").is_file() for name in TABLES):
+            raise StudyError(f"{folder} has no tables of a run: check the path")
     lines = differences(old, new)
     print("\n".join(lines) if lines else "the numbers and verdicts of both runs agree within their tolerances")
     both = sorted({path.name for path in old.glob("*.csv")} & {path.name for path in new.glob("*.csv")})
@@ -54,17 +57,15 @@ def agree(old: Path, new: Path) -> bool:
 def differences(old: Path, new: Path) -> list[str]:
     """One line for each real difference between the tables of two folders; a table that one of them lacks is one."""
     found = []
-    for name, keys in TABLES.items():
+    for name, (keys, columns) in TABLES.items():
         paths = [folder / f"{name}.csv" for folder in (old, new)]
-        there = [path.is_file() for path in paths]
-        if any(there) and not all(there):
-            found.append(f"{paths[there.index(False)]} is missing")
-        elif all(there):
+        missing = [path for path in paths if not path.is_file()]
+        if len(missing) == 1:
+            found.append(f"{missing[0]} is missing")
+        elif not missing:
             before, after = (pd.read_csv(path) for path in paths)
-            if name.endswith("differences"):  # the verdicts are those of 04, and a p may move by orders of magnitude
-                before, after = (t[[*KEYS, *NUMBERS]] for t in (before, after))
-            if name == "04_findings":  # its numbers are those of the other tables
-                before, after = (t[["claim", "verdict"]] for t in (before, after))
+            if columns:
+                before, after = (table.filter([*keys, *columns]) for table in (before, after))
             widened = WIDENED_TRAINED if name.startswith("02") else WIDENED
             found += [f"{name}: {line}" for line in table_differences(before, after, keys, widened)]
     return found
@@ -95,7 +96,8 @@ def _allowed(old: pd.DataFrame, column: str, widened: float) -> tuple[np.ndarray
     value = old[column].to_numpy(float)
     if old[column].dtype.kind == "i" or np.isnan(value).all():
         return value, value
-    margin = np.maximum(RELATIVE * np.abs(value), slack := OF_RANGE * (np.nanmax(value) - np.nanmin(value)))
+    slack = OF_RANGE * (np.nanmax(value) - np.nanmin(value))
+    margin = np.maximum(RELATIVE * np.abs(value), slack)
     if column in INTERVALS and INTERVALS[column][0] in old:
         low, high = (old[name].to_numpy(float) for name in INTERVALS[column])
         margin = np.where(np.isnan(low), margin, np.maximum(widened * (high - low), slack))

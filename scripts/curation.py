@@ -9,22 +9,20 @@
 The lists are in `assets/curation.json`.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
-from samantics.cache import PROJECT, atomic_path
+from samantics.cache import ASSETS, write_text
 from samantics.errors import StudyError
-from samantics.mojiworld.catalogue import COLUMNS
 from samantics.mojiworld.drawings import ARTISTS, Key, load_package, packages_dir, rasterised
 
 GROUPS = ("Animals & Nature", "Food & Drink", "Activities", "Objects", "Travel & Places")  # as twemoji names them
@@ -32,7 +30,6 @@ MIN_TRAIN_ARTISTS, TEST_ARTISTS = 4, 2
 NOVEL, INSTANCE_CLASSES = 20, 80
 TILE_COVER = 0.93  # of its square box: round and pointed things cover less, and so do nearly all boxes
 
-ASSETS = PROJECT / "lib" / "samantics" / "assets"
 # superclass -> its emoji; reason to leave out -> emoji, as a regular expression; artist -> emoji whose name leads to
 # something else there, or to a framed picture; emoji -> what the thing is called, where that is another name
 SUPERCLASSES, LEFT_OUT, WRONG, RENAMED = json.loads((ASSETS / "curation.json").read_text(encoding="utf-8")).values()
@@ -40,26 +37,31 @@ SUPERCLASSES, LEFT_OUT, WRONG, RENAMED = json.loads((ASSETS / "curation.json").r
 
 def candidates() -> dict[str, str]:
     """Code points -> Twemoji's name, of all emoji in `GROUPS`."""
-    path = packages_dir() / "@iconify-json" / "twemoji" / "metadata.json"
-    chars = load_package("twemoji").chars
-    try:
-        groups = json.loads(path.read_text(encoding="utf-8"))["categories"]
-        wanted = {icon for group in GROUPS for icon in groups[group]}
-    except (OSError, ValueError, KeyError) as error:
-        raise StudyError(f"{path} cannot be read: run scripts/environment.sh again") from error
-    return {code: icon for code, icon in sorted(chars.items()) if load_package("twemoji").find(icon) in wanted}
+    (icons, chars), path = load_package("twemoji"), packages_dir() / "@iconify-json" / "twemoji" / "metadata.json"
+    groups = json.loads(path.read_text(encoding="utf-8"))["categories"]
+    wanted = {icon for group in GROUPS for icon in groups[group]}
+    return {code: icon for code, icon in sorted(chars.items()) if icon_named(icons, icon) in wanted}
+
+
+def icon_named(icons: dict[str, Any], name: str) -> str | None:
+    """The icon of that name, also through its aliases; None where there is none."""
+    for _ in range(5):  # an alias may name an alias
+        if name in icons["icons"]:
+            return name
+        name = icons.get("aliases", {}).get(name, {}).get("parent", "")
+    return None
 
 
 def emoji_names() -> dict[str, tuple[str, ...]]:
     """Code points -> the names by which artists call them, those with aliases too; never the name of two emoji."""
     names: dict[str, set[str]] = {}
     for artist in ARTISTS:
-        package = load_package(artist)
+        icons, chars = load_package(artist)
         codes: dict[str, list[str]] = {}
-        for code, icon in package.chars.items():
+        for code, icon in chars.items():
             names.setdefault(code, set()).add(icon)
             codes.setdefault(icon, []).append(code)
-        for alias, entry in package.icons.get("aliases", {}).items():
+        for alias, entry in icons.get("aliases", {}).items():
             for code in codes.get(entry["parent"], []):
                 names[code].add(alias)
     owners = Counter(name for several in names.values() for name in several)
@@ -73,21 +75,15 @@ def is_tile(image: Image.Image) -> bool:
 
 
 def write_catalogue(folder: Path = ASSETS) -> tuple[Path, Path]:
-    """Make `catalogue.csv` and `instance_classes.csv` from the installed packages; their paths.
-
-    Raises:
-        StudyError: the packages are not there, or an emoji has neither a superclass nor a reason to be left out.
-    """
-    table = made_catalogue()
-    paths = folder / "catalogue.csv", folder / "instance_classes.csv"
+    """Make `catalogue.csv` and `instance_classes.csv` from the installed packages; their paths."""
+    table, paths = made_catalogue(), (folder / "catalogue.csv", folder / "instance_classes.csv")
     for path, content in zip(paths, (table, made_instance_classes(table)), strict=True):
-        with atomic_path(path) as temporary:
-            content.to_csv(temporary, index=False, lineterminator="\n")
+        write_text(path, content.to_csv(index=False, lineterminator="\n"))
     return paths
 
 
 def made_catalogue() -> pd.DataFrame:
-    """The catalogue as the rules make it: one row a drawing, ordered by superclass, class and artist."""
+    """One row a drawing, by superclass, class, artist; StudyError for an emoji neither placed nor left out."""
     superclass_of = {icon: name for name, icons in SUPERCLASSES.items() for icon in icons.split()}
     left_out = re.compile("|".join(LEFT_OUT.values()))
     names, rows, unplaced = emoji_names(), [], []
@@ -107,21 +103,21 @@ def made_catalogue() -> pd.DataFrame:
         raise StudyError(f"{', '.join(unplaced)}: place these emoji in assets/curation.json")
     order = {name: place for place, name in enumerate(SUPERCLASSES)}
     rows.sort(key=lambda row: (order[row[2]], row[1], list(ARTISTS).index(row[3])))
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return pd.DataFrame(rows, columns=["codepoint", "class", "superclass", "artist", "icon"])
 
 
 def drawings_of_emoji(code: str, icon: str, names: Iterable[str]) -> list[Key]:
     """Every artist's drawing of an emoji, as (artist, icon); `icon` is Twemoji's name, `names` the others'."""
     drawn = []
     for artist in ARTISTS:
-        package = load_package(artist)
+        icons, chars = load_package(artist)
         if icon in WRONG.get(artist, "").split():
             continue
-        known = [package.chars[code]] if code in package.chars else [icon, *names]
+        known = [chars[code]] if code in chars else [icon, *names]
         if artist == "fxemoji":
             known = [name.replace("-", "") for name in known]
-        own = next((found for name in known if (found := package.find(name))), None)
-        if own and not is_tile(rasterised(package.svg(own), 64)):
+        own = next((found for name in known if (found := icon_named(icons, name))), None)
+        if own and not is_tile(rasterised(artist, own, 64)):
             drawn.append((artist, own))
     return drawn
 

@@ -1,7 +1,5 @@
 """What all tests share: a drawing backend without a screen, one thread, and folders of their own."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import matplotlib as mpl
@@ -27,12 +25,3 @@ def pocket_run(places: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A pocket run whose figures and caches are in the test's own folder."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return start_run("pocket", "99_test", seed=3)
-
-
-@pytest.fixture
-def own_notebooks(places: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder whose notebooks a study of the test's own runs; its results are in the test's folder."""
-    import study
-
-    monkeypatch.setattr(study, "NOTEBOOKS", places / "notebooks")
-    return places / "notebooks"

@@ -1,47 +1,42 @@
 """A local server whose answers a test writes itself, faults and all."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import http.server
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 Answer = Callable[["Handler", bytes, int], object]  # of the request, with the file and where in it to begin
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Sends files by their paths; before that, the `answers` of a path, one a request.
-
-    Attributes:
-        asked: path and place in the file of each request.
-        tokens: what each request showed as authorisation.
-        etags: what is stated of each file; its MD5 unless a test says otherwise.
-    """
+    """Sends files by their paths; before that, the `answers` of a path, one a request."""
 
     daemon_threads = True
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server_port}"
+        self.url = f"{self.address}/file.bin"
         self.files = dict(files)
-        self.etags = {path: hashlib.md5(content).hexdigest() for path, content in files.items()}
+        self.etags = {path: hashlib.md5(content).hexdigest() for path, content in files.items()}  # what is stated
         self.answers: dict[str, list[Answer]] = {}
-        self.asked: list[tuple[str, int]] = []
-        self.tokens: list[str | None] = []
+        self.asked: list[tuple[str, int]] = []  # path and place in the file of each request
+        self.tokens: list[str | None] = []  # what each showed as authorisation
         self.over = threading.Event()
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    @property
-    def url(self) -> str:
-        return f"{self.address}/file.bin"
 
     def starts(self, path: str = "/file.bin") -> list[int]:
         return [start for name, start in self.asked if name == path]
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.over.set()
+        self.shutdown()
+        self.server_close()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -89,21 +84,8 @@ def status(code: int) -> Answer:
     return lambda request, _content, _start: request.send_error(code)
 
 
-@contextlib.contextmanager
-def running(server: Server) -> Iterator[Server]:
-    with server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        try:
-            yield server
-        finally:
-            server.over.set()
-            server.shutdown()
-
-
-@contextlib.contextmanager
-def serve(content: bytes, *answers: Answer) -> Iterator[Server]:
-    """A running server of one file, `/file.bin`."""
+def serve(content: bytes, *answers: Answer) -> Server:
+    """A server of one file, `/file.bin`."""
     server = Server({"/file.bin": content})
     server.answers["/file.bin"] = list(answers)
-    with running(server):
-        yield server
+    return server

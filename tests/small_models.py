@@ -1,6 +1,4 @@
-"""Each official model in small, as its file holds it: what is saved, the encoder in it, and the encoder to fill."""
-
-from __future__ import annotations
+"""Each official model in small, as its file holds it: what is saved, how, and the encoder in it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -42,78 +40,48 @@ def safetensors(model: Any, path: Path) -> None:
     (path.parent / "model" / "model.safetensors").rename(path)
 
 
-def torchscript(model: nn.Module, path: Path) -> None:
+def prefixed(model: nn.Module, path: Path) -> None:
+    """As SAM 3 has it: in a checkpoint that may hold more."""
+    save_file({"detector_model.vision_encoder." + key: value for key, value in model.state_dict().items()}, path)
+
+
+def torchscript(model: Any, path: Path) -> None:
     """As OpenAI has it: TorchScript in 16 bits with three sizes among the tensors."""
-
-    class Archive(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x
-
-    archive = Archive()
-    for name, value in model.half().state_dict().items():
-        owner: nn.Module = archive
-        *parents, leaf = name.split(".")
-        for parent in parents:
-            if not hasattr(owner, parent):
-                owner.add_module(parent, Archive())
-            owner = getattr(owner, parent)
-        owner.register_buffer(leaf, value)
-    archive.register_buffer("input_resolution", torch.tensor(224))
-    torch.jit.save(torch.jit.trace(archive, torch.zeros(1)), path)
+    model.half().register_buffer("input_resolution", torch.tensor(224))
+    model.forward, model.attn_mask = (lambda x: x), None
+    torch.jit.save(torch.jit.trace(model, torch.zeros(1)), path)
 
 
 def hiera_encoder(whole: Any) -> nn.Module:
     """The encoder without the masking of pretraining."""
-    model = hf.HieraModel(HIERA, add_pooling_layer=False)
-    model.load_state_dict({key: value for key, value in whole.hiera.state_dict().items() if "pooler" not in key})
-    return model.eval()
+    model = hf.HieraModel(HIERA, add_pooling_layer=False).eval()
+    model.load_state_dict(whole.hiera.state_dict())
+    return model
 
 
 @dataclasses.dataclass(frozen=True)
 class Small:
-    """A small model: what is saved, how, its input's side, the encoder to fill with it, the encoder in the whole."""
+    """A small model: what is saved, how, its input's side, the encoder in the whole."""
 
     whole: Callable[[], nn.Module]
     save: Callable[[Any, Path], None] = safetensors
     size: int = 64
-    filled: Callable[[], nn.Module] | None = None  # where it is not made as the whole is
     encoder: Callable[[Any], nn.Module] = lambda whole: whole
 
     def empty(self) -> nn.Module:
-        return (self.filled or self.whole)()
-
-
-def state_dict(model: nn.Module, path: Path) -> None:
-    torch.save(model.state_dict(), path)
-
-
-def nested(model: nn.Module, path: Path) -> None:
-    torch.save({"model": model.state_dict()}, path)
-
-
-def prefixed(model: nn.Module, path: Path) -> None:
-    save_file({"detector_model.vision_encoder." + key: value for key, value in model.state_dict().items()}, path)
+        """An encoder to fill."""
+        return self.encoder(self.whole())
 
 
 SIDE = pocket.DEFAULT.image_size
 SMALL: dict[str, Small] = {
-    "sam": Small(pocket.build_sam, state_dict, SIDE),
-    "sam2": Small(pocket.build_sam2, nested, SIDE),
+    "sam": Small(pocket.build_sam, lambda model, path: torch.save(model.state_dict(), path), SIDE),
+    "sam2": Small(pocket.build_sam2, lambda model, path: torch.save({"model": model.state_dict()}, path), SIDE),
     "clip": Small(pocket.build_clip, torchscript, SIDE, encoder=lambda whole: whole.float()),
     "dinov2": Small(lambda: hf.Dinov2Model(DINOV2)),
-    "mae": Small(
-        lambda: hf.ViTMAEForPreTraining(MAE), filled=lambda: hf.ViTMAEModel(MAE), encoder=lambda whole: whole.vit
-    ),
-    "hiera": Small(
-        lambda: hf.HieraForPreTraining(HIERA),
-        filled=lambda: hf.HieraModel(HIERA, add_pooling_layer=False),
-        encoder=hiera_encoder,
-    ),
+    "mae": Small(lambda: hf.ViTMAEForPreTraining(MAE), encoder=lambda whole: whole.vit),
+    "hiera": Small(lambda: hf.HieraForPreTraining(HIERA), encoder=hiera_encoder),
     "sam3": Small(lambda: hf.Sam3VisionModel(SAM3), prefixed, 56),
     "dinov3": Small(lambda: hf.DINOv3ViTModel(DINOV3)),
-    "siglip2": Small(
-        lambda: hf.SiglipModel(SIGLIP),
-        filled=lambda: hf.SiglipVisionModel(SIGLIP.vision_config),
-        encoder=lambda whole: whole.vision_model,
-    ),
+    "siglip2": Small(lambda: hf.SiglipModel(SIGLIP), encoder=lambda whole: whole.vision_model),
 }

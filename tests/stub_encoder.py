@@ -1,24 +1,23 @@
-"""An encoder whose features are known beforehand, and classes to probe."""
-
-from __future__ import annotations
+"""An encoder whose features are known beforehand."""
 
 import dataclasses
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from samantics.errors import StudyError
 from samantics.models.encoder import Encoder
 from samantics.models.preprocessing import Preprocessing
-from samantics.models.registry import Architecture, LayerOutput
+from samantics.models.registry import ENCODERS, LayerOutput
+from samantics.probing import features
 from samantics.probing.features import FeatureStore, encode_images
 
 MEAN = ("final", "mean")
-CLASSES = 12
-Data = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]
 
 
 class LookUp:
@@ -27,11 +26,10 @@ class LookUp:
     def __init__(self, table: NDArray[np.float32]) -> None:
         self.table = torch.from_numpy(table)
         self.images = [np.full((4, 4, 3), (i // 65536, i // 256 % 256, i % 256), np.uint8) for i in range(len(table))]
-        self.calls, self.largest_batch = 0, 0
+        self.calls = 0
 
     def forward(self, _model: Any, pixels: Tensor) -> dict[str, LayerOutput]:
         self.calls += len(pixels)
-        self.largest_batch = max(self.largest_batch, len(pixels))
         digits = (pixels[:, :, 0, 0] * 255).round().long()
         rows = digits @ torch.tensor([65536, 256, 1])
         dense = self.table[rows][:, :, None, None].expand(-1, -1, 4, 4)
@@ -39,27 +37,25 @@ class LookUp:
 
     @property
     def encoder(self) -> Encoder:
-        layers = ("early", "final")
-        architecture = Architecture(lambda _model: [], self.forward, lambda _model, output: output, after=layers)
+        own = {"blocks": lambda _model: [], "forward": self.forward, "after": ("early", "final")}
+        architecture = dataclasses.replace(ENCODERS["random"], **own)
         preprocess = Preprocessing(4, "squash", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
         return Encoder("stub", "0", torch.nn.Identity(), preprocess, architecture, torch.device("cpu"))
 
 
-def overlapping_classes() -> Data:
-    """Train and test: Gaussian classes with features of very different scales, as raw encoder features have."""
-    rng = np.random.default_rng(0)
-    means = rng.normal(size=(CLASSES, 24))
-    scales = 10.0 ** rng.uniform(-3, 2, 24)
+class Unreadable(list[Any]):
+    """Images of which some are damaged."""
 
-    def draw(count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        labels = rng.permutation(np.repeat(np.arange(CLASSES), count))
-        return ((means[labels] + 1.5 * rng.normal(size=(len(labels), 24))) * scales).astype(np.float32), labels
+    bad: tuple[int, ...] = (3, 20, 21)
 
-    return *draw(40), *draw(60)
+    def __getitem__(self, index: Any) -> Any:
+        if index in self.bad:
+            raise StudyError(f"{index}.png cannot be read as an image: replace or remove it")
+        return super().__getitem__(index)
 
 
-def stored(folder: Path, table: NDArray[np.float32], shard_rows: int = 100, weights: str = "0") -> FeatureStore:
+def store_of(table: NDArray[np.float32], folder: Path, shard_rows: int = 100) -> FeatureStore:
     """A store of given vectors, made by an encoder that looks them up."""
     stub = LookUp(table)
-    encoder = dataclasses.replace(stub.encoder, weights_hash=weights)
-    return encode_images(encoder, stub.images, [MEAN], "data", folder=folder, shard_rows=shard_rows)
+    with mock.patch.object(features, "SHARD_ROWS", shard_rows):
+        return encode_images(stub.encoder, stub.images, [MEAN], "data", folder=folder)

@@ -1,7 +1,7 @@
-"""Encoders against their packages' own forward and preprocessing, on the same random weights."""
+"""Encoders against their packages' own forward and preprocessing, on the same random weights; the pocket zoo."""
 
-from __future__ import annotations
-
+import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,23 +18,23 @@ from torch import Tensor
 from torchvision import transforms
 from transformers import DINOv3ViTImageProcessor, SiglipImageProcessorPil
 
-from samantics.data.folders import open_image
-from samantics.errors import StudyError
-from samantics.models import pocket
+from refusals import refused
+from samantics.cache import hash_file
+from samantics.models import pocket, weights
 from samantics.models.encoder import Encoder, load_encoder, masked_mean
 from samantics.models.preprocessing import MEAN, OPENAI, STD, Preprocessing
 from samantics.models.registry import ENCODERS, fuse_attention, fused_attention
-from samantics.plots import COLOURS, LABELS
-from samantics.scales import SCALES
+from samantics.models.weights import OFFICIAL
+from samantics.mojiworld import catalogue
+from samantics.mojiworld.world import World
 from small_models import SMALL
 
-torch.set_num_threads(1)
-SIDE, GRID = pocket.DEFAULT.image_size, pocket.DEFAULT.grid
+SIDE, GRID, DIM = pocket.DEFAULT.image_size, pocket.DEFAULT.grid, pocket.DEFAULT.dim
 
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, Encoder]:
-    return {name: load_encoder(name, "zoo_random") for name in pocket.NAMES}
+    return {name: load_encoder(name, "zoo_random") for name in (*pocket.NAMES, "random")}
 
 
 def pixels(size: int, count: int = 2) -> Tensor:
@@ -114,19 +114,35 @@ def siglip2(model: Any, x: Tensor) -> Expected:
 
 @torch.no_grad()
 @pytest.mark.parametrize("package", [sam, sam2, clip, dinov2, mae, hiera, sam3, dinov3, siglip2])
-def test_features_are_the_packages_own(package: Callable[[Any, Tensor], Expected]) -> None:
+def test_features_are_the_packages_own(package: Any, places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of the package is saved as its authors have it, and the encoder loads that file."""
     name = package.__name__
+    small, file = SMALL[name], OFFICIAL[name].place
+    file.parent.mkdir(parents=True)
     torch.manual_seed(0)
-    model, size = SMALL[name].empty().eval(), SMALL[name].size
-    preprocess = Preprocessing(size, "squash")
-    encoder = Encoder(name, "", model, preprocess, ENCODERS[name].architecture, torch.device("cpu"))
-    outputs = encoder.encode(pixels(size), encoder.layers)
-    for layer, expected in package(model, pixels(size)).items():
+    whole, x = small.whole().eval(), pixels(small.size)
+    small.save(whole, file)
+    sha256, own = hash_file(file), Preprocessing(small.size, "squash")
+    monkeypatch.setattr(weights, "OPENAI_CLIP", sha256)
+    monkeypatch.setitem(OFFICIAL, name, dataclasses.replace(OFFICIAL[name], sha256=sha256))
+    monkeypatch.setitem(ENCODERS, name, dataclasses.replace(ENCODERS[name], build=small.empty, own=own))
+    encoder = load_encoder(name, "official")
+    outputs = encoder.encode(x, encoder.layers)
+    for layer, expected in package(small.encoder(whole), x).items():
         output = outputs[layer.removeprefix("cls ")]
         assert close(output.cls if layer.startswith("cls") else output.dense, expected), layer
     assert all((output.cls is not None) == encoder.has_class_token(layer) for layer, output in outputs.items())
+    assert encoder.weights_hash == sha256[:16]
     if name == "clip":
-        assert close(outputs["final"].cls, outputs["before_projection"].cls @ model.visual.proj)
+        assert close(outputs["final"].cls, outputs["before_projection"].cls @ whole.visual.proj)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_wrong_checkpoint_for_the_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = SMALL["mae" if name == "dinov2" else "dinov2"]
+    other.save(other.whole(), tmp_path / "other.safetensors")
+    monkeypatch.setitem(ENCODERS, name, dataclasses.replace(ENCODERS[name], build=SMALL[name].empty))
+    refused(f"not a checkpoint of the official {name}", load_encoder, name, tmp_path / "other.safetensors")
 
 
 @torch.no_grad()
@@ -178,32 +194,13 @@ UPSTREAM: dict[str, Callable[[Image.Image], Tensor]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Image.Image]]:
-    """Odd files, each with the RGB picture that it should be."""
-    folder, rng = tmp_path_factory.mktemp("files"), np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 256, (37, 53, 3), dtype=np.uint8)).resize((301, 227))
-    exif = Image.Exif()
-    exif[0x0112] = 8
-    deep = np.asarray(picture.convert("L")).astype(np.uint16) * 257
-    wanted: dict[str, tuple[Image.Image, Image.Image, dict[str, Any]]] = {
-        "odd.png": (picture, picture, {}),
-        "tall.png": (picture.resize((131, 517)), picture.resize((131, 517)), {}),
-        "grey.png": (picture.convert("L"), picture.convert("L").convert("RGB"), {}),
-        "rgba.png": (picture.convert("RGBA"), picture, {}),
-        "cmyk.tif": (picture.convert("CMYK"), picture.convert("CMYK").convert("RGB"), {}),
-        "exif.png": (picture.transpose(Image.Transpose.ROTATE_270), picture, {"exif": exif}),
-        "deep.png": (Image.fromarray(deep), picture.convert("L").convert("RGB"), {}),
-    }
-    for name, (stored, _, options) in wanted.items():
-        stored.save(folder / name, **options)
-    return {name: (folder / name, expected) for name, (_, expected, _) in wanted.items()}
-
-
 @pytest.mark.parametrize("name", UPSTREAM)
-def test_preprocessing_equals_the_packages(name: str, files: dict[str, tuple[Path, Image.Image]]) -> None:
-    for path, expected in files.values():
-        assert close(ENCODERS[name].own(open_image(path)), UPSTREAM[name](expected)), path.name
+def test_preprocessing_equals_the_packages(name: str) -> None:
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (37, 53, 3), dtype=np.uint8))
+    for size in ((301, 227), (131, 517), (96, 96)):
+        resized = picture.resize(size)
+        assert close(ENCODERS[name].own(resized), UPSTREAM[name](resized)), size
 
 
 @pytest.mark.parametrize("fit", ["squash", "crop", "pad"])
@@ -227,32 +224,14 @@ def test_geometry_follows_a_pixel(fit: Any, shape: tuple[int, int]) -> None:
 # ---------------------------------------------------------------------------------------------------- the contract
 
 
-def test_scales_name_encoders_that_have_a_colour_and_a_label() -> None:
-    names = {name for scale in SCALES.values() for name in (*scale.encoders, *scale.pipeline.sources)}
-    assert names == {*ENCODERS, "supervised", "random"} and names <= COLOURS.keys() & LABELS.keys()
-
-
-def test_headline_rows_and_layers(models: dict[str, Encoder]) -> None:
-    headlines = {name: encoder.headline for name, encoder in models.items()}
-    assert {name for name, readout in headlines.items() if readout == ("final", "cls")} == {"clip", "dinov2"}
-    assert all(readout in (("final", "cls"), ("final", "mean")) for readout in headlines.values())
-    for encoder in models.values():
-        assert (encoder.layers[0], encoder.layers[-1]) == ("block_01", "final")
-        assert encoder.inputs([Image.new("RGB", (50, 30))]).shape == (1, 3, SIDE, SIDE)
-        assert not any(parameter.requires_grad for parameter in encoder.model.parameters())
-
-
 def test_pooled_vectors(models: dict[str, Encoder]) -> None:
-    encoder, x = models["clip"], pixels(SIDE)
+    encoder, x, mask = models["clip"], pixels(SIDE), torch.zeros(2, GRID, GRID)
+    mask[:, 2:4, 5:9] = 1
     outputs = encoder.encode(x, ["block_03", "final"])
-    mask = torch.zeros(2, GRID, GRID)
-    mask[0, 2:4, 5:9] = 1
-    mask[1, -1, -1] = 1
-    pooled = encoder.pooled(x, [("block_03", "mean"), ("block_03", "object"), ("final", "cls")], masks=mask)
-    assert close(pooled["block_03", "mean"], outputs["block_03"].dense.mean((2, 3)))
-    assert close(pooled["block_03", "object"][0], outputs["block_03"].dense[0, :, 2:4, 5:9].mean((1, 2)))
-    assert close(pooled["block_03", "object"][1], outputs["block_03"].dense[1, :, -1, -1])
-    assert close(outputs["final"].cls, pooled["final", "cls"])
+    dense, expected = outputs["block_03"].dense, {("final", "cls"): outputs["final"].cls}
+    expected |= {("block_03", "mean"): dense.mean((2, 3)), ("block_03", "object"): dense[..., 2:4, 5:9].mean((2, 3))}
+    pooled = encoder.pooled(x, list(expected), masks=mask)
+    assert all(close(pooled[readout], vectors) for readout, vectors in expected.items())
 
 
 def test_a_mask_in_pixels_weighs_tokens_by_coverage() -> None:
@@ -272,21 +251,16 @@ REFUSALS: list[tuple[str, Callable[[Encoder], object]]] = [
     ("empty", lambda encoder: encoder.pooled(pixels(SIDE), [("final", "object")], masks=torch.zeros(2, 12, 12))),
     ("choose from mae, sam, sam2, clip, dinov2, supervised, random", lambda _: load_encoder("resnet", "zoo_random")),
     ("no official encoder", lambda _: load_encoder("resnet", "official")),
-    ("leave image_size out", lambda _: load_encoder("sam", "zoo_random", image_size=256)),
+    ("offical is no file: choose zoo, official or random, or give", lambda _: load_encoder("sam", "offical")),
+    ("aaa is no file", lambda _: load_encoder("sam", "a" * 300)),
+    ("nowhere/sam.pth is no file: .* the path of sam_vit", lambda _: load_encoder("sam", Path("nowhere/sam.pth"))),
     ("too narrow", lambda _: Preprocessing(96, "pad")(Image.new("RGB", (2000, 1)))),
 ]
 
 
 @pytest.mark.parametrize(("message", "call"), REFUSALS)
 def test_refusals(message: str, call: Callable[[Encoder], object], models: dict[str, Encoder]) -> None:
-    with pytest.raises(StudyError, match=message):
-        call(models["sam"])
-
-
-def test_weights_hash_tells_seeds_apart() -> None:
-    first, again, other = (load_encoder("random", "zoo_random", seed=seed) for seed in (0, 0, 1))
-    assert first.weights_hash == again.weights_hash != other.weights_hash
-    assert first.key == again.key != other.key
+    refused(message, call, models["sam"])
 
 
 def test_half_precision_is_close(models: dict[str, Encoder]) -> None:
@@ -295,3 +269,71 @@ def test_half_precision_is_close(models: dict[str, Encoder]) -> None:
         rough, exact = (encoder.pooled(pixels(SIDE), [readout])[readout] for encoder in (half, whole))
         assert rough.dtype == torch.float32 and half.key != whole.key
         assert torch.nn.functional.cosine_similarity(exact, rough).min() > 0.99
+
+
+# --------------------------------------------------------------------------------------------------- the pocket zoo
+
+
+def test_every_pocket_encoder_is_of_equal_capacity_and_keeps_the_contract(models: dict[str, Encoder]) -> None:
+    zoo = [models[name].model for name in pocket.NAMES]
+    encoders = [getattr(model, "image_encoder", getattr(model, "visual", model)) for model in zoo]
+    sizes = [sum(p.numel() for p in encoder.parameters()) for encoder in encoders]
+    assert min(sizes) >= 1.8e6 and max(sizes) <= 4e6 and max(sizes) / min(sizes) < 1.2
+    by_class_token = {name for name, encoder in models.items() if encoder.headline == ("final", "cls")}
+    assert by_class_token == {"clip", "dinov2"}
+    for encoder in models.values():
+        assert (encoder.layers[0], encoder.layers[-1]) == ("block_01", "final")
+        assert not any(parameter.requires_grad for parameter in encoder.model.parameters())
+        x = encoder.inputs([Image.new("RGB", (50, 30))])
+        assert x.shape == (1, 3, SIDE, SIDE) and encoder.encode(x)["final"].dense.shape == (1, DIM, GRID, GRID)
+        (vector,) = encoder.pooled(x, [encoder.headline]).values()
+        assert vector.shape == (1, DIM)
+
+
+def test_initialisation_depends_on_the_seed_alone() -> None:
+    found = []
+    for state, seed in enumerate((3, 3, 4)):
+        torch.manual_seed(state)
+        found.append(load_encoder("dinov2", "zoo_random", seed=seed))
+    first, again, other = (encoder.key for encoder in found)  # with the hash of its weights
+    assert first == again != other
+
+
+def test_mae_knows_where_every_square_lies() -> None:
+    mae = pocket.build("mae")
+    for table in (mae.vit.embeddings.position_embeddings[0, 1:], mae.decoder.decoder_pos_embed[0, 1:]):
+        nearest = torch.cdist(table, table).fill_diagonal_(torch.inf).argmin(1)
+        rows, columns = torch.arange(len(table)) // GRID, torch.arange(len(table)) % GRID
+        away = (rows - rows[nearest]).abs() + (columns - columns[nearest]).abs()
+        assert (away == 1).all()  # the most similar position is next to it
+
+
+@pytest.mark.parametrize("name", pocket.NAMES)
+def test_shipped_weights_load_and_agree_with_their_card(name: str) -> None:
+    model, card = pocket.load(name), pocket.card(name)
+    assert sum(p.numel() for p in model.parameters()) <= card["parameters"] * 1.001
+    assert card["world"]["hash"] == World(**{k: v for k, v in card["world"].items() if k != "hash"}).hash
+    assert {"recipe", "seconds", "machine", "licence"} <= card.keys()
+
+
+def test_damaged_missing_and_foreign_files_are_refused(tmp_path: Path) -> None:
+    refused(r"clip\.safetensors is missing", pocket.load, "clip", tmp_path)
+    for name in ("clip", "sam"):
+        for ending in ("json", "safetensors"):
+            shutil.copy(pocket.ASSETS / f"clip.{ending}", tmp_path / f"{name}.{ending}")
+    refused("does not fit the pocket sam", pocket.load, "sam", tmp_path)
+    whole = (tmp_path / "clip.safetensors").read_bytes()
+    (tmp_path / "clip.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    refused(r"clip\.safetensors is damaged .* git checkout", pocket.load, "clip", tmp_path)
+
+
+def test_tokenizer_knows_every_word_of_the_world_and_no_other() -> None:
+    tokenizer = pocket.WordTokenizer()
+    for names in (catalogue.classes(), catalogue.superclasses()):
+        tokens = tokenizer(names)
+        assert tokens.shape == (len(names), tokenizer.context_length)
+        assert len({tuple(row.tolist()) for row in tokens}) == len(names)
+        # the end token is the highest: open_clip pools there
+        assert (tokens.argmax(1) == (tokens != 0).sum(1) - 1).all()
+    refused("does not know the word 'quark'", tokenizer, ["a picture of quark"])
+    refused("46 is the limit", tokenizer, ["owl " * 47])

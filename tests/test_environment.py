@@ -1,10 +1,9 @@
-"""pyproject.toml says what is needed, requirements.lock which versions; environment.yml and scripts use the lock."""
-
-from __future__ import annotations
+"""Files that must agree: versions wanted and locked, pages and what they link to, promises and their tests."""
 
 import re
 import subprocess
 import tomllib
+from pathlib import Path
 
 import pytest
 import yaml
@@ -15,22 +14,18 @@ from packaging.utils import canonicalize_name
 from samantics.cache import PROJECT
 
 SETTINGS = tomllib.loads((PROJECT / "pyproject.toml").read_text())
-LOCK = (PROJECT / "requirements.lock").read_text().splitlines()
-
-
-def needed() -> list[Requirement]:
-    return [Requirement(text) for text in SETTINGS["project"]["dependencies"] + SETTINGS["dependency-groups"]["dev"]]
+LOCK = dict(line.split("==") for line in (PROJECT / "requirements.lock").read_text().splitlines())
 
 
 def test_lock_pins_exactly_and_names_no_registry() -> None:
-    assert all(re.fullmatch(r"[a-z0-9-]+==[a-z0-9.]+", line) for line in LOCK)
-    assert len({line.split("==")[0] for line in LOCK}) == len(LOCK) > 100
+    assert all(re.fullmatch(r"[a-z0-9-]+==[a-z0-9.]+", f"{name}=={version}") for name, version in LOCK.items())
+    assert len((PROJECT / "requirements.lock").read_text().splitlines()) == len(LOCK) > 100
 
 
-@pytest.mark.parametrize("requirement", needed(), ids=lambda requirement: requirement.name)
-def test_lock_has_a_fitting_version_of_every_dependency(requirement: Requirement) -> None:
-    versions = dict(line.split("==") for line in LOCK)
-    assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)])
+def test_lock_has_a_fitting_version_of_every_dependency() -> None:
+    for text in SETTINGS["project"]["dependencies"] + SETTINGS["dependency-groups"]["dev"]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(LOCK[canonicalize_name(requirement.name)]), text
 
 
 def test_conda_takes_the_same_python_and_lock() -> None:
@@ -41,6 +36,21 @@ def test_conda_takes_the_same_python_and_lock() -> None:
     assert pip == "pip" and packages == {"pip": ["-r requirements.lock", "-e ."]}
 
 
-def test_scripts_are_sound_bash() -> None:
-    for script in ("run_all.sh", "run_tests.sh", "scripts/environment.sh", ".ci/run"):
-        subprocess.run(["bash", "-n", PROJECT / script], check=True)
+@pytest.mark.parametrize("script", ["run_all.sh", "run_tests.sh", "scripts/environment.sh", ".ci/run"])
+def test_scripts_are_sound_bash(script: str) -> None:
+    subprocess.run(["bash", "-n", PROJECT / script], check=True)
+
+
+@pytest.mark.parametrize("page", [PROJECT / "README.md", *(PROJECT / "docs").glob("*.md")], ids=lambda page: page.name)
+def test_links_to_files_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_test_that_trust_names_exists() -> None:
+    file, found = "", 0
+    for new_file, name in re.findall(r"`(tests/\w+\.py)?::(\w+)", (PROJECT / "docs" / "trust.md").read_text()):
+        file = new_file or file
+        assert f"def {name}(" in (PROJECT / file).read_text(encoding="utf-8"), f"{file} has no {name}"
+        found += 1
+    assert found > 60

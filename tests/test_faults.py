@@ -1,13 +1,14 @@
-"""A run that is killed, a full disk, a file that is cut: the next run goes on, or one line names the file."""
-
-from __future__ import annotations
+"""What is kept comes back; after a kill, a full disk or a cut file the next run goes on, or one line names the file."""
 
 import dataclasses
 import os
+import re
 import resource
 import shutil
 import signal
+import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,52 +22,49 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from samantics.cache import Checkpoint, atomic_path, kept, remove_leftovers, write_json
+from boxes import box_dataset, box_object
+from refusals import refused
+from samantics.cache import Checkpoint, atomic_path, hash_file, kept, remove_leftovers
 from samantics.data import coco
+from samantics.data.coco_files import load_coco, write_coco
 from samantics.errors import StudyError
 from samantics.models import pocket, weights
 from samantics.models.encoder import load_encoder
-from samantics.models.weights import WeightFile, weight_file
-from samantics.probing.features import FeatureStore, encode_images
+from samantics.models.weights import WeightFile, read_weights, weight_file
+from samantics.probing.features import FeatureStore
 from samantics.run import start_run
-from samantics.training_free.proposals import ProposalSettings, get_proposals, proposals_folder
-from stub_encoder import MEAN, LookUp
+from samantics.training_free.proposals import ProposalSettings, get_proposals
+from stub_encoder import MEAN, store_of
 
 POINTS = ProposalSettings(2, predicted_iou=0.0, stability=0.0)
 
 
 def encode(folder: Path) -> FeatureStore:
     """Features of 40 images, known beforehand, in shards of 8."""
-    known = LookUp(np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32))
-    return encode_images(known.encoder, known.images, [MEAN], "data", folder=folder, shard_rows=8, workers=1)
+    return store_of(np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32), folder, shard_rows=8)
 
 
 def scenes(folder: Path) -> coco.CocoDataset:
     """Three pictures of noise with an object each."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(3):
-        Image.effect_noise((40, 30), 90).save(folder / f"{number}.png")
-    images = [{"id": n, "file_name": f"{n}.png", "width": 40, "height": 30} for n in range(3)]
-    shape = {"segmentation": [[5, 5, 25, 5, 25, 25, 5, 25]], "bbox": [5, 5, 20, 20], "area": 400}
-    objects = [{"id": n + 1, "image_id": n, "category_id": 1, **shape} for n in range(3)]
-    whole = {"images": images, "annotations": objects, "categories": [{"id": 1, "name": "cat"}]}
-    write_json(folder / "x.json", whole)
-    return coco.load_coco(folder / "x.json", folder)
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        data = box_dataset(range(3), 1, [box_object(n + 1, n, 1, (5, 5, 25, 25)) for n in range(3)])
+        for record in data.images.values():
+            Image.effect_noise((record.width, record.height), 90).save(folder / record.file)
+        write_coco(folder / "x.json", [*data.images.values()], data.categories, data.instances)
+    return load_coco(folder / "x.json", folder)
 
 
 def propose(folder: Path) -> Any:
     """Mask proposals of the scenes beside the folder."""
-    path = folder.with_name("scenes") / "x.json"
-    dataset = coco.load_coco(path, path.parent) if path.is_file() else scenes(path.parent)
-    return get_proposals(load_encoder("sam", "zoo_random"), dataset, POINTS, folder)
+    return get_proposals(load_encoder("sam", "zoo_random"), scenes(folder.with_name("scenes")), POINTS, folder)
 
 
 def draw(folder: Path) -> None:
     """Two figures with their tables."""
     run = dataclasses.replace(start_run("pocket", "99_test"), figures=folder)
     for number in range(2):
-        figure, axes = plt.subplots(figsize=(8, 1))
-        axes.plot(np.arange(5) * number)
+        figure = plt.figure(figsize=(8, 1 + number))
         run.save(figure, pd.DataFrame({"x": np.arange(5) * number / 3}), f"99_{number}", "Lines.")
         plt.close(figure)
 
@@ -86,28 +84,19 @@ def in_a_fork(work: Callable[[], Any]) -> int:
 
 def killed_before_naming(work: Callable[[], Any], number: int) -> int:
     """Kill the work when it has written that many files and is about to give the last one its name."""
-    rename, files = os.replace, iter(range(1, 1000))
-
-    def replace(source: Any, target: Any) -> None:
-        if next(files) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        rename(source, target)
+    rename, files = os.replace, iter([True] * (number - 1))
 
     def patched() -> None:
-        os.replace = replace
+        os.replace = lambda *names: rename(*names) if next(files, False) else os.kill(os.getpid(), signal.SIGKILL)
         work()
 
     return in_a_fork(patched)
 
 
-def contents(folder: Path) -> dict[str, Any]:
+def contents(folder: Path) -> dict[str, bytes]:
     """What lies below a folder, without locks and without origins, which hold the time of day."""
-    found: dict[str, Any] = {}
-    for path in sorted(folder.rglob("[!.]*.*")):
-        name = str(path.relative_to(folder))
-        found[name] = {n: a.tolist() for n, a in np.load(path).items()} if path.suffix == ".npz" else path.read_bytes()
-    others = [name for name in found if name.endswith(".lock") or (name.startswith("99_") and name.endswith(".json"))]
-    return {name: value for name, value in found.items() if name not in others}
+    paths = [path for path in folder.rglob("[!.]*.*") if path.suffix != ".lock" and not path.match("99_*.json")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 @pytest.mark.parametrize("number", [1, 3])
@@ -117,14 +106,14 @@ def test_a_killed_work_ends_like_an_undisturbed_one(work: Callable[[Path], Any],
     work(places / "whole")
     whole, folder = contents(places / "whole"), places / "killed"
     assert killed_before_naming(lambda: work(folder), number) == signal.SIGKILL
-    left = {path: path.stat().st_ino for path in folder.rglob("shard_*.npz")}
-    there = contents(folder)
-    assert there.items() <= whole.items(), "what has its name is whole"
+    left = {
+        path: path.stat().st_ino for path in folder.rglob("*.*") if re.fullmatch(r"shard_.*npz|\d\.json", path.name)
+    }
+    assert contents(folder).items() <= whole.items(), "what has its name is whole"
     work(folder)
     assert contents(folder) == whole
-    assert {path: path.stat().st_ino for path in left} == left, "finished shards are not written again"
-    remove_leftovers(folder, "**/.*")  # with which the study's next run begins
-    assert not list(folder.rglob(".*"))
+    assert {path: path.stat().st_ino for path in left} == left, "finished shards and proposals are not written again"
+    assert not list(folder.rglob(".*")), "what was half-written is cleared away when it is written again"
 
 
 WAYS: dict[str, Callable[[Path], object]] = {
@@ -158,74 +147,77 @@ def test_a_cache_that_cannot_be_written_is_named_before_the_network_is_asked(
     (tmp_path / "file").touch()
     monkeypatch.setenv("SAMANTICS_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr(weights, "download", lambda *_: pytest.fail("asked the network"))
-    with pytest.raises(StudyError, match=r"cannot write .*: make it writable or set SAMANTICS_CACHE"):
-        weight_file(WeightFile("sam.pth", "http://127.0.0.1:9/", "", 1, "none"))
+    wanted = WeightFile("sam.pth", "http://127.0.0.1:9/", "", 1, "none")
+    refused("cannot write .*: make it writable or set SAMANTICS_CACHE", weight_file, wanted)
+
+
+def test_a_file_that_cannot_be_read_is_named_before_it_is_hashed(tmp_path: Path) -> None:
+    """A folder stands in for a file without permission, which root may read."""
+    refused(f"{tmp_path} cannot be read .*: make it readable", hash_file, tmp_path)
 
 
 def test_files_being_written_are_known_by_their_lock_and_not_by_their_age(tmp_path: Path) -> None:
-    with atomic_path(tmp_path / "a.npy") as temporary:
+    left, path = tmp_path / ".a.npy.x7a8b9c0.npy", tmp_path / "a.npy"
+    mine = [tmp_path / ".a.npy", tmp_path / ".hidden.json", tmp_path / "b.npy.x7a8b9c0.npy"]
+    for file in (left, *mine):
+        file.write_bytes(b"mine")
+    with atomic_path(path) as temporary:
+        assert not left.exists(), "what a killed process wrote of the same file"
         np.save(temporary, np.arange(3))
         os.utime(temporary, (0, 0))
+        left.write_bytes(b"of a killed process")
         remove_leftovers(tmp_path)
-        assert temporary.exists()
-    left = tmp_path / temporary.name
-    mine = [tmp_path / ".a.npy", tmp_path / ".hidden.json", tmp_path / "b.npy.x7a8b9c0.npy"]
-    for path in (left, *mine):
-        path.write_bytes(b"mine")
-    remove_leftovers(tmp_path)
-    assert not left.exists() and all(path.exists() for path in mine)
+        with atomic_path(path) as other:
+            np.save(other, np.arange(2))
+        assert temporary.exists() and not left.exists()
+    assert len(np.load(path)) == 3 and {*tmp_path.iterdir()} == {path, *mine}
 
 
 # ------------------------------------------------------------------------------------------------------- cut files
 
-KINDS = (
-    "shard", "key", "proposals", "annotations", "checkpoint", "kept.json", "kept.npz",
-    "card", "zoo weights", "safetensors", "pickled weights",
-)  # fmt: skip
+
+def features(folder: Path) -> Any:
+    return np.asarray(encode(folder / "features").column(MEAN)).tolist()
+
+
+def proposals(folder: Path) -> Any:
+    return [(p.rles, p.boxes.tolist()) for p in propose(folder / "proposals").values()]
+
+
+KEPT: dict[str, tuple[str, Callable[[Path], Any]]] = {  # a file that a run keeps, and what is read of it, for ==
+    "shard": ("features/**/shard_*3.npz", features),
+    "key": ("features/**/key.json", features),
+    "proposals": ("proposals/*/1.json", proposals),
+    "annotations": ("scenes/x.json", lambda folder: scenes(folder / "scenes")),
+    "checkpoint": ("model.ckpt", lambda folder: str(Checkpoint(folder / "model.ckpt", {"seed": 0}).load())),
+    "kept.json": ("kept.json", lambda folder: kept(folder / "kept.json", lambda: [1, 2])),
+    "kept.npz": ("kept.npz", lambda folder: str(kept(folder / "kept.npz", lambda: {"a": np.arange(9)}))),
+    "card": ("clip.json", lambda folder: pocket.card("clip", folder)),
+    "zoo weights": ("clip.safetensors", lambda folder: str(pocket.load("clip", folder))),
+    "safetensors": ("dinov2.safetensors", lambda folder: str(read_weights(folder / "dinov2.safetensors", ""))),
+    "pickled weights": ("sam.pth", lambda folder: str(read_weights(folder / "sam.pth", ""))),
+}
 
 
 @pytest.fixture(scope="module")
-def stored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Callable[[], Any]]]:
-    """A file that a run keeps, and what is read from it, for ==."""
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of those files that reading does not make."""
     folder = tmp_path_factory.mktemp("stored")
-    store, dataset = encode(folder / "features"), scenes(folder / "scenes")
-    propose(folder / "proposals")
-    proposed = proposals_folder(load_encoder("sam", "zoo_random"), dataset, POINTS, folder / "proposals")
-    checkpoint = Checkpoint(folder / "model.ckpt", {"seed": 0})
-    checkpoint.save({"step": 9, "model": torch.nn.Linear(5, 5).state_dict()})
+    model = torch.nn.Linear(5, 5).state_dict()
+    Checkpoint(folder / "model.ckpt", {"seed": 0}).save({"step": 9, "model": model})
     for ending in ("safetensors", "json"):
         shutil.copy(pocket.ASSETS / f"clip.{ending}", folder)
     save_file({"weight": torch.arange(50.0)}, folder / "dinov2.safetensors")
     torch.save({"weight": torch.arange(50.0)}, folder / "sam.pth")
-    shard = sorted(store.folder.glob("shard_*.npz"))[3]
-
-    def features() -> Any:
-        return np.asarray(encode(folder / "features").column(MEAN)).tolist()
-
-    files: dict[str, tuple[Path, Callable[[], Any]]] = {
-        "shard": (shard, features),
-        "key": (store.folder / "key.json", features),
-        "proposals": (
-            sorted(proposed.iterdir())[1],
-            lambda: [(p.rles, p.boxes.tolist()) for p in propose(folder / "proposals").values()],
-        ),
-        "annotations": (dataset.path, lambda: coco.load_coco(dataset.path, dataset.folder)),
-        "checkpoint": (checkpoint.path, lambda: str(checkpoint.load())),
-        "card": (folder / "clip.json", lambda: pocket.card("clip", folder)),
-        "zoo weights": (folder / "clip.safetensors", lambda: pocket.verify("clip", folder)),
-    }
-    for name, file in (("safetensors", "dinov2.safetensors"), ("pickled weights", "sam.pth")):
-        files[name] = folder / file, lambda file=file: str(weights.read_weights(folder / file, ""))
-    values = {"kept.json": [1, 2], "kept.npz": {"a": np.arange(9)}}
-    for name, value in values.items():
-        files[name] = folder / name, lambda name=name, value=value: str(kept(folder / name, lambda: value))
-    return files
+    return folder
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_file_cut_at_any_byte_gives_the_right_result_or_is_named(kind: str, stored: Any) -> None:
-    path, read = stored[kind]
-    expected, whole = read(), path.read_bytes()
+@pytest.mark.parametrize("kind", KEPT)
+def test_a_file_cut_at_any_byte_gives_the_right_result_or_is_named(kind: str, stored: Path) -> None:
+    place, read = KEPT[kind]
+    expected = read(stored)
+    (path,) = stored.glob(place)
+    whole = path.read_bytes()
 
     @settings(max_examples=40, deadline=None, derandomize=True, database=None)
     @given(st.integers(0, len(whole) - 1))
@@ -233,7 +225,7 @@ def test_a_file_cut_at_any_byte_gives_the_right_result_or_is_named(kind: str, st
         path.write_bytes(whole[:at])
         found, message = None, ""
         try:
-            found = read()
+            found = read(stored)
         except StudyError as error:
             message = str(error)
         assert found == expected or (str(path) in message and "\n" not in message)
@@ -242,4 +234,34 @@ def test_a_file_cut_at_any_byte_gives_the_right_result_or_is_named(kind: str, st
         cut()
     finally:
         path.write_bytes(whole)
-    assert read() == expected
+    assert read(stored) == expected
+
+
+# ------------------------------------------------------------------------------------------- what is kept
+
+VALUES: dict[str, Any] = {
+    ".csv": pd.DataFrame({"name": ["", "None", "a,b"], "ap": [1 / 3, np.nan, 2.0], "count": [1, 2, 3]}),
+    ".json": [{"a": 1, "b": None}],
+    ".npz": {"x": np.arange(3) / 7, "y": np.array([True, False, True])},
+}
+
+
+@pytest.mark.parametrize("ending", VALUES)
+def test_what_is_kept_comes_back_and_is_made_once(tmp_path: Path, ending: str) -> None:
+    path, made = tmp_path / f"deep/value{ending}", []
+    first = kept(path, lambda: made.append(1) or VALUES[ending])
+    again = kept(path, lambda: made.append(1) or VALUES[ending])
+    assert len(made) == 1
+    for found in (first, again):
+        pd.testing.assert_frame_equal(pd.DataFrame(found), pd.DataFrame(VALUES[ending]), check_exact=True)
+    assert [file.name for file in path.parent.iterdir()] == [path.name], "no lock and nothing half-written stays"
+
+
+def _ask(path: Path) -> Any:
+    return kept(path, lambda: time.sleep(0.3) or [os.getpid()])
+
+
+def test_two_processes_make_it_once(tmp_path: Path) -> None:
+    with ProcessPoolExecutor(2) as pool:
+        first, second = pool.map(_ask, [tmp_path / "value.json"] * 2)
+    assert first == second

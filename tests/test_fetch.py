@@ -1,7 +1,5 @@
 """What `lite` fetches: from a local server with tiny files in the official formats, and with a server's faults."""
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import hashlib
@@ -18,28 +16,26 @@ import pytest
 from PIL import Image
 from torchvision import datasets
 
-import plan
+import study
+from refusals import refused
 from samantics.cache import cache_dir
-from samantics.data import downloads, fetch
-from samantics.data.classification import scale_data
-from samantics.data.detection import load_data
-from samantics.data.fetch import chosen_images, coco_subset, imagenette
+from samantics.data import detection, downloads
+from samantics.data.classification import imagenette, scale_data
+from samantics.data.detection import chosen_images, coco_subset, load_data
+from samantics.data.folders import image_folders
 from samantics.data.references import ReferenceRule, eligible
-from samantics.errors import StudyError
 from samantics.run import start_run
 from samantics.scales import CocoSubset
-from servers import Server, cut, running, status
+from servers import Server, cut, status
+from test_folders import encoded
 
 SUBSET = CocoSubset(targets=8, references=3)
 RULE = ReferenceRule()
 COCO_ZIP, TGZ = "/annotations/annotations_trainval2017.zip", "/fast-ai-imageclas/imagenette2-320.tgz"
 
 
-def jpeg(number: int, size: tuple[int, int] = (160, 120)) -> bytes:
-    pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG")
-    return file.getvalue()
+def jpeg(size: tuple[int, int] = (160, 120)) -> bytes:
+    return encoded(Image.effect_noise(size, 90), "JPEG")
 
 
 def instances() -> dict[str, Any]:
@@ -48,43 +44,31 @@ def instances() -> dict[str, Any]:
     boxes = {1: [15, 15, 40, 40], 2: [70, 15, 40, 40], 3: [15, 65, 40, 40], 4: [100, 65, 10, 10], 5: [60, 65, 36, 40]}
     shows = {1: range(1, 31), 2: range(1, 31, 3), 3: (5, 6), 4: range(1, 31), 5: range(1, 31)}
     annotations: list[dict[str, Any]] = []
-    for category, numbers in shows.items():
-        x, y, w, h = boxes[category]
-        for number in numbers:
-            common = {"id": len(annotations) + 1, "image_id": number, "category_id": category, "bbox": boxes[category]}
-            outline: Any = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-            if category == 5:
-                outline = {"size": [120, 160], "counts": [160 * 60, 160, 160 * 120 - 160 * 61]}
-            annotations.append(common | {"area": w * h, "iscrowd": int(category == 5), "segmentation": outline})
+    for category, (x, y, w, h) in boxes.items():
+        outline: Any = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+        if category == 5:
+            outline = {"size": [120, 160], "counts": [160 * 60, 160, 160 * 120 - 160 * 61]}
+        shape = {"bbox": [x, y, w, h], "area": w * h, "iscrowd": int(category == 5), "segmentation": outline}
+        for number in shows[category]:
+            annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": category, **shape})
     categories = [{"id": n, "name": f"thing {n}", "supercategory": "thing"} for n in boxes]
     return {"info": {}, "licenses": [], "images": images, "annotations": annotations, "categories": categories}
 
 
-def zipped() -> bytes:
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+@pytest.fixture(scope="session")
+def official() -> dict[str, bytes]:
+    with zipfile.ZipFile(zipped := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("annotations/instances_train2017.json", "{}")
         archive.writestr("annotations/instances_val2017.json", json.dumps(instances()))
         archive.writestr("annotations/noise", np.random.default_rng(0).bytes(100_000))
-    return file.getvalue()
-
-
-def packed() -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w:gz") as archive:
-        for split, count in (("train", 3), ("val", 2)):
+    with tarfile.open(fileobj=(packed := io.BytesIO()), mode="w:gz") as tar:
+        for place in ("train/{}/0", "train/{}/1", "train/{}/2", "val/{}/0", "val/{}/1"):
             for label in ("n01440764", "n03888257"):
-                for number in range(count):
-                    info = tarfile.TarInfo(f"imagenette2-320/{split}/{label}/{number}.JPEG")
-                    info.size = len(content := jpeg(number))
-                    archive.addfile(info, io.BytesIO(content))
-    return file.getvalue()
-
-
-@pytest.fixture(scope="session")
-def official() -> dict[str, bytes]:
-    images = {f"/val2017/{n:012}.jpg": jpeg(n) for n in range(1, 31)}
-    return {COCO_ZIP: zipped(), TGZ: packed(), **images}
+                info = tarfile.TarInfo(f"imagenette2-320/{place.format(label)}.JPEG")
+                info.size = len(content := jpeg())
+                tar.addfile(info, io.BytesIO(content))
+    images = {f"/val2017/{n:012}.jpg": jpeg() for n in range(1, 31)}
+    return {COCO_ZIP: zipped.getvalue(), TGZ: packed.getvalue(), **images}
 
 
 @pytest.fixture
@@ -92,9 +76,9 @@ def source(places: Path, monkeypatch: pytest.MonkeyPatch, official: dict[str, by
     """A server with tiny official files, whose hashes are the known ones."""
     md5 = hashlib.md5(official[TGZ]).hexdigest()
     monkeypatch.setattr(datasets.Imagenette, "_ARCHIVES", {"320px": (f"https://s3.amazonaws.com{TGZ}", md5)})
-    monkeypatch.setattr(fetch, "ANNOTATIONS_MD5", hashlib.md5(official[COCO_ZIP]).hexdigest())
+    monkeypatch.setattr(detection, "ANNOTATIONS_MD5", hashlib.md5(official[COCO_ZIP]).hexdigest())
     monkeypatch.setattr(downloads, "WAIT", 0.01)
-    with running(Server(official)) as server:
+    with Server(official) as server:
         monkeypatch.setenv("SAMANTICS_MIRROR", server.address + "/")
         yield server
 
@@ -103,13 +87,10 @@ def folder() -> Path:
     return cache_dir() / "datasets" / "coco_val2017"
 
 
-# ---------------------------------------------------------------------------------------------------------- choosing
-
-
 def test_targets_are_any_images_and_references_others_with_enough_of_each_class() -> None:
     content = instances()
     chosen = chosen_images(content, SUBSET, RULE)
-    targets, references = (set(chosen[part]) for part in ("targets", "references"))
+    targets, references = (chosen[part] for part in ("targets", "references"))
     assert len(targets) == 8 and not targets & references
     shown = {c: {a["image_id"] for a in content["annotations"] if a["category_id"] == c} for c in (1, 2, 3)}
     for numbers in shown.values():  # three of each where the others have three, else all
@@ -124,7 +105,7 @@ def test_targets_are_any_images_and_references_others_with_enough_of_each_class(
 def test_the_subset_is_official_data_and_no_more_than_is_needed(source: Server) -> None:
     references, targets = coco_subset(SUBSET, RULE)
     chosen = chosen_images(instances(), SUBSET, RULE)
-    assert sorted(targets.images) == chosen["targets"] and sorted(references.images) == chosen["references"]
+    assert {*targets.images} == chosen["targets"] and {*references.images} == chosen["references"]
     assert references.categories == targets.categories == {n: f"thing {n}" for n in range(1, 6)}
     assert len(targets.instances) == sum(a["image_id"] in targets.images for a in instances()["annotations"])
     assert {i.category_id for i in eligible(references, RULE)} <= {1, 2, 3}
@@ -132,26 +113,19 @@ def test_the_subset_is_official_data_and_no_more_than_is_needed(source: Server) 
     assert sorted(p.name for p in (folder() / "images").iterdir()) == sorted(f"{n:012}.jpg" for n in numbers)
     assert not list((folder() / "incoming").iterdir())
     assert {p.suffix for p in folder().iterdir() if p.is_file()} == {".json"}  # the archive of all has gone
-
-
-# ----------------------------------------------------------------------------------------------- going on and faults
-
-
-def test_nothing_is_fetched_twice(source: Server) -> None:
-    coco_subset(SUBSET, RULE)
     assert max(collections.Counter(source.asked).values()) == 1
     states, before = {p: p.stat().st_mtime_ns for p in folder().rglob("*") if p.is_file()}, list(source.asked)
     source.files = {}
-    coco_subset(SUBSET, RULE)
+    coco_subset(SUBSET, RULE)  # nothing is fetched twice
     assert source.asked == before and states == {p: p.stat().st_mtime_ns for p in states}
 
 
 def test_what_broke_off_is_resumed(source: Server) -> None:
-    image = f"/val2017/{chosen_images(instances(), SUBSET, RULE)['targets'][0]:012}.jpg"
+    image = f"/val2017/{min(chosen_images(instances(), SUBSET, RULE)['targets']):012}.jpg"
     source.answers = {COCO_ZIP: [cut(60_000)], image: [cut(5_000)], TGZ: [cut(9_000)]}
     coco_subset(SUBSET, RULE)
     for _ in range(2):  # fetched once
-        assert [len(part) for part in imagenette(cache_dir() / "datasets")] == [6, 4]
+        assert [len(part) for part in image_folders(imagenette(cache_dir() / "datasets"))] == [6, 4]
     assert {path: source.starts(path) for path in source.answers} == {
         COCO_ZIP: [0, 60_000], image: [0, 5_000], TGZ: [0, 9_000]
     }  # fmt: skip
@@ -159,11 +133,10 @@ def test_what_broke_off_is_resumed(source: Server) -> None:
 
 def test_the_next_run_goes_on_where_one_was_stopped(source: Server) -> None:
     chosen = chosen_images(instances(), SUBSET, RULE)
-    last = f"/val2017/{chosen['targets'][-1]:012}.jpg"
+    last = f"/val2017/{max(chosen['targets']):012}.jpg"
     source.answers = {last: [status(500)] * downloads.TRIES}
-    with pytest.raises(StudyError, match=r"cannot download .*jpg .*500.*put it at .*coco_val2017/images/0") as caught:
-        coco_subset(SUBSET, RULE)
-    assert "\n" not in str(caught.value) and "incoming" not in str(caught.value)
+    says = "cannot download .*jpg .*500.*put it at .*coco_val2017/images/0"
+    assert "incoming" not in refused(says, coco_subset, SUBSET, RULE)
     done = {path.name for path in (folder() / "images").iterdir()}
     before = len(source.asked)
     coco_subset(SUBSET, RULE)
@@ -182,7 +155,7 @@ def test_the_next_run_goes_on_where_one_was_stopped(source: Server) -> None:
     ],
 )
 def test_another_file_is_refused(source: Server, what: str, says: str) -> None:
-    image = f"/val2017/{chosen_images(instances(), SUBSET, RULE)['targets'][0]:012}.jpg"
+    image = f"/val2017/{min(chosen_images(instances(), SUBSET, RULE)['targets']):012}.jpg"
     if what == "archive":
         source.files[COCO_ZIP] = source.files[COCO_ZIP][:-1] + b"x"
     elif what == "image":
@@ -190,11 +163,9 @@ def test_another_file_is_refused(source: Server, what: str, says: str) -> None:
     elif what == "gone":
         del source.files[image]
     else:
-        source.files[image] = jpeg(1)[:3000] if what == "cut image" else jpeg(1, (80, 60))
+        source.files[image] = jpeg()[:3000] if what == "cut image" else jpeg((80, 60))
         source.etags[image] = "no MD5"
-    with pytest.raises(StudyError, match=says) as caught:
-        coco_subset(SUBSET, RULE)
-    assert "\n" not in str(caught.value)
+    refused(says, coco_subset, SUBSET, RULE)
     assert not (folder() / "images" / image.split("/")[-1]).exists()
     assert what != "archive" or not list(folder().rglob("*.zip*"))
 
@@ -203,29 +174,21 @@ def test_files_that_are_there_are_used_if_they_are_the_right_ones(source: Server
     archive = folder() / "annotations_trainval2017.zip"
     archive.parent.mkdir(parents=True)
     archive.write_bytes(b"another")
-    with pytest.raises(StudyError, match=r"annotations_trainval2017.zip is not .*: delete it to download it again"):
-        coco_subset(SUBSET, RULE)
+    refused(r"annotations_trainval2017.zip is not .*: delete it to download it again", coco_subset, SUBSET, RULE)
     archive.write_bytes(official[COCO_ZIP])
     coco_subset(SUBSET, RULE)
     assert not source.starts(COCO_ZIP)
     next(folder().glob("targets_*.json")).write_text("{")
-    with pytest.raises(StudyError, match=r"targets_.*json is damaged: delete it"):
-        coco_subset(SUBSET, RULE)
+    refused(r"targets_.*json is damaged: delete it", coco_subset, SUBSET, RULE)
 
 
 def test_no_network_is_one_line_with_a_cure(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloads, "WAIT", 0.01)
     monkeypatch.setenv("SAMANTICS_MIRROR", "http://127.0.0.1:9")
-    for fetched in (lambda: coco_subset(SUBSET, RULE), lambda: imagenette(cache_dir() / "datasets")):
-        with pytest.raises(StudyError, match=r"cannot download .*: go online, or fetch http://127.* put") as caught:
-            fetched()
-        assert "\n" not in str(caught.value)
+    for fetched in ((coco_subset, SUBSET, RULE), (imagenette, cache_dir() / "datasets")):
+        refused("cannot download .*: go online, or fetch http://127.* put", *fetched)
     monkeypatch.setenv("SAMANTICS_MIRROR", "file:///etc")
-    with pytest.raises(StudyError, match="SAMANTICS_MIRROR is 'file:///etc', which is no address"):
-        coco_subset(SUBSET, RULE)
-
-
-# ------------------------------------------------------------------------------------------------------ the two scales
+    refused("SAMANTICS_MIRROR is 'file:///etc', which is no address", coco_subset, SUBSET, RULE)
 
 
 def test_lite_takes_what_it_fetches(source: Server) -> None:
@@ -238,18 +201,14 @@ def test_lite_takes_what_it_fetches(source: Server) -> None:
     assert {"reference_data", "target_data"} <= run.facts.keys()
 
 
-@pytest.mark.parametrize(
-    ("numbers", "given", "lacking"),
-    [
+def test_paper_tells_its_plan_and_names_what_it_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[tuple[tuple[str, ...], dict[str, str], str]] = [
         (("01", "03"), {}, "--data DIR .* and --references FILE"),
         (("02",), {"data": "x"}, "needs --references FILE"),
         (("01", "04"), {}, "needs --data DIR"),
-    ],
-)
-def test_paper_tells_its_plan_and_names_what_it_lacks(
-    numbers: tuple[str, ...], given: dict[str, str], lacking: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(StudyError, match=f"scale paper .*{lacking}.*: name them, or choose --scale lite") as caught:
-        plan.prepare("paper", numbers, given)
-    told = capsys.readouterr().out
-    assert "\n" not in str(caught.value) and "MB to fetch" in told and "hours on one H100 (estimated)" in told
+    ]
+    for numbers, given, lacking in asked:
+        says = f"scale paper .*{lacking}.*: name them, or choose --scale lite"
+        refused(says, study.prepare, "paper", numbers, given)
+        told = capsys.readouterr().out
+        assert "MB to fetch" in told and "hours on one H100 (estimated)" in told

@@ -1,9 +1,12 @@
-"""Images and class folders: every kind of file ends as the same RGB picture, left out with a note, or in one line."""
+"""Images and class folders: every kind of file ends as the same RGB picture, left out with a note, or in one line;
+and what is classified: whose drawings train and test show, which pictures, a folder as one task.
+"""
 
-from __future__ import annotations
-
+import dataclasses
 import io
+import itertools
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from samantics.data import folders
-from samantics.errors import StudyError
+from refusals import refused
+from samantics.data import classification, folders
+from samantics.mojiworld import catalogue, rendered
+from samantics.mojiworld.world import World, visible_drawings
+from samantics.scales import get_scale
 
 RAMP = np.linspace(0, 255, 40 * 30 * 3).reshape(30, 40, 3).astype(np.uint8)
 
@@ -23,14 +29,16 @@ def save(path: Path, image: Image.Image, **options: Any) -> Path:
     return path
 
 
+def class_folders(folder: Path, classes: Iterable[str], count: int) -> None:
+    """Pictures of noise, 16 x 12."""
+    for number, name in itertools.product(range(count), classes):
+        save(folder / name / f"{number}.png", Image.effect_noise((16, 12), 90).convert("RGB"))
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 6), ("val", 2)):
-        for name in ("cat", "dog", "emu"):
-            for number in range(count):
-                pixels = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-                save(tmp_path / split / name / f"{number}.png", Image.fromarray(pixels))
+    class_folders(tmp_path / "train", ("cat", "dog", "emu"), 6)
+    class_folders(tmp_path / "val", ("cat", "dog", "emu"), 2)
     return tmp_path
 
 
@@ -40,7 +48,7 @@ def test_grey_of_many_bits_is_scaled_to_what_it_uses(bits: int, tmp_path: Path, 
     values = np.linspace(0, most, 256).round().astype(np.uint16).reshape(16, 16)
     opened = np.asarray(folders.open_image(save(tmp_path / "a.png", Image.fromarray(values))))
     assert np.array_equal(opened, np.repeat((values / most * 255).round().astype(np.uint8)[..., None], 3, axis=2))
-    notes = [str(note.message) for note in recwarn if note.category is folders.StudyNote]
+    notes = [str(note.message) for note in recwarn if "16-bit" in str(note.message)]
     assert notes == ([] if bits == 16 else [f"16-bit pictures in {tmp_path} hold {bits}-bit values: stretched"])
 
 
@@ -52,7 +60,7 @@ def test_exif_turns_as_asked_for(orientation: int, tmp_path: Path) -> None:
     with Image.open(path) as raw:
         shown = np.asarray(ImageOps.exif_transpose(raw))
     size = shown.shape[1::-1]
-    assert folders.image_size(path) == size and folders.is_turned(path) == (1 < orientation < 9)
+    assert folders.image_head(path) == (size, 1 < orientation < 9)
     for wanted in (None, size, (7, 7)):
         assert np.array_equal(np.asarray(folders.open_image(path, wanted)), shown)
     stored = RAMP if size != (40, 30) else shown  # where both fit, as it is shown
@@ -87,21 +95,20 @@ def test_odd_image_files_that_are_good(what: str, tmp_path: Path) -> None:
 FORMATS = {"jfif": "JPEG", "JPG": "JPEG", "avif": "AVIF", "jp2": "JPEG2000", "qoi": "QOI", "tga": "TGA", "pgm": "PPM"}
 
 
-@pytest.mark.parametrize("ending", FORMATS)
-def test_every_format_that_pillow_reads(ending: str, folder: Path) -> None:
-    save(folder / "train" / "cat" / f"new.{ending}", Image.fromarray(RAMP), format=FORMATS[ending])
+def test_formats_that_pillow_reads_and_one_that_it_was_built_without(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for ending, kind in FORMATS.items():
+        save(folder / "train" / "cat" / f"new.{ending}", Image.fromarray(RAMP), format=kind)
     train, _ = folders.image_folders(folder)
-    assert len(train) == 19 and not train.notes
-    assert all(train[row].size in {(16, 12), (40, 30)} for row in range(19))
-
-
-def test_a_format_that_pillow_was_built_without_is_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(train) == 18 + len(FORMATS) and not train.notes
+    assert all(train[row].size in {(16, 12), (40, 30)} for row in range(len(train)))
     monkeypatch.delitem(Image.registered_extensions(), ".avif")
-    for name in ("x.avif", "y.AVIF", "notes.txt"):
+    for name in ("x.AVIF", "notes.txt"):
         (folder / "train" / "cat" / name).touch()
-    train, _ = folders.image_folders(folder)
-    assert len(train) == 18
-    assert train.notes == (f"{folder}/train: 3 files left out, no image of a class: 2 .avif, 1 .txt",)
+    few, _ = folders.image_folders(folder)
+    assert len(few) == len(train) - 1
+    assert few.notes == (f"{folder}/train: files left out, no image of a class: 2 .avif, 1 .txt",)
 
 
 TOOLS = (".ipynb_checkpoints/0.png", "@eaDir/0.png/THUMB.jpg", "__MACOSX/._0.jpg", ".git/a.png", "Thumbs.db", ".a.png")
@@ -129,22 +136,14 @@ def test_splits_of_other_names_and_in_a_wrapper(train: str, val: str, wrapper: s
     assert [len(part) for part in parts] == [18, 6] and parts[0].classes == ("cat", "dog", "emu")
 
 
-def test_flat_validation_images_are_refused_with_the_layout(folder: Path) -> None:
-    for path in sorted((folder / "val").rglob("*.png")):
-        path.rename(folder / "val" / f"{path.parent.name}{path.name}")
-    for name in ("cat", "dog", "emu"):
-        (folder / "val" / name).rmdir()
-    with pytest.raises(StudyError, match=r"val has 0 class folders: put its images into val/cat/, val/dog/ .*train"):
-        folders.image_folders(folder)
-
-
 def test_folder_with_train_and_val(folder: Path) -> None:
     (folder / "test").mkdir()
     train, val = folders.image_folders(folder)
-    assert train.notes == (f"{folder}: not used beside train/ and val/: 'test'",)
+    assert train.notes == (f"{folder}: 1 folder ('test'): not used beside train/ and val/",)
     assert train.classes == val.classes == ("cat", "dog", "emu") and (len(train), len(val)) == (18, 6)
     assert [path.parent.name for path in val.paths] == [val.classes[label] for label in val.labels]
     assert train[0].size == (16, 12) and train.hash == folders.image_folders(folder)[0].hash != val.hash
+    assert dataclasses.replace(train, labels=train.labels[::-1]).hash != train.hash  # the same files of other classes
     save(train.paths[0], Image.fromarray(RAMP))
     assert folders.image_folders(folder)[0].hash != train.hash
 
@@ -172,14 +171,85 @@ def test_class_names() -> None:
         ("odd", r"'fox' is not in .*train"),
         ("single", "single image"),
         ("half", "no val/"),
+        ("flat", r"val has 0 class folders: put its images into val/cat/, val/dog/ \.\.\. as in .*train"),
     ],
 )
-def test_bad_folders(name: str, says: str, folder: Path) -> None:
-    for part in ("empty", "odd"):
+def test_bad_folders_are_refused_with_what_is_lacking(name: str, says: str, folder: Path) -> None:
+    for part in ("empty", "odd", "flat"):
         shutil.copytree(folder / "train", folder / part / "train")
-        shutil.copytree(folder / "val", folder / part / "val")
+        shutil.copytree(folder / ("train/cat" if part == "flat" else "val"), folder / part / "val")
+    for part in ("empty", "odd"):
         (folder / part / "val" / "fox").mkdir()
     for place in ("odd/val/fox", "single/a", "single/b", "half/train"):
         save(folder / place / "0.png", Image.fromarray(RAMP))
-    with pytest.raises(StudyError, match=says):
-        folders.image_folders(folder / name)
+    refused(says, folders.image_folders, folder / name)
+
+
+@pytest.fixture
+def rows(monkeypatch) -> dict[str, np.ndarray]:
+    """The drawing of every picture of a stream; the pictures themselves are left blank."""
+    shown = {}
+
+    def blank(_world, stream, count) -> rendered.Pictures:
+        own = np.concatenate(visible_drawings(stream.role, stream.classes))
+        shown[stream.name] = own[np.arange(count) % len(own)]
+        turn = sum(np.divmod(np.arange(count), len(own)))
+        return rendered.Pictures(
+            np.zeros((count, 1, 1, 3), np.uint8), np.ones((count, 1, 1), np.uint8),
+            shown[stream.name][:, None].astype(np.int16), (turn % 2).astype(np.uint8),
+        )  # fmt: skip
+
+    monkeypatch.setattr(classification, "stored_pictures", blank)
+    return shown
+
+
+def test_no_probe_learns_from_a_test_artist_and_settings_are_chosen_on_artists(rows) -> None:
+    tasks = classification.mojiworld_data(World(96), 2, 1, 3).tasks
+    table = catalogue.catalogue()
+    assert list(tasks) == ["view", "artist"] and tasks["view"].train is tasks["artist"].train
+    for name, split in (("labels", "train"), ("views", "train"), ("test", "test")):
+        assert set(table["split"][rows[name]]) == {split}
+    artist = table["artist"][rows["labels"]].to_numpy()
+    groups = tasks["artist"].groups
+    assert groups is not None and len(set(groups)) == len(set(zip(groups, artist, strict=True))) == 6
+    for task, stream in (("view", "views"), ("artist", "test")):
+        part = tasks[task].test
+        assert [tasks[task].classes[label] for label in part.labels[:99]] == list(table["class"][rows[stream][:99]])
+
+
+def test_every_drawing_is_shown_in_a_studio_and_in_a_place_or_some_classes_only(rows) -> None:
+    data = classification.mojiworld_data(World(96), 0.25, 0.25, 0.25)  # less than one picture of a drawing
+    assert len(set(data.hashes.values())) == 3  # features of one stream are not another's
+    for task in data.tasks.values():
+        assert len(task.classes) == len(task.families) == len(task.prompts) == 116
+        assert set(task.train.labels) == set(task.test.labels) == set(range(116))
+    data = classification.mojiworld_data(World(96), 2, 1, 2)
+    for part, stream in ((data.tasks["view"].train, "labels"), (data.tasks["artist"].test, "test")):
+        assert part.kinds is not None and set(part.kinds) == {"studio", "object"}
+        assert len(set(zip(rows[stream], part.kinds, strict=True))) == len(part.labels)
+        assert len(data.splits[part.split]) == len(data.masks[part.split]) == len(part.labels)
+
+
+def test_some_of_the_views_and_some_of_the_classes(rows) -> None:
+    whole, third = (classification.mojiworld_data(World(96), 2, 1, 2, view_step=step) for step in (1, 3))
+    asked, few = (data.tasks["view"].test for data in (whole, third))
+    assert (few.labels == asked.labels[::3]).all() and set(few.kinds) == {"studio", "object"}
+    assert third.hashes["views"] != whole.hashes["views"] and third.hashes["test"] == whole.hashes["test"]
+    eighth = classification.some_classes(whole, 8, 1)
+    (task,), every = eighth.tasks.values(), whole.tasks["artist"]
+    assert task.classes == every.classes[::8] and set(task.train.labels) == set(range(len(task.classes)))
+    for mine, its in ((task.train, every.train), (task.test, every.test)):
+        named = [every.classes[label] for label in its.labels if label % 8 == 0]
+        assert [task.classes[label] for label in mine.labels] == named and len(eighth.splits[mine.split]) == len(named)
+
+
+def test_the_paper_scale_asks_for_its_folder(pocket_run) -> None:
+    run = dataclasses.replace(pocket_run, scale=get_scale("paper"))
+    refused("--data DIR", classification.scale_data, run)
+
+
+def test_a_folder_of_ones_own_is_one_task(folder: Path, pocket_run) -> None:
+    found = classification.scale_data(pocket_run, folder / "train")
+    task = found.tasks["class"]
+    assert found.name == "train" and task.classes == ("cat", "dog", "emu") and task.test.kinds is None
+    assert len(task.train.labels) + len(task.test.labels) == 18 and task.chance == pytest.approx(100 / 3)

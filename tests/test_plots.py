@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import itertools
 
 import matplotlib.pyplot as plt
@@ -20,6 +18,8 @@ TABLE = pd.DataFrame(
     }
 ).assign(low=lambda t: t["top1"] - 0.5, high=lambda t: t["top1"] + 2, chance=4.0)
 
+ENDS = {"low": "low", "high": "high"}
+
 # Machado, Oliveira and Fernandes 2009: how people without one kind of cone see linear RGB
 DEUTERANOPIA = np.array(
     [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]]
@@ -38,7 +38,7 @@ def test_the_main_models_can_be_told_apart(vision: np.ndarray) -> None:
 
 
 def test_bars_stand_where_the_table_says_and_whiskers_end_at_the_interval() -> None:
-    figure = plots.bars(TABLE, "encoder", "top1", hue="part", panel="level", low="low", high="high", floor="chance")
+    figure = plots.bars(TABLE, "encoder", "top1", hue="part", panel="level", ylabel="%", floor="chance", **ENDS)
     for axis, (_, rows) in zip(figure.axes, TABLE.groupby("level", sort=False), strict=True):
         heights = sorted(bar.get_height() for bar in axis.patches if bar.get_width() > 0 and bar.get_height() > 0)
         np.testing.assert_allclose(heights, sorted(rows["top1"]))
@@ -51,7 +51,7 @@ def test_bars_stand_where_the_table_says_and_whiskers_end_at_the_interval() -> N
 
 
 def test_lines_pass_through_the_table_in_the_models_colours() -> None:
-    figure = plots.lines(TABLE, "depth", "top1", hue="encoder", panel="level", low="low", high="high")
+    figure = plots.lines(TABLE, "depth", "top1", hue="encoder", panel="level", xlabel="depth", ylabel="%", **ENDS)
     for axis, (_, rows) in zip(figure.axes, TABLE.groupby("level", sort=False), strict=True):
         drawn = {line.get_color(): line.get_ydata() for line in axis.lines}
         for name, curve in rows.groupby("encoder"):

@@ -1,22 +1,22 @@
-from __future__ import annotations
-
 import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import nbformat
 import pandas as pd
 import pytest
 
 import study
-from notebooks import SETTINGS, write_notebook
 from samantics import cli
 from samantics.cache import PROJECT, cache_dir
 from samantics.errors import StudyError
 from samantics.run import figures_dir
 
+SETTINGS = 'scale = "pocket"\nseed = 0\nreferences = ""'
 SAVE = """\
 import os
 from pathlib import Path
@@ -25,43 +25,54 @@ folder = Path(os.environ["SAMANTICS_FIGURES"]) / scale / ("own_data" if referenc
 (folder / f"{NAME[:2]}_picture.csv").write_text(f"seed\\n{seed}\\n")"""
 
 
-def test_run_leaves_executed_notebooks_figures_and_times_although_one_fails(own_notebooks: Path) -> None:
-    folder = own_notebooks
-    bar = 'import sys\nprint(f"sam:  {50}%|##  | 1/2 [00:01]\\r\\x1b[Ahalf done", file=sys.stderr)'
-    write_notebook(folder, "00_good", f'NAME = "00_good"\n{SAVE}', 'print("seed", seed)', bar)
-    write_notebook(folder, "01_wrong", "fine = 1", "before = 0\nbefore / 0\nafter = 0")
-    write_notebook(folder, "02_mendable", "from samantics.errors import StudyError as E\nraise E('no file x: make it')")
-    write_notebook(folder, "notes", "1 / 0")
-    outcomes = study.run_study("pocket", parameters={"seed": 7})
+@pytest.fixture
+def own_notebooks(places: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder whose notebooks a study of the test's own runs; its results are in the test's folder."""
+    monkeypatch.setattr(study, "NOTEBOOKS", places / "notebooks")
+    (places / "notebooks").mkdir()
+    return places / "notebooks"
 
-    assert [outcome.notebook for outcome in outcomes] == ["00_good", "01_wrong", "02_mendable"]
-    assert [outcome.error for outcome in outcomes] == [
+
+def write_notebook(folder: Path, name: str, *cells: str) -> Path:
+    """A notebook of a title, a cell of parameters and these cells."""
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
+    first = nbformat.v4.new_code_cell(SETTINGS, metadata={"tags": ["parameters"]}, id="parameters")
+    others = [nbformat.v4.new_code_cell(cell, id=f"cell-{n}") for n, cell in enumerate(cells)]
+    notebook.cells = [nbformat.v4.new_markdown_cell("# A question?", id="title"), first, *others]
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+    return folder / f"{name}.ipynb"
+
+
+def test_run_leaves_executed_notebooks_figures_and_times_although_one_fails(own_notebooks: Path) -> None:
+    bar = 'import sys\nprint(f"sam:  {50}%|##  | 1/2 [00:01]\\r\\x1b[Ahalf done", file=sys.stderr)'
+    write_notebook(own_notebooks, "00_good", f'NAME = "00_good"\n{SAVE}', 'print("seed", seed)', bar)
+    write_notebook(own_notebooks, "01_wrong", "fine = 1", "before = 0\nbefore / 0\nafter = 0")
+    mendable = "from samantics.errors import StudyError as E\nraise E('no file x: make it')"
+    write_notebook(own_notebooks, "02_mendable", mendable)
+    write_notebook(own_notebooks, "notes", "1 / 0")
+    outcomes, figures = study.run_study("pocket", parameters={"seed": 7}), figures_dir() / "pocket"
+    names, errors = ["00_good", "01_wrong", "02_mendable"], [outcome.error for outcome in outcomes]
+    assert [outcome.notebook for outcome in outcomes] == names
+    assert errors == [
         "",
         "01_wrong stopped in cell [4]: ZeroDivisionError: division by zero at `before / 0`",
         "02_mendable stopped in cell [3]: no file x: make it",
     ]
-    assert [outcome.figures for outcome in outcomes] == [1, 0, 0]
-    assert 0 < outcomes[0].seconds < 60
-    figures = figures_dir() / "pocket"
+    assert study.summary(outcomes).splitlines()[-1] == f"error: {errors[2]}"
+    assert [outcome.figures for outcome in outcomes] == [1, 0, 0] and 0 < outcomes[0].seconds < 60
     assert pd.read_csv(figures / "00_picture.csv")["seed"].tolist() == [7]
-    for name in ("00_good", "01_wrong", "02_mendable"):
-        executed = nbformat.read(figures / "notebooks" / f"{name}.ipynb", as_version=4)
-        assert "papermill" not in executed.metadata and not any("papermill" in cell.metadata for cell in executed.cells)
-        assert "http" not in (figures / "notebooks" / f"{name}.html").read_text().replace("http://www.w3.org", "")
-    page = (figures / "notebooks" / "00_good.html").read_text()
-    assert "seed 7" in page and "half done" in page and "50%|" not in page
-    assert "ZeroDivisionError" in (figures / "notebooks" / "01_wrong.html").read_text()
-    table = study.summary(outcomes)
-    assert "error: 02_mendable stopped in cell [3]: no file x: make it" in table.splitlines()
+    pages = [(figures / "notebooks" / f"{name}.html").read_text() for name in names]
+    assert "seed 7" in pages[0] and "half done" in pages[0] and "50%|" not in pages[0]
+    assert "ZeroDivisionError" in pages[1] and "http" not in "".join(pages).replace("http://www.w3.org", "")
+    assert "papermill" not in (figures / "notebooks" / "00_good.ipynb").read_text()
     assert not list(figures.rglob(".*"))
 
-    write_notebook(folder, "01_wrong", "before = 1")
-    again = study.run_study("pocket", only=["01"])
+    write_notebook(own_notebooks, "01_wrong", "before = 1")
+    (again,) = study.run_study("pocket", only=["01"])
     times = pd.read_csv(figures / "run.csv", keep_default_na=False)
-    assert [outcome.error for outcome in again] == [""]
-    assert times["notebook"].tolist() == ["00_good", "01_wrong", "02_mendable"]
-    assert times["seconds"].tolist()[1] == again[0].seconds
-    assert times["error"].tolist() == ["", "", outcomes[2].error]
+    assert times["notebook"].tolist() == names and times["seconds"][1] == again.seconds
+    assert times["error"].tolist() == ["", "", errors[2]]
 
 
 def test_own_data_runs_05_and_its_results_lie_beside_those_of_pocket(
@@ -92,13 +103,22 @@ def test_notebook_whose_kernel_dies_is_named(own_notebooks: Path) -> None:
     assert dead.error == "00_dies: its kernel died in cell 3 of 4, as when memory runs out" and not alive.error
 
 
-def test_peak_memory_counts_the_children_of_the_kernel(own_notebooks: Path) -> None:
+def test_kernels_write_where_the_run_says_and_their_children_count_as_their_memory(
+    own_notebooks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     child = 'import time; block = bytearray(300 * 2**20); block[::4096] = b"x" * len(block[::4096]); time.sleep(2)'
-    cell = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {child!r}])"
-    write_notebook(own_notebooks, "00_big", cell)
+    big = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {child!r}])"
+    write_notebook(
+        own_notebooks, "00_a", "from samantics.run import figures_dir\n(figures_dir() / 'here').touch()", big
+    )
+    monkeypatch.chdir(own_notebooks.parent)
+    monkeypatch.setenv("SAMANTICS_FIGURES", "figures")
+    monkeypatch.setenv("SAMANTICS_CACHE", "cache")
     before = study.children_memory() / 2**30  # other tests may have left a server of processes behind
     (outcome,) = study.run_study("pocket")
     assert outcome.error == "" and 0.3 < outcome.peak_gib - before < 1
+    assert (own_notebooks.parent / "figures" / "here").exists()
+    assert [path.name for path in own_notebooks.iterdir()] == ["00_a.ipynb"]
 
 
 def test_fresh_empties_this_scales_cache_and_leftovers_of_a_killed_run_go(own_notebooks: Path) -> None:
@@ -126,38 +146,50 @@ def test_second_run_of_a_scale_is_refused_while_the_first_holds_it(places: Path)
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--scale", "poket"], 1, "error: no scale is called 'poket': choose from pocket, "),
-        (["--scale", "../x"], 1, "error: no scale is called '../x'"),
-        (["--scale", ""], 1, "error: no scale is called ''"),
-        (["--only", "01", "07"], 1, "error: no notebook is called '07': choose from 01_probe"),
-        (["--only", "../01_probe"], 1, "error: no notebook is called '../01_probe'"),
-        (["--student", "--only", "07"], 1, "error: no notebook is called '07'"),
-        (["--seed", "-1"], 1, "error: seed is -1: choose one from 0 to 4294967295"),
-        (["--seed", str(2**32)], 1, "error: seed is 4294967296"),
-        (["--references", "none.json"], 1, "error: --references none.json does not exist: check the path"),
-        (["--references", "a" * 300], 1, "error: --references aaa"),
-        (["--only", "01", "--images", "."], 1, "error: no notebook of this run takes --images: leave it out, or"),
-        (["FIGURES"], 1, "error: {file} is a file and cannot hold results: let SAMANTICS_FIGURES name a folder"),
-        (["CACHE"], 1, "error: {file} is a file and cannot hold results: let SAMANTICS_CACHE name a folder"),
-        (["--sead", "1"], 2, "No such option: --sead"),
-        (["--only"], 2, "Option '--only' requires an argument"),
-        (["--seed", "one"], 2, "Invalid value for '--seed'"),
+        ("run --scale poket", 1, "error: no scale is called 'poket': choose from pocket, "),
+        ("run --only 01 07", 1, "error: no notebook is called '07': choose from 01_probe"),
+        ("run --seed -1", 1, "error: seed is -1: choose one from 0 to 4294967295"),
+        ("run --target-images none", 1, "error: --target-images none does not exist: check the path"),
+        ("run --only 01 --images .", 1, "error: no notebook of this run takes --images: leave it out, or"),
+        ("run FIGURES", 1, "error: {file} is a file and cannot hold results: let SAMANTICS_FIGURES name a folder"),
+        ("run CACHE", 1, "error: {file} is a file and cannot hold results: let SAMANTICS_CACHE name a folder"),
+        ("run --sead 1", 2, "No such option: --sead"),
+        ("train nobody", 1, "error: no objective is called 'nobody'"),
+        ("extract nowhere", 1, "error: nowhere"),
+        ("tune --scale poket", 1, "error: no scale is called 'poket': choose from pocket, quick, lite, paper"),
+        ("run --quick --scale lite", 1, "error: --quick is a look at the pocket scale: leave it out, or --scale lite"),
+        ("compare old new", 1, "error: old has no tables of a run: check the path"),
     ],
-    ids=lambda value: str(value)[:20],
 )
-def test_wrong_options_are_told_and_leave_nothing(
-    arguments: list[str], code: int, message: str, own_notebooks: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+def test_wrong_commands_are_told_and_leave_nothing(
+    arguments: str, code: int, message: str, own_notebooks: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     write_notebook(own_notebooks, "01_probe")
-    file = own_notebooks.parent / "file"
+    file, words = own_notebooks.parent / "file", arguments.split()
     file.write_text("mine")
-    if arguments[0] in ("FIGURES", "CACHE"):
-        monkeypatch.setenv(f"SAMANTICS_{arguments.pop()}", str(file))
-    assert cli.main(["run", *arguments]) == code
-    output = capsys.readouterr().err
-    assert message.format(file=file) in output and (code == 2 or output.count("\n") == 1)
+    monkeypatch.chdir(own_notebooks.parent)
+    if words[-1].isupper():
+        monkeypatch.setenv(f"SAMANTICS_{words.pop()}", str(file))
+    assert cli.main(words) == code
+    told = capsys.readouterr().err
+    assert message.format(file=file) in told and (code == 2 or told.count("\n") == 1)
     assert sorted(path.name for path in own_notebooks.parent.iterdir()) == ["file", "notebooks"]
     assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (PermissionError(13, "Permission denied", "x.csv"), "x.csv: Permission denied"),
+        (OSError("timed\nout"), "timed out"),
+    ],
+)
+def test_an_error_of_the_system_is_told_in_one_line(
+    error: OSError, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_script", mock.Mock(side_effect=error))
+    assert cli.main(["readme"]) == 1
+    assert capsys.readouterr().err == f"error: {says}: mend that and run again\n"
 
 
 def test_notebooks_run_in_order_with_appendices_last(own_notebooks: Path) -> None:
@@ -177,23 +209,6 @@ def test_student_notebooks_lack_the_solutions_only(own_notebooks: Path) -> None:
     assert sources == ["# A question?", SETTINGS, "# Your answer\n", "assert answer == 42"]
 
 
-def test_parameters_are_those_of_the_tagged_cell(tmp_path: Path) -> None:
-    path = write_notebook(tmp_path, "00_a", "other = 1", settings="scale: str = 'pocket'\nseed = 1  # any")
-    assert study.parameter_names(path) == {"scale", "seed"}
-
-
-def test_kernels_write_where_the_run_says_also_by_a_relative_path(
-    own_notebooks: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_notebook(own_notebooks, "00_a", "from samantics.run import figures_dir\n(figures_dir() / 'here').touch()")
-    monkeypatch.chdir(own_notebooks.parent)
-    monkeypatch.setenv("SAMANTICS_FIGURES", "figures")
-    monkeypatch.setenv("SAMANTICS_CACHE", "cache")
-    (outcome,) = study.run_study("pocket")
-    assert outcome.error == "" and (own_notebooks.parent / "figures" / "here").exists()
-    assert [path.name for path in own_notebooks.iterdir()] == ["00_a.ipynb"]
-
-
 def test_help_of_the_script_and_of_the_command_name_the_same_options() -> None:
     """The script's is shown before anything is installed."""
     script = [str(PROJECT / "run_all.sh"), "--help"]
@@ -201,7 +216,5 @@ def test_help_of_the_script_and_of_the_command_name_the_same_options() -> None:
     run = functools.partial(subprocess.run, check=True, capture_output=True, text=True, cwd="/")
     shown = [run(script).stdout, run(command).stdout]
     assert shown[0].startswith("Does SAM know what it segments?") and "#" not in shown[0]
-    options = [
-        {word for word in text.split() if word.startswith("--") and word.replace("-", "").isalpha()} for text in shown
-    ]
+    options = [{word for word in text.split() if re.fullmatch(r"--[a-z-]+", word)} for text in shown]
     assert options[0] == options[1] and len(options[0]) > 12

@@ -1,7 +1,5 @@
 """Notebook 05 on small data of other people's making, and the files that it lets them take away."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path
@@ -13,19 +11,18 @@ import pytest
 from PIL import Image
 from pycocotools import mask as mask_tools
 
+from refusals import refused
 from samantics.cache import PROJECT
 from samantics.data import coco
 from samantics.data.coco import CocoDataset
-from samantics.data.detection import load_data, unannotated
-from samantics.data.references import choose_references
-from samantics.errors import StudyError
+from samantics.data.coco_files import load_coco, write_coco
 from samantics.metrics.coco_ap import Result
 from samantics.mojiworld.rendered import write_scenes
 from samantics.mojiworld.world import Stream, World, picture, visible_drawings
 from samantics.run import Run
 from samantics.training_free import pipeline as pipelines
 from samantics.training_free import your_data
-from samantics.training_free.pipeline import Pipeline, Variant
+from samantics.training_free.pipeline import Variant
 
 WORLD = World(96, seed=3)
 
@@ -34,111 +31,73 @@ def reader_files(folder: Path, targets: str = "masks") -> dict[str, str]:
     """A reader's COCO files: images in sub-folders; targets with `masks`, `boxes`, `none` or as a `folder`."""
     files = {"images": str(folder)}
     for name, count in (("references", 24), ("targets", 3)):
-        stream = Stream(name, name, ("scene",), "novel")
-        scenes = coco.load_coco(*write_scenes(WORLD, stream, count, folder))
+        scenes = write_scenes(WORLD, Stream(name, name, ("scene",), "novel"), count, folder)
         records = [dataclasses.replace(r, file=f"{scenes.folder.name}/{r.file}") for r in scenes.images.values()]
         instances = [dataclasses.replace(i, box_only=targets == "boxes") for i in scenes.instances]
-        kept = [] if (name, targets) == ("targets", "none") else instances
         path = folder / f"{name}.json"
-        coco.write_coco(path, records, scenes.categories, kept)
-        files[name] = str(scenes.folder) if (name, targets) == ("targets", "folder") else str(path)
+        write_coco(path, records, scenes.categories, [] if (name, targets) == ("targets", "none") else instances)
+        files[name] = str(scenes.folder if (name, targets) == ("targets", "folder") else path)
     return files
 
 
-def started(run: Run, files: dict[str, str]) -> Pipeline:
+@pytest.mark.parametrize("targets", ["masks", "none", "folder", "boxes"])
+def test_targets_of_every_kind_are_predicted(targets: str, tmp_path: Path, pocket_run: Run) -> None:
+    """And SAM makes the masks of references that are boxes."""
     settings = dataclasses.replace(
-        run.scale.pipeline, sources=("dinov2", "sam"), points_per_side=2, predicted_iou=0.0, stability=0.0,
+        pocket_run.scale.pipeline, sources=("dinov2", "sam"), points_per_side=2, predicted_iou=0.0, stability=0.0,
         reference_seeds=1,
     )  # fmt: skip
-    run = dataclasses.replace(run, scale=dataclasses.replace(run.scale, pipeline=settings))
-    return pipelines.start(run, **files, weights="zoo_random", proposers=("sam",))
-
-
-@pytest.mark.parametrize("targets", ["masks", "none", "folder"])
-def test_targets_of_every_kind_are_predicted(targets: str, tmp_path: Path, pocket_run: Run) -> None:
-    own = started(pocket_run, reader_files(tmp_path, targets))
-    assert own.data.targets.annotated == (targets == "masks") and len(own.data.targets.images) == 3
+    run = dataclasses.replace(pocket_run, scale=dataclasses.replace(pocket_run.scale, pipeline=settings))
+    own = pipelines.start(run, **reader_files(tmp_path, targets), weights="zoo_random", proposers=("sam",))
+    assert own.data.targets.annotated == (targets in ("masks", "boxes")) and len(own.data.targets.images) == 3
+    assert own.data.targets.has_masks == (targets == "masks")
     results = own.predict(Variant(shots=2))
     assert {r["image_id"] for r in results} == set(own.data.targets.images)
     assert {r["category_id"] for r in results} <= own.data.names.keys()
-
-
-def test_sam_makes_masks_of_references_that_are_boxes(tmp_path: Path, pocket_run: Run) -> None:
-    own = started(pocket_run, reader_files(tmp_path, "boxes"))
-    boxes = {i.id: i for i in own.data.references.instances}
-    chosen = [i for group in own.references[0].values() for i in group]
-    assert not own.data.targets.has_masks and all(boxes[i.id].box_only for i in chosen)
-    assert any(i.rle != boxes[i.id].rle for i in chosen)  # an untrained SAM may find nothing in some
-
-
-def test_bad_images_and_small_references_are_left_out(tmp_path: Path, pocket_run: Run) -> None:
-    with pytest.raises(StudyError, match="has no images: name a folder with some"):
-        unannotated(tmp_path)
-    files = reader_files(tmp_path)
-    damaged = sorted(tmp_path.glob("targets_*/*.png"))[-1]
-    damaged.write_bytes(damaged.read_bytes()[:200])
-    with pytest.raises(StudyError, match=rf"{damaged.name} cannot be read .* --skip-bad-images leaves them out"):
-        load_data(pocket_run, **files)
-    found = load_data(pocket_run, **files, skip_bad_images=True, min_area=1e9)
-    assert len(found.targets.images) == 2
-    damaged.write_bytes(b"no picture")  # of a plain folder, and in one of its own
-    with pytest.raises(StudyError, match=rf"{damaged.name} cannot be read .*--skip-bad-images leaves it out"):
-        unannotated(damaged.parent)
-    assert len(unannotated(damaged.parent, skip_bad_images=True).images) == 2
-    (tmp_path / "elsewhere").mkdir()
-    damaged.parent.rename(tmp_path / "elsewhere" / damaged.parent.name)
-    apart = files | {"target_images": str(tmp_path / "elsewhere"), "images": str(next(tmp_path.glob("references_*")))}
-    run = dataclasses.replace(pocket_run, facts={})
-    assert load_data(run, **apart, skip_bad_images=True).targets.folder == tmp_path / "elsewhere"
-    with pytest.raises(StudyError, match=r"no instance can be a reference: .* too small"):
-        choose_references(found.references, 1, rule=found.rule)
+    given = {i.id: i.rle for i in own.data.references.instances}
+    changed = [i.rle != given[i.id] for group in own.references[0].values() for i in group]
+    assert any(changed) == (targets == "boxes")  # not all: an untrained SAM may find nothing in some
 
 
 def test_inputs(pocket_run: Run, tmp_path: Path) -> None:
     none = {"references": "", "targets": "", "images": ""}
     run, folder, files = your_data.inputs(pocket_run, "", none)
     assert run.figures == pocket_run.figures and len(list(Path(folder).glob("*/*.png"))) == 48
-    assert len(coco.load_coco(files["targets"], files["images"]).images) == 8
+    assert len(load_coco(files["targets"], files["images"]).images) == 8
     old = pocket_run.figures / "own_data" / "05_ap.csv"
     old.parent.mkdir(parents=True)
     old.touch()
     run, folder, files = your_data.inputs(pocket_run, str(tmp_path), none, "official", shots=3)
     assert not old.exists()
-    with pytest.raises(StudyError, match=r"05_ap\.csv lies in a folder that a run on own data empties: copy it"):
-        your_data.inputs(pocket_run, "", none | {"references": str(old)})
+    says = r"05_ap\.csv lies in a folder that a run on own data empties: copy it"
+    refused(says, your_data.inputs, pocket_run, "", none | {"references": str(old)})
     assert run.figures.name == "own_data" and folder == str(tmp_path) and not files
     assert run.scale.weights == "official" and run.scale.pipeline.shots == 3
 
 
-def drawn() -> tuple[CocoDataset, list[Result], dict[int, np.ndarray[Any, Any]]]:
-    """Two images that differ in their ending only; a rectangle and, below it, an L of another class in the first."""
-    masks = {8: np.zeros((20, 30), bool), 5: np.zeros((20, 30), bool)}
-    masks[8][2:12, 3:13] = True
-    masks[5][5:18, 5:9] = masks[5][14:18, 5:25] = True
-    records = {n: coco.ImageRecord(n, f"a/x.{end}", 30, 20) for n, end in ((1, "png"), (2, "jpg"))}
-    dataset = CocoDataset(Path("x.json"), Path(), records, {5: "L", 8: "box"}, (), annotated=False)
-    results = []
-    for category, score in ((5, 0.5), (8, 0.9)):
-        rle = coco.rles_of(masks[category][None])[0]
-        box = mask_tools.toBbox(rle).tolist()
-        results.append({"image_id": 1, "category_id": category, "bbox": box, "segmentation": rle, "score": score})
-    return dataset, results, masks
+RECTANGLE, L = np.zeros((2, 20, 30), bool)
+RECTANGLE[2:12, 3:13] = True
+L[5:18, 5:9] = L[14:18, 5:25] = True
 
 
 def test_polygons_are_the_mask() -> None:
-    _, _, masks = drawn()
-    for mask in (*masks.values(), np.ones((20, 30), bool)):
+    for mask in (RECTANGLE, L, np.ones((20, 30), bool)):
         rles = mask_tools.frPyObjects(your_data.polygons(mask), *mask.shape)
         assert (mask_tools.decode(mask_tools.merge(rles)).astype(bool) == mask).mean() > 0.98  # corners are cut
     assert your_data.polygons(np.zeros((5, 5), bool)) == []
 
 
 def test_export(tmp_path: Path) -> None:
-    dataset, results, masks = drawn()
-    dataset = dataclasses.replace(dataset, folder=tmp_path)
+    """Two images that differ in their ending only; a rectangle and, below it, an L of another class in the first."""
     (tmp_path / "a").mkdir()
-    for record in dataset.images.values():
+    records = {n: coco.ImageRecord(n, f"a/x.{end}", 30, 20) for n, end in ((1, "png"), (2, "jpg"))}
+    for record in records.values():
         Image.new("RGB", (30, 20), (9, 9, 9)).save(tmp_path / record.file)
+    dataset = CocoDataset(Path("x.json"), tmp_path, records, {5: "L", 8: "box"}, (), annotated=False)
+    results: list[Result] = []
+    for category, score, rle in zip((5, 8), (0.5, 0.9), coco.rles_of(np.stack([L, RECTANGLE])), strict=True):
+        place = {"image_id": 1, "category_id": category, "bbox": mask_tools.toBbox(rle).tolist()}
+        results.append({**place, "segmentation": rle, "score": score})
     home = tmp_path / "out"
     home.mkdir()
     (home / "old.txt").touch()
@@ -149,17 +108,22 @@ def test_export(tmp_path: Path) -> None:
     images = [f"{kind}/a/x_{n}.{end}" for kind, end in endings.items() for n in (1, 2)]
     assert made == sorted(["classes.txt", "instances.json", "results.json", *images])
     labels = np.asarray(Image.open(home / "label_maps" / "a" / "x_1.png"))
-    assert ((labels == 2) == masks[8]).all() and ((labels == 1) == (masks[5] & ~masks[8])).all()
-    lines = (home / "yolo" / "a" / "x_1.txt").read_text().split("\n")
-    assert lines[0].split()[0] == "1" and [float(v) for v in lines[0].split()[1:]] == pytest.approx(
-        [8 / 30, 7 / 20, 10 / 30, 10 / 20], abs=1e-5
-    )
+    assert ((labels == 2) == RECTANGLE).all() and ((labels == 1) == (L & ~RECTANGLE)).all()
+    label, *shares = (home / "yolo" / "a" / "x_1.txt").read_text().splitlines()[0].split()
+    assert label == "1" and [float(v) for v in shares] == pytest.approx([8 / 30, 7 / 20, 1 / 3, 1 / 2], abs=1e-5)
     assert (home / "yolo" / "a" / "x_2.txt").read_text() == "" and (home / "classes.txt").read_text() == "L\nbox\n"
     assert json.loads((home / "results.json").read_text()) == best
-    again = coco.load_coco(home / "instances.json", tmp_path)
+    again = load_coco(home / "instances.json", tmp_path)
     assert [i.category_id for i in again.instances] == [8, 5]
     overlay = np.asarray(Image.open(home / "overlays" / "a" / "x_1.png"))
-    assert (overlay[masks[8]] != 9).any() and (overlay[19] == 9).all()
+    assert (overlay[RECTANGLE] != 9).any() and (overlay[19] == 9).all()
+
+
+def test_no_two_images_share_the_name_of_their_files() -> None:
+    files = dict(enumerate(("a/x.png", "a/x.jpg", "a/x_1.png", "x.png", "a/x_1_1.png"), start=1))
+    records = {n: coco.ImageRecord(n, file, 30, 20) for n, file in files.items()}
+    stems = your_data._stems(CocoDataset(Path("x.json"), Path(), records, {}, (), annotated=False))
+    assert len(set(stems.values())) == 5 and (stems[2], stems[4]) == ("a/x_2", "x")
 
 
 def test_notebook_on_two_classes_of_five_and_boxes_only(

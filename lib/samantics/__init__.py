@@ -3,16 +3,15 @@
 A name is imported when it is first asked for: `import samantics` alone loads no model package.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 
 _ROOMS = {
-    "data.coco": "CocoDataset load_coco mask_of read_image",
+    "data.coco": "CocoDataset mask_of read_image",
+    "data.coco_files": "load_coco",
     "data.folders": "image_folders open_image",
     "data.references": "ReferenceRule choose_references",
-    "incontext.model": "InContextModel build_model",
+    "incontext.model": "InContextModel",
     "incontext.separability": "knn_predictions linear_predictions tsne_map",
     "incontext.tokens": "box_masks mask_tokens sam_maps",
     "incontext.training": "train",
@@ -21,9 +20,8 @@ _ROOMS = {
     "models.encoder": "Encoder load_encoder",
     "mojiworld.world": "STREAMS World picture",
     "probing.features": "encode_images",
-    "probing.knn": "knn_probe",
-    "probing.linear": "linear_probe",
-    "probing.protocol": "paper_probe",
+    "probing.linear": "linear_probe paper_probe",
+    "probing.probes": "knn_probe",
     "run": "Run start_run",
     "training_free.matching": "MemoryBank class_scores match remember unit",
     "training_free.proposals": "ProposalSettings point_grid propose",

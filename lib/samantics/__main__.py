@@ -1,4 +1,4 @@
-"""``python -m samantics``: see ``samantics.cli``."""
+"""``python -m samantics``: see `samantics.cli`."""
 
 import sys
 

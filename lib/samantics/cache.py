@@ -1,11 +1,10 @@
 """Where a run keeps what it computed: files that appear whole or not at all, one cache, one checkpoint."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -13,7 +12,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -23,6 +22,7 @@ from filelock import FileLock
 from samantics.errors import StudyError
 
 PROJECT = Path(__file__).resolve().parents[2]
+ASSETS = Path(__file__).resolve().parent / "assets"  # tables and weights that come with the library
 TEMPORARY = re.compile(r"\..+(\.\w+)\.\w+\1")  # names of half-written files: .name.ending.random.ending
 T = TypeVar("T")
 MISSING = "\\N"  # a missing number in a kept table, as databases write it: an empty cell is an empty text
@@ -36,25 +36,24 @@ def cache_dir() -> Path:
 
 @contextlib.contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; rename it onto ``path`` when the block ends well.
+    """Yield a temporary path beside `path` and rename it onto `path` when the block ends well.
 
-    A reader therefore sees the old file or the whole new one, also after a kill at any moment.
-
-    Raises:
-        StudyError: the folder cannot be written or the disk is full; the old file is left as it was.
+    A reader sees the old file or the whole new one, also after a kill at any moment. StudyError where the folder cannot
+    be written or the disk is full; the old file is left as it was.
     """
-    path = Path(path)
-    handle, temporary = None, None
+    path, temporary = Path(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, f".{glob.escape(path.name)}.*")
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-        temporary = Path(name)
-        _lock(handle)
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.chmod(temporary, 0o644)  # temporary files are private; results are for everyone
-        os.replace(temporary, path)
+        with open(handle, "rb") as held:
+            temporary = Path(name)
+            _lock(held)
+            yield temporary
+            with open(temporary, "rb") as written:
+                os.fsync(written)
+            os.chmod(temporary, 0o644)  # temporary files are private; results are for everyone
+            os.replace(temporary, path)
     except Exception as error:
         reason = getattr(error, "errno", None) or (temporary and _refusal(temporary))
         if reason in FULL:
@@ -63,16 +62,14 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
             raise StudyError(f"cannot write {path}: make its folder writable or choose another") from error
         raise
     finally:
-        if handle is not None:
-            os.close(handle)
         if temporary is not None:
             temporary.unlink(missing_ok=True)
 
 
-def _lock(handle: int) -> bool:
+def _lock(file: IO[bytes]) -> bool:
     """Lock a file for as long as this process has it open; False where another has, or the disk knows no locks."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
     return True
@@ -84,18 +81,18 @@ def _refusal(temporary: Path) -> int | None:
         with open(temporary, "ab") as file:
             file.write(bytes(1 << 16))
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file)
     except OSError as error:
         return error.errno
     return None
 
 
-def remove_leftovers(folder: Path, pattern: str = ".*") -> None:
-    """Delete what killed processes were writing in a folder (``**/.*``: and below); those of living ones are locked."""
+def remove_leftovers(folder: Path, pattern: str = "**/.*") -> None:
+    """Delete what killed processes were writing below a folder; the files of living ones are locked."""
     for path in folder.glob(pattern):
         if TEMPORARY.fullmatch(path.name):
             with contextlib.suppress(OSError), open(path, "rb") as file:
-                if _lock(file.fileno()):
+                if _lock(file):
                     path.unlink()
 
 
@@ -108,16 +105,24 @@ def reading(path: Path) -> Iterator[None]:
         raise StudyError(f"{path} is damaged: delete it, and it is computed again") from error
 
 
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text file, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path | str, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically. NaN and infinity are refused (they are not JSON)."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def hash_file(path: Path | str) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a file's bytes, hexadecimal; StudyError where they cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise StudyError(f"{path} cannot be read ({error.strerror}): make it readable") from error
 
 
 def hash_value(value: Any) -> str:
@@ -167,25 +172,21 @@ def kept(path: Path, make: Callable[[], T]) -> T:
                 with atomic_path(path) as temporary:
                     _write(value, temporary)
     with reading(path):
-        found: T = _read(path)
-    return found
+        return _read(path)
 
 
 @contextlib.contextmanager
 def alone(path: Path) -> Iterator[None]:
     """Wait until no other process makes this file; where a disk knows no locks, both make it and the last one stays."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{path}.lock")
+    lock = FileLock(f"{path}.lock")
+    with contextlib.suppress(OSError, NotImplementedError):  # `atomic_path` says what is wrong with the folder
         lock.acquire()
-    except (OSError, NotImplementedError):
-        yield  # `atomic_path` says what is wrong with the folder
-        return
     try:
         yield
     finally:
-        lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
+        if lock.is_locked:
+            Path(lock.lock_file).unlink(missing_ok=True)  # before the release, or the next one's would go
+            lock.release()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +201,7 @@ class Checkpoint:
         if not self.path.is_file():
             return None
         try:
-            state: dict[str, Any] = torch.load(self.path, map_location=device, weights_only=True)
+            state = torch.load(self.path, map_location=device, weights_only=True)
             saved = state["identity"]
         except Exception as error:  # torch.load raises nearly anything on a damaged file
             raise StudyError(f"the checkpoint {self.path} is damaged: delete it, and training starts anew") from error

@@ -3,8 +3,6 @@
 ``extract`` and ``tune`` share their work between the processes of ``torchrun ... -m samantics COMMAND``.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys
@@ -27,15 +25,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit code: 0, or 1 after a fault that one line tells, or 2 for a wrong option."""
     try:
         app(arguments, prog_name="samantics")
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}: mend that and run again", file=sys.stderr)
-        return 1
     except SystemExit as end:
         return int(end.code or 0)
-    return 0
+    except StudyError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else " ".join(str(error).split())
+        print(f"error: {what}: mend that and run again", file=sys.stderr)
+    else:
+        return 0
+    return 1
 
 
 def _script(name: str) -> Any:
@@ -47,8 +46,9 @@ def _script(name: str) -> Any:
     return importlib.import_module(name)
 
 
-def _given(**values: Any) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
+def _given(options: dict[str, Any], *others: str) -> dict[str, Any]:
+    """Those of a command's options that were given, by name; not the others, which it takes itself."""
+    return {name: value for name, value in options.items() if value is not None and name not in others}
 
 
 # -------------------------------------------------------------------------------------------------------- the study
@@ -72,18 +72,19 @@ def run(
     shots: Annotated[int | None, Option(help="Notebook 05: references per class")] = None,
     min_area: Annotated[float | None, Option(help="Notebook 05: pixels that references exceed")] = None,
     min_score: Annotated[float | None, Option(help="Notebook 05: no instances below")] = None,
-    skip_bad_images: Annotated[bool, Option("--skip-bad-images", help="Notebook 05: leave them out")] = False,
+    skip_bad_images: Annotated[bool | None, Option("--skip-bad-images", help="Notebook 05: leave them out")] = None,
 ) -> None:
     """Run the notebooks; leave figures, tables and a report (./run_all.sh --help says more)."""
+    given = _given(locals(), "more", "only", "scale", "quick", "fresh", "student")
     study, chosen = _script("study"), [*(only or ()), *(more or ())]
+    if quick and scale not in ("pocket", "quick"):
+        raise StudyError(f"--quick is a look at the pocket scale: leave it out, or --scale {scale}")
+    scale = "quick" if quick else scale
     if student:
         print(f"notebooks for students: {study.write_student_notebooks(chosen)}")
         return
-    given = _given(data=data, references=references, targets=targets, images=images, seed=seed, weights=weights)
-    given |= _given(shots=shots, min_area=min_area, min_score=min_score, skip_bad_images=skip_bad_images or None)
-    given |= _given(target_images=target_images)
     try:
-        outcomes = study.run_study("quick" if quick else scale, chosen, fresh, given)
+        outcomes = study.run_study(scale, chosen, fresh, given)
     except KeyboardInterrupt as stop:
         print("\nstopped; finished notebooks and caches are kept", file=sys.stderr)
         raise typer.Exit(130) from stop
@@ -99,24 +100,6 @@ def compare(old: Path, new: Path) -> None:
         raise typer.Exit(1)
 
 
-@app.command()
-def report(figures: Path) -> None:
-    """Write index.html of a run's folder of figures anew."""
-    print(_script("report").write_report(figures))
-
-
-@app.command()
-def readme() -> None:
-    """Write the tables of README.md anew from the committed pocket run."""
-    _script("readme").rewrite()
-
-
-@app.command()
-def catalogue() -> None:
-    """Make MojiWorld's catalogue of drawings and its instance classes anew from the installed packages."""
-    print(*_script("curation").write_catalogue(), sep="\n")
-
-
 # ------------------------------------------------------------------------------------------ parts that take their time
 
 
@@ -129,9 +112,9 @@ def extract(
     batch_size: Annotated[int | None, Option(help="Images at once (default: by the size of the input)")] = None,
     workers: int = os.cpu_count() or 2,
     half: Annotated[bool, Option("--half", help="Compute in bfloat16")] = False,
-    shard_rows: Annotated[int | None, Option(help="Images in a file")] = None,
 ) -> None:
     """Encode both splits of an image folder into the store of features."""
+    given = _given({"batch_size": batch_size, "workers": workers})
     import torch
 
     from samantics.data.folders import image_folders
@@ -143,8 +126,7 @@ def extract(
     names = layers or [":".join(model.headline)]
     wanted = [(name.partition(":")[0], name.partition(":")[2] or "mean") for name in names]
     for split in splits:
-        options = _given(batch_size=batch_size, workers=workers, shard_rows=shard_rows)
-        store = encode_images(model, split, wanted, split.hash, **options)
+        store = encode_images(model, split, wanted, split.hash, **given)
         print(f"{store.folder}: {len(store.kept)} images, {len(store.skipped)} unreadable")
 
 
@@ -157,7 +139,52 @@ def tune(
     """Tune the in-context model by itself, as notebook 02 does."""
     from samantics.incontext.study import tune as tune_model
 
-    print(tune_model(scale, references, targets, images, weights, _given(epochs=epochs, batch=batch)), end="")
+    print(tune_model(scale, references, targets, images, weights, **_given({"epochs": epochs, "batch": batch})), end="")
+
+
+# ---------------------------------------------------------------------------------------------------- the pocket zoo
+
+
+@app.command()
+def train(
+    names: Annotated[list[str], Argument(help="Of mae, hiera, sam, sam2, clip, dinov2, supervised, sam_scratch")],
+    out: Annotated[Path | None, Option(help="Folder of the results (default: where the zoo is loaded)")] = None,
+    images: Annotated[int | None, Option(help="Pictures seen, counted with repetition")] = None,
+    pool: Annotated[int | None, Option(help="Different pictures rendered")] = None,
+    batch: Annotated[int | None, Option(help="Pictures per step")] = None,
+    learning_rate: Annotated[float | None, Option(help="The highest")] = None,
+    growth: Annotated[float | None, Option(help="Share of the training on smaller pictures")] = None,
+    probe_points: Annotated[int | None, Option(help="Points of the curves")] = None,
+    seed: int = 0,
+) -> None:
+    """Train models of the pocket zoo, parents first; killed? Run it again, without those that are finished."""
+    given = _given(locals(), "names", "out")
+    from samantics.zoo.training import Recipe, train_models
+
+    train_models(names, Recipe(**given), **_given({"folder": out}))
+
+
+@app.command()
+def quality() -> None:
+    """Measure the shipped zoo on test artists and write the table beside its weights."""
+    from samantics.zoo.quality import write_quality
+
+    print(write_quality().to_string(index=False))
+
+
+# --------------------------------------------------------------------------- what comes with the project, made anew
+
+
+@app.command()
+def readme() -> None:
+    """Write the tables of README.md from the committed pocket run."""
+    _script("report").rewrite_readme()
+
+
+@app.command()
+def catalogue() -> None:
+    """Make MojiWorld's catalogue of drawings and its instance classes from the installed packages."""
+    print(*_script("curation").write_catalogue(), sep="\n")
 
 
 @app.command()
@@ -170,39 +197,3 @@ def choose_naming() -> None:
 def choose_filters() -> None:
     """Choose the filters of notebook 03's proposals on validation scenes, with the zoo as it is: about a minute."""
     print(_script("choices").choose_filters().to_string(index=False))
-
-
-# ---------------------------------------------------------------------------------------------------- the pocket zoo
-
-Models = Annotated[list[str], Argument(help="Models of the zoo or its controls, one after the other")]
-
-
-@app.command()
-def train(
-    names: Models,
-    out: Annotated[Path | None, Option(help="Folder of the results (default: where the zoo is loaded)")] = None,
-    images: Annotated[int | None, Option(help="Pictures seen, counted with repetition")] = None,
-    pool: Annotated[int | None, Option(help="Different pictures rendered")] = None,
-    batch: Annotated[int | None, Option(help="Pictures per step")] = None,
-    learning_rate: Annotated[float | None, Option(help="The highest")] = None,
-    growth: Annotated[float | None, Option(help="Share of the training on smaller pictures")] = None,
-    probe_points: Annotated[int | None, Option(help="Points of the curves")] = None,
-    seed: int = 0,
-) -> None:
-    """Train models of the pocket zoo, parents first; killed? Run it again."""
-    from samantics.zoo.training import Recipe, train_models
-
-    given = _given(images=images, pool=pool, batch=batch, learning_rate=learning_rate, growth=growth, seed=seed)
-    recipe = Recipe(**given, **_given(probe_points=probe_points))
-    train_models(names, recipe, **_given(folder=out))
-
-
-@app.command()
-def quality(
-    names: Annotated[list[str] | None, Argument(help="Only these, on the validation artist (to choose)")] = None,
-    folder: Annotated[Path | None, Option(help="Of their weights (default: where the zoo is loaded)")] = None,
-) -> None:
-    """Measure the shipped zoo on test artists and write the table beside its weights."""
-    from samantics.zoo.quality import choice_table, write_quality
-
-    print((choice_table(names, **_given(folder=folder)) if names else write_quality()).to_string(index=False))

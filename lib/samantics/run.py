@@ -1,16 +1,14 @@
 """A run of one notebook at one scale: its settings and places, and the results it leaves, each with its origin."""
 
-from __future__ import annotations
-
 import dataclasses
 import datetime
 import functools
 import importlib.metadata
+import io
 import os
 import platform
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +20,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from samantics.cache import PROJECT, atomic_path, cache_dir, write_json
+from samantics.cache import PROJECT, atomic_path, cache_dir, write_json, write_text
 from samantics.errors import StudyError
 from samantics.scales import Scale, get_scale
 
@@ -45,7 +43,6 @@ class Run:
     figures: Path  # folder of this scale's figures and tables
     cache: Path  # folder of what this scale can compute again (`--fresh` empties it)
     device: str  # `cuda` or `cpu`
-    started: float  # `time.time` at the start
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # what `record` was told
 
     def record(self, key: str, value: Any) -> None:
@@ -55,9 +52,8 @@ class Run:
             StudyError: another value was recorded under that name.
         """
         if self.facts.setdefault(key, value) != value:
-            raise StudyError(
-                f"{self.notebook} recorded {key!r} as {self.facts[key]!r} and now as {value!r}: use two names"
-            )
+            known = self.facts[key]
+            raise StudyError(f"{self.notebook} recorded {key!r} as {known!r} and now as {value!r}: use two names")
 
     def save(self, figure: Figure | None, table: pd.DataFrame, name: str, caption: str = "") -> None:
         """Write a result: picture (`.png`, 1400 pixels wide), the numbers it shows (`.csv`), their origin (`.json`).
@@ -75,27 +71,32 @@ class Run:
         if figure is not None:
             if self.scale.mark:
                 figure.supxlabel(self.scale.mark, x=0.99, ha="right", fontsize=8, color="#B00020")
+            drawn = io.BytesIO()
+            figure.savefig(drawn, dpi=PIXELS_WIDE / figure.get_figwidth(), metadata={"Software": None})
             with atomic_path(path.with_suffix(".png")) as temporary:
-                figure.savefig(temporary, dpi=PIXELS_WIDE / figure.get_figwidth(), metadata={"Software": None})
-                with Image.open(temporary) as drawn:
-                    few = few_colours(drawn)
-                few.save(temporary, optimize=True)
-        with atomic_path(path) as temporary:
-            table.to_csv(temporary, index=False, float_format=NUMBERS)
-        write_json(path.with_suffix(".json"), {"name": name, "caption": caption} | origin(self))
+                temporary.write_bytes(small_png(drawn.getvalue()))
+        write_text(path, table.to_csv(index=False, float_format=NUMBERS))
+        write_json(path.with_suffix(".json"), {"name": name, "caption": caption} | _origin(self))
 
 
 def start_run(scale: str = "pocket", notebook: str = "", seed: int = 0) -> Run:
     """Begin a notebook: its settings, seeded torch, PyTorch limited to the cores at hand.
 
+    Args:
+        scale: name of a scale.
+        notebook: its name, which every result's record holds.
+        seed: of everything drawn at random.
+
+    Returns:
+        The run, which knows its settings, folders and device.
+
     Raises:
         StudyError: no such scale, or a seed out of range.
     """
-    settings = get_scale(scale)
+    settings, device = get_scale(scale), "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(checked_seed(seed))
     torch.set_num_threads(available_cores())
-    places = figures_dir() / settings.name, cache_dir() / settings.name
-    return Run(settings, notebook, seed, *places, "cuda" if torch.cuda.is_available() else "cpu", time.time())
+    return Run(settings, notebook, seed, figures_dir() / settings.name, cache_dir() / settings.name, device)
 
 
 def own_data(run: Run) -> Run:
@@ -122,9 +123,12 @@ def figures_dir() -> Path:
     return Path(os.environ.get("SAMANTICS_FIGURES") or PROJECT / "figures")
 
 
-def few_colours(picture: Image.Image) -> Image.Image:
+def small_png(png: bytes) -> bytes:
     """A picture in 256 colours: a third of its size as a file."""
-    return picture.convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG)
+    small = io.BytesIO()
+    with Image.open(io.BytesIO(png)) as picture:
+        picture.convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(small, "PNG", optimize=True)
+    return small.getvalue()
 
 
 def checked_seed(seed: int) -> int:
@@ -136,8 +140,7 @@ def checked_seed(seed: int) -> int:
 
 def available_cores() -> int:
     """Processor cores that this process may use: its affinity, further limited by ``$OMP_NUM_THREADS``."""
-    cores = len(os.sched_getaffinity(0))
-    limit = os.environ.get("OMP_NUM_THREADS", "")
+    cores, limit = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS", "")
     return min(cores, int(limit)) if limit.isdecimal() and int(limit) > 0 else cores
 
 
@@ -145,6 +148,13 @@ def on_all_cores(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]) 
     """`function` of every job, in order. A probe or a pocket model is too small for several cores: each takes a job.
 
     Threads, because the work is in torch, which lets others run meanwhile; each computes on one core.
+
+    Args:
+        function: what is called.
+        jobs: its arguments, call by call.
+
+    Returns:
+        What the calls return.
     """
     cores = available_cores()
     try:
@@ -154,7 +164,7 @@ def on_all_cores(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]) 
         torch.set_num_threads(cores)
 
 
-def origin(run: Run) -> dict[str, Any]:
+def _origin(run: Run) -> dict[str, Any]:
     """All that is known of a run at this moment, as JSON-able values."""
     machine = {
         "device": torch.cuda.get_device_name() if run.device == "cuda" else "cpu",
@@ -164,20 +174,18 @@ def origin(run: Run) -> dict[str, Any]:
     }
     return {
         "notebook": run.notebook, "scale": run.scale.name, "mark": run.scale.mark, "seed": run.seed,
-        "recorded": dict(run.facts), "git_revision": git_revision(),
+        "recorded": dict(run.facts), "git_revision": _git_revision(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(), "machine": machine,
-        "seconds_since_start": round(time.time() - run.started, 1),
         "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
 
 
-def git_revision() -> str:
+def _git_revision() -> str:
     """The commit of the project, with ``+changes`` when its sources differ from it; ``unknown`` outside git."""
-    git = functools.partial(subprocess.run, cwd=PROJECT, check=True, capture_output=True, text=True)
+    git = functools.partial(subprocess.check_output, cwd=PROJECT, stderr=subprocess.DEVNULL, text=True)
     try:
-        revision = git(["git", "rev-parse", "HEAD"]).stdout.strip()
-        changes = git(["git", "status", "--porcelain", "--", *SOURCES]).stdout.strip()
+        changes = git(["git", "status", "--porcelain", "--", *SOURCES])
+        return git(["git", "rev-parse", "HEAD"]).strip() + ("+changes" if changes.strip() else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return revision + ("+changes" if changes else "")

@@ -3,19 +3,16 @@
 One nested dataclass per notebook. A setting that is the same at every scale has a default; a scale names the others.
 """
 
-from __future__ import annotations
-
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from samantics.cache import ASSETS
 from samantics.errors import StudyError
-from samantics.mojiworld.catalogue import instance_classes
 
-NAMING = Path(__file__).parent / "assets" / "naming_choice.csv"  # how notebook 02's weight of naming was chosen
-FILTERS = Path(__file__).parent / "assets" / "proposal_choice.csv"  # how notebook 03's filters of proposals were chosen
+NAMING = ASSETS / "naming_choice.csv"  # how notebook 02's weight of naming was chosen
+FILTERS = ASSETS / "proposal_choice.csv"  # how notebook 03's filters of proposals were chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +33,7 @@ VOC = (  # the 20 COCO categories that PASCAL VOC has too: novel in the usual 60
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "boat", "bird", "cat",
     "dog", "horse", "sheep", "cow", "bottle", "chair", "couch", "potted plant", "dining table", "tv",
 )  # fmt: skip
+BESIDE_SAM = ("dinov2", "clip")  # whose features of objects notebook 02 measures beside SAM's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +57,7 @@ class InContextSettings:
     learning_rate: float = 2e-4  # of AdamW, as weight decay and clip; a tenth of it after four fifths
     weight_decay: float = 1e-4
     clip: float = 0.1
-    flip: float = 0.5  # share of training images that are mirrored; 0 where features are stored
+    flip: float = 0.5  # share of training images that are mirrored; 0 where features are stored, or adapters tuned
     classes_per_image: int = 4  # so many of an image's base categories are asked for in a step
     absent_classes: int = 0  # base categories that the image does not show, asked for beside them
     references_per_question: int = 1  # in tuning, the tokens of one to so many references are averaged
@@ -75,15 +73,13 @@ class InContextSettings:
 
 
 def chosen_naming() -> float:
-    """The weight with which right references exceed wrong ones most on the validation artist's scenes.
-
-    `python -m samantics choose-naming` writes the table.
-    """
+    """The weight with which right references exceed wrong ones most: `python -m samantics choose-naming`."""
     table = pd.read_csv(NAMING)
     return float(table["naming"][table["difference"].idxmax()])
 
 
-POCKET_NOVEL = tuple(instance_classes().query("part == 'novel'")["class"])  # one of each superclass
+# one of each superclass
+POCKET_NOVEL = tuple(pd.read_csv(ASSETS / "instance_classes.csv").query("part == 'novel'")["class"])
 POCKET_INCONTEXT = InContextSettings(
     novel=POCKET_NOVEL, train_scenes=3000, store_features=True,
     trunk_maps=2, dim=160, heads=5, ffn_width=320, decoder_layers=2, queries=24, dropout=0.0, fuser_width=512,

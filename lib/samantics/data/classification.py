@@ -1,13 +1,14 @@
 """What is classified in notebook 01: the pictures of a scale, and which of them a probe is trained and tested on.
 
-MojiWorld asks two questions of one set of labelled pictures, which show train artists' drawings: does the class show
-in *other views* of these drawings (`view`), and in drawings by *other artists* (`artist`: the headline, as validation
-photographs are to ImageNet)? An image folder (Imagenette, ImageNet, one's own) asks one: `class`.
+MojiWorld's probes learn from train artists' drawings: does the class show in *other views* of these (`view`), and in
+drawings by *other artists* (`artist`: the headline, as validation photographs are to ImageNet)?
 """
 
-from __future__ import annotations
-
 import dataclasses
+import os
+import shutil
+import tarfile
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,10 +16,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from samantics.cache import cache_dir
-from samantics.data.fetch import imagenette
-from samantics.data.folders import ImageFolder, Images, class_names, image_folders, writable
-from samantics.errors import StudyError
+from samantics.cache import alone, cache_dir
+from samantics.data.downloads import archive
+from samantics.data.folders import Images, class_names, image_folders
+from samantics.errors import StudyError, writable
 from samantics.mojiworld import captions, catalogue
 from samantics.mojiworld.rendered import Pictures, stored_pictures
 from samantics.mojiworld.world import KINDS, STREAMS, World, visible_drawings
@@ -68,32 +69,38 @@ class ClassificationData:
 def scale_data(run: Run, folder: Path | str = "", skip_bad_images: bool = False) -> ClassificationData:
     """The images of a run's scale: MojiWorld at `pocket`, else the image folder named (or downloaded, at `lite`).
 
-    A few damaged images of a folder are left out when it is encoded (three, or a hundredth); `skip_bad_images`: all.
+    Args:
+        run: of the notebook.
+        folder: of images, a sub-folder for each class; "" for the scale's own.
+        skip_bad_images: leave out all damaged images when the folder is encoded, not a few (three, or a hundredth).
+
+    Returns:
+        Images by split, and what is asked of them.
 
     Raises:
         StudyError: `paper` without a folder; a folder that cannot be used.
     """
-    if folder:
-        found = image_folders(folder, run.seed)
-        data = folder_data(writable(Path(folder).name), found, knows_words=run.scale.weights != "zoo")
-        return dataclasses.replace(data, max_unreadable=0.9) if skip_bad_images else data
-    if run.scale.weights == "zoo":
-        settings = run.scale.probing
+    zoo, settings = run.scale.weights == "zoo", run.scale.probing
+    if not folder and zoo:
         counts = settings.labels, settings.views, settings.test
         return mojiworld_data(World(settings.image_size), *counts, settings.view_step)
-    if run.scale.name == "lite":
-        return folder_data("Imagenette", imagenette(cache_dir() / "datasets"))
-    raise StudyError("the scale paper needs ImageNet-1k: name its folder (train/ and val/ inside) with --data DIR")
+    if not folder and run.scale.name != "lite":
+        raise StudyError("the scale paper needs ImageNet-1k: name its folder (train/ and val/ inside) with --data DIR")
+    name = writable(Path(folder).name) if folder else "Imagenette"
+    train, val = image_folders(folder or imagenette(cache_dir() / "datasets"), run.seed)
+    names = class_names(train.classes)
+    prompts = tuple((f"a photo of a {one}",) for one in names) if not zoo else ()  # the zoo's CLIP has other words
+    task = Task("class", names, Part("train", train.labels), Part("val", val.labels), names, prompts)
+    splits, hashes = {"train": train, "val": val}, {"train": train.hash, "val": val.hash}
+    notes = tuple(dict.fromkeys([*train.notes, *val.notes]))
+    limit = 0.9 if skip_bad_images else ClassificationData.max_unreadable
+    return ClassificationData(name, splits, hashes, {"class": task}, {}, notes, limit)
 
 
 def mojiworld_data(world: World, labels: float, views: float, test: float, view_step: int = 1) -> ClassificationData:
-    """Pictures of one object each, in a studio and in a place by turns.
+    """Pictures of one object each: of every drawing that the streams `labels`, `views` and `test` show, so many.
 
-    Args:
-        world: what the pictures are made of.
-        labels, views, test: of these streams, pictures of every drawing that they show: what probes learn from, other
-            views of the same drawings, drawings by the test artists. Below 1: this share of the classes only.
-        view_step: of the other views, every so many are asked.
+    Below 1: this share of the classes only. Of the other views, every `view_step`-th is asked.
     """
     counts = {"labels": labels, "views": views, "test": test}
     found = {name: _pictures(world, name, count) for name, count in counts.items()}
@@ -102,7 +109,7 @@ def mojiworld_data(world: World, labels: float, views: float, test: float, view_
     artist = pd.factorize(catalogue.catalogue()["artist"])[0][found["labels"].drawings[:, 0]]
     known = 1 + int(found["labels"].labels.max())
     names, prompts = catalogue.classes()[:known], captions.class_prompts()[:known]
-    families = tuple(np.array(catalogue.superclasses())[catalogue.superclass_of_class()[:known]])
+    families = catalogue.superclass_of_class()[:known]
     tasks = {
         task: Task(task, names, part["labels"], part[asked], families, prompts, artist)
         for task, asked in (("view", "views"), ("artist", "test"))
@@ -129,19 +136,27 @@ def some_classes(data: ClassificationData, step: int, width: int) -> Classificat
 
 
 def _pictures(world: World, name: str, count: float) -> Pictures:
-    """`count` pictures of every drawing that the stream shows, which must serve what it is called."""
+    """`count` pictures of every drawing that the stream shows."""
     stream = STREAMS[name]
-    stream.require(name)
     rows = np.concatenate(visible_drawings(stream.role, stream.classes))
     shown = catalogue.class_of_drawing()[rows] < count * len(catalogue.classes())  # in the order of classes
     return stored_pictures(world, stream, round(max(1, count) * int(shown.sum())))
 
 
-def folder_data(name: str, folders: tuple[ImageFolder, ImageFolder], knows_words: bool = True) -> ClassificationData:
-    """Train and validation images of an image folder; `knows_words`: whether CLIP is asked by the classes' names."""
-    (train, val), names = folders, class_names(folders[0].classes)
-    prompts = tuple((f"a photo of a {one}",) for one in names) if knows_words else ()
-    task = Task("class", names, Part("train", train.labels), Part("val", val.labels), names, prompts)
-    splits, hashes = {"train": train, "val": val}, {"train": train.hash, "val": val.hash}
-    notes = tuple(dict.fromkeys([*train.notes, *val.notes]))
-    return ClassificationData(name, splits, hashes, {"class": task}, masks={}, notes=notes)
+def imagenette(root: Path) -> Path:
+    """The folder of Imagenette (320 px): ten classes of ImageNet, fetched and verified once."""
+    from torchvision.datasets import Imagenette
+
+    folder = root / "imagenette2-320"
+    with alone(folder):
+        if not folder.is_dir():
+            source, md5 = Imagenette._ARCHIVES["320px"]
+            packed = archive(source, md5, folder.parent)
+            try:
+                # pooch's own unpacking would leave half of it when killed
+                with tempfile.TemporaryDirectory(prefix=".imagenette.", dir=root) as unpacked:
+                    shutil.unpack_archive(packed, unpacked, filter="data")
+                    os.replace(Path(unpacked) / folder.name, folder)
+            except (OSError, ValueError, EOFError, tarfile.TarError) as error:
+                raise StudyError(f"cannot unpack {packed} ({error}): unpack {source} into {root} yourself") from error
+    return folder

@@ -1,357 +1,256 @@
-"""COCO JSON: read and checked with the folder of its images, and written.
+"""Annotated objects: data sets of images and instances, their boxes `(x0, y0, x1, y1)` in pixels, and their masks.
 
-A fault of one annotation costs that annotation, and a note counts it; a fault of the whole file is refused.
+Only JSON and pycocotools hold COCO's `x, y, width, height`; `xywh` makes it.
 """
 
-from __future__ import annotations
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Self
 
-import contextlib
-import json
-import os
-import unicodedata
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, TypeVar
-from urllib.parse import unquote
-
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
 from pycocotools import mask as mask_tools
-from pydantic import BaseModel, Field, ValidationError
+from tqdm import tqdm  # as text, also in notebooks: what runs them passes it on to its terminal
 
-from samantics.cache import write_json
-from samantics.data.folders import MAX_PIXELS, counted, image_size, listing, printable, short, visible_files, writable
-from samantics.data.instances import (
-    Box,
-    CocoDataset,
-    ImageRecord,
-    Instance,
-    annotation,
-    box_iou,
-    check_images,
-    clipped,
-    read_image,
-    shown,
-    xywh,
-)
-from samantics.data.masks import OUTSIDE, Mask, Rle, box_rle, is_pixel, mask_of, parsed_rle, rles_of
-from samantics.data.per_image import as_coco, is_per_image
-from samantics.errors import StudyError
+from samantics.cache import hash_value
+from samantics.data.folders import open_image
+from samantics.errors import StudyError, printable
 
-__all__ = [  # what works on COCO data imports it from here, wherever it is made
-    "Box", "CocoDataset", "ImageRecord", "Instance", "Mask", "Rle", "annotation", "box_iou", "check_images",
-    "load_coco", "mask_of", "read_image", "rles_of", "shown", "write_coco", "xywh",
-]  # fmt: skip
+LONGEST_OUTLINE = 1e6  # pixels, and the farthest from the origin: pycocotools walks it in steps of a fifth
+OUTSIDE = "reach outside the image: cut at the frame"
+STRAY = "a polygon of fewer than three points beside others: dropped"
 
-LARGEST_ID = 2**63 - 1
-OTHER_FORMATS = {"segments_info": "panoptic", "_via_settings": "VIA's"}
-
-Notes = dict[tuple[str, str], list[Any]]  # what of, what is the matter -> the ids
-Id = Annotated[int, Field(strict=True, ge=-LARGEST_ID, le=LARGEST_ID)]
-Side = Annotated[int, Field(strict=True, gt=0)]
+Box = tuple[float, float, float, float]
+Mask = NDArray[np.bool_]
+Rle = dict[str, Any]  # COCO's compressed run lengths: {"size": [height, width], "counts": text}
 
 
-class Listed(BaseModel):
-    """An entry with an id."""
+@dataclasses.dataclass(frozen=True)
+class ImageRecord:
+    """One image of the data: its id, file name below the image folder, and size in pixels."""
 
-    id: Id
-
-
-class ImageEntry(Listed):
-    """An entry of `images`; the size may be missing, and the name where there is an address."""
-
-    file_name: str | None = None
-    coco_url: str | None = None
-    width: Side | None = None
-    height: Side | None = None
+    id: int
+    file: str
+    width: int
+    height: int
 
 
-class CategoryEntry(Listed):
-    """An entry of `categories`."""
+@dataclasses.dataclass(frozen=True)
+class Instance:
+    """One annotated object; `artist` and `split` (`train`, `validation`, `test`) say who drew it, in MojiWorld only."""
 
-    name: Any
-
-
-Entry = TypeVar("Entry", bound=Listed)
-
-
-class AnnotationEntry(BaseModel):
-    """An entry of `annotations`; mask, box and area are checked where they are used."""
-
-    image_id: Id
-    category_id: Id
-    segmentation: Any = None
-    bbox: Any = None
-    area: Any = None
-    iscrowd: bool | None = None
+    id: int
+    image_id: int
+    category_id: int
+    box: Box  # inside the image
+    area: float  # pixels of the mask, as the file says it (COCO's area ranges are decided by it)
+    rle: Rle = dataclasses.field(hash=False, repr=False)  # the mask; the whole box where `box_only`
+    crowd: bool = False  # stands for a group: evaluation ignores what falls on it, and it is never a reference
     artist: str = ""
     split: str = ""
+    box_only: bool = False  # the file has a box and no mask; as a reference it needs a mask made from the box
 
 
-# -------------------------------------------------------------------------------------------------------- reading
+@dataclasses.dataclass(frozen=True)
+class CocoDataset:
+    """Checked instance data."""
+
+    path: Path  # the JSON file
+    folder: Path  # of its images
+    images: dict[int, ImageRecord]  # by id
+    categories: dict[int, str]  # names by id
+    instances: tuple[Instance, ...]  # in the file's order
+    annotated: bool  # False where the file has no annotations at all: then nothing can be measured on it
+    notes: tuple[str, ...] = ()  # a line for each kind of fault that was mended or left out in reading, with a count
+
+    @functools.cached_property
+    def by_image(self) -> dict[int, tuple[Instance, ...]]:
+        """The instances of every image; an empty tuple where an image shows none."""
+        found: dict[int, list[Instance]] = {image_id: [] for image_id in self.images}
+        for instance in self.instances:
+            found[instance.image_id].append(instance)
+        return {image_id: tuple(instances) for image_id, instances in found.items()}
+
+    def first(self, count: int) -> Self:
+        """The first so many images, with their objects."""
+        images = dict(itertools.islice(self.images.items(), count))
+        instances = tuple(instance for instance in self.instances if instance.image_id in images)
+        return dataclasses.replace(self, images=images, instances=instances)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether mask AP can be measured: some object has a mask (box AP needs boxes only)."""
+        return any(not (instance.box_only or instance.crowd) for instance in self.instances)
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """Identifies images (by name, size and length of file) and annotations: stored results carry it."""
+        files = [(dataclasses.astuple(r), (self.folder / r.file).stat().st_size) for r in self.images.values()]
+        instances = [(i.id, i.image_id, i.category_id, i.box, i.area, i.rle["counts"]) for i in self.instances]
+        boxes = [i.id for i in self.instances if i.box_only]
+        return hash_value([files, sorted(self.categories.items()), instances, *([boxes] if boxes else [])])
 
 
-def load_coco(annotations: Path | str, images: Path | str, skip_bad_images: bool = False) -> CocoDataset:
-    """Read and check a COCO JSON file and the folder of its images.
+def read_image(dataset: CocoDataset, image_id: int) -> Image.Image:
+    """An image of the data set, RGB, turned as its masks are.
 
-    Image files are looked for by their names in the folder, then by their base names in it and its sub-folders;
-    nothing outside it is opened. A file without `annotations` is good: it can be predicted on, not measured.
+    A photo that EXIF turns is taken as it is shown, or as it is stored where only that has the size of the JSON.
 
     Args:
-        annotations: the JSON file; or labelme's or SA-1B's, which are one for each image, or the folder of those.
-        images: the folder.
-        skip_bad_images: leave out images whose file is missing or has no readable size, with a note.
+        dataset: the data.
+        image_id: a key of its `images`.
+
+    Returns:
+        The image.
 
     Raises:
-        StudyError: the file is missing or not COCO JSON; an image or category lacks a field or has a wrong one; two
-            share an id; an image file is missing; no annotation is usable.
+        StudyError: the file is broken, or its size is not the one that the JSON gives.
     """
-    path, folder = Path(annotations), Path(images)
-    notes: Notes = defaultdict(list)
-    content = _content(path, folder, notes)
-    if not folder.is_dir():
-        raise StudyError(f"{printable(folder)} is not a folder: give the folder of the images of {path}")
-    entries = _entries(path, content, "image", "images", ImageEntry)
-    records = _records(path, folder, entries, notes, skip_bad_images)
-    named = _entries(path, content, "category", "categories", CategoryEntry)
-    categories = {entry.id: writable(str(entry.name)) for entry in named}
-    listed = content.get("annotations") or []
-    if not isinstance(listed, list):
-        raise StudyError(f'{path}: "annotations" is not a list: export it in COCO format')
-    left_out = {entry.id for entry in entries} - records.keys()
-    instances = _instances(path, listed, records, left_out, categories, notes)
-    lines = [f"{counted(len(ids), what)} ({listing(ids)}): {why}" for (what, why), ids in notes.items()]
-    boxes = sum(instance.box_only for instance in instances)
-    if boxes:
-        what = f"{boxes} of {len(instances)} objects have a box and no mask"
-        lines.append(f"{what}: as references SAM makes their masks, as targets they count for box AP only")
-    if instances and all(instance.crowd for instance in instances):
-        lines.append(only_crowds(instances))
-    lines = [f"{path.name}: {line}" for line in lines]
-    return CocoDataset(path, folder, records, categories, instances, bool(listed), tuple(lines))
+    return open_record(dataset.folder, dataset.images[image_id])
 
 
-def only_crowds(instances: Sequence[Instance]) -> str:
-    """What to say of data that holds nothing but crowds."""
-    return (
-        f"all {len(instances)} objects are marked as crowds (iscrowd), which can be neither references nor measured: "
-        "set iscrowd to 0 where a mask shows one object"
-    )
+def open_record(folder: Path, record: ImageRecord) -> Image.Image:
+    """The image of a record, see `read_image`."""
+    path, size = folder / record.file, (record.width, record.height)
+    image = open_image(path, size)
+    if image.size != size:
+        sizes = "{}x{} pixels, but its entry says {}x{}".format(*image.size, *size)
+        raise StudyError(f"{printable(path)} has {sizes} (image {record.id}): correct the entry")
+    return image
 
 
-def per_image_files(folder: Path) -> tuple[dict[Path, dict[str, Any]], list[str]]:
-    """What is in a folder's labelme and SA-1B files; the names of its other JSON files."""
-    paths = [path for path in visible_files(folder) if path.suffix.lower() == ".json" and path.is_file()]
-    found = dict[Path, dict[str, Any]]()
-    for path in paths:
-        with contextlib.suppress(StudyError):  # what cannot be read is none of them
-            content = _read_json(path)
-            found |= {path: content} if is_per_image(content) else {}
-    return found, [path.name for path in paths if path not in found]
+def shown(dataset: CocoDataset, image_ids: Iterable[int], what: str) -> Iterator[int]:
+    """The ids one after the other, with a bar that counts the images and names the one at work."""
+    with tqdm(list(image_ids), what, unit="image", mininterval=0.2, leave=False) as bar:
+        for image_id in bar:
+            bar.set_postfix_str(printable(dataset.images[image_id].file))
+            yield image_id
 
 
-def _content(path: Path, folder: Path, notes: Notes) -> dict[str, Any]:
-    """What a COCO file holds, or would hold if one stood in the place of a file for each image."""
-    if path.is_dir():
-        files, others = per_image_files(path)
-        if not files:
-            raise StudyError(f"{printable(path)} has no labelme or SA-1B files: give them, or a COCO JSON file")
-        notes.update({("file", "neither labelme's nor SA-1B's: left out"): others} if others else {})
-        return as_coco(files, folder)
-    content = _read_json(path)
-    if is_per_image(content):
-        return as_coco({path: content}, folder)
-    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
-        known = [OTHER_FORMATS[key] for key in content if key in OTHER_FORMATS] if isinstance(content, dict) else []
-        why = f"it is in {known[0]} format" if known else 'no list "images"'
-        raise StudyError(f"{path} is not COCO instance data ({why}): export it in COCO format")
-    if not content["images"]:
-        raise StudyError(f"{path} lists no images: choose a COCO file with some")
-    return content
+def xywh(box: Box) -> list[float]:
+    """COCO's form of a box: `x, y, width, height`."""
+    return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())  # of bytes it knows UTF-8, 16 and 32, with and without a mark
-    except OSError as error:
-        raise StudyError(f"{path} cannot be read ({error.strerror}): check the path") from error
-    except (ValueError, RecursionError) as error:
-        raise StudyError(f"{path} is not valid JSON ({error}): repair or export it again") from error
+def box_iou(first: ArrayLike, second: ArrayLike) -> NDArray[np.float64]:
+    """IoU of boxes with boxes; 0 where both are empty.
+
+    Args:
+        first, second: `(N, 4)` and `(M, 4)` boxes `(x0, y0, x1, y1)`.
+
+    Returns:
+        `(N, M)` values from 0 to 1.
+    """
+    from torchvision.ops import box_iou as iou  # a second to import: not before boxes are compared
+
+    a, b = (torch.from_numpy(np.array(boxes, np.float64).reshape(-1, 4)) for boxes in (first, second))
+    return iou(a, b).nan_to_num().numpy()
 
 
-def _entries(path: Path, content: dict[str, Any], what: str, key: str, model: type[Entry]) -> list[Entry]:
-    """The checked entries under `key` (none where it is missing), each with an id of its own."""
-    listed = content.get(key) or []
-    if not isinstance(listed, list):
-        raise StudyError(f'{path}: "{key}" is not a list: export it in COCO format')
-    found: dict[int, Entry] = {}
-    for position, raw in enumerate(listed, start=1):
-        try:
-            entry = model.model_validate(raw)
-        except ValidationError as error:
-            name = short(raw["id"]) if isinstance(raw, dict) and "id" in raw else f"number {position} of the list"
-            raise StudyError(f"{path}: {what} {name}: {_reason(error)}: correct or remove it") from error
-        if found.setdefault(entry.id, entry) is not entry:
-            raise StudyError(f"{path}: {what} id {entry.id} occurs more than once: make the ids unique")
-    return list(found.values())
+def annotation(instance: Instance) -> dict[str, Any]:
+    """An object as COCO's JSON and pycocotools have it."""
+    ids = {"id": instance.id, "image_id": instance.image_id, "category_id": instance.category_id}
+    shape = {"bbox": xywh(instance.box), "area": instance.area, "segmentation": instance.rle}
+    return {**ids, **shape, "iscrowd": int(instance.crowd)}
 
 
-def _reason(error: ValidationError) -> str:
-    """What is wrong with an entry: `no name`; `width is -3 (should be greater than 0)`."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    field = first["loc"][0] if first["loc"] else "the entry"
-    if first["type"] == "missing":
-        return f"no {field}"
-    return f"{field} is {short(first['input'])} ({first['msg'].removeprefix('Input ')})"
+def mask_of(rle: Rle) -> Mask:
+    """The mask that COCO's run lengths hold, `(height, width)`."""
+    return np.asarray(mask_tools.decode(rle), dtype=bool)
 
 
-# --------------------------------------------------------------------------------------------------------- images
+def rles_of(masks: NDArray[np.bool_]) -> list[Rle]:
+    """Run lengths of `(N, height, width)` masks, JSON-able."""
+    columns = np.asfortranarray(np.moveaxis(masks, 0, -1), dtype=np.uint8)  # pycocotools wants (h, w, N), column-major
+    return [{"size": list(rle["size"]), "counts": rle["counts"].decode()} for rle in mask_tools.encode(columns)]
 
 
-def _records(
-    path: Path, folder: Path, entries: Sequence[ImageEntry], notes: Notes, skip: bool
-) -> dict[int, ImageRecord]:
-    files, faults = _located(path, folder, entries, notes)
-    records = {}
-    for entry in [entry for entry in entries if entry.id in files]:
-        try:
-            width, height = entry.width, entry.height
-            if width is None or height is None:
-                width, height = image_size(folder / files[entry.id])
-                notes["image", "no width and height: read from the image files"].append(entry.id)
-            if width * height > MAX_PIXELS:  # beyond 32 bits pycocotools miscounts
-                raise StudyError(f"{path}: image {entry.id} has {width}x{height} pixels, over 100 million: shrink it")
-            records[entry.id] = ImageRecord(entry.id, files[entry.id], width, height)
-        except StudyError as error:
-            faults[entry.id] = str(error)
-    if faults and not (skip and records):
-        number, fault = next(iter(faults.items()))
-        raise StudyError(f"{fault} (image {number} of {path}; {len(faults)} of {len(entries)} are missing or bad)")
-    if faults:
-        notes["image", "missing or bad: left out"] += faults
-    return records
+def clipped(bbox: Any, image: ImageRecord) -> Box | None:
+    """COCO's `x, y, width, height` as a box cut at the frame; None where it is no four numbers or empty."""
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(is_pixel(value) for value in bbox):
+        return None
+    x, y, width, height = (float(value) for value in bbox)
+    x0, y0, x1, y1 = max(x, 0.0), max(y, 0.0), min(x + width, image.width), min(y + height, image.height)
+    return (x0, y0, x1, y1) if x1 > x0 and y1 > y0 else None
 
 
-def _located(
-    path: Path, folder: Path, entries: Sequence[ImageEntry], notes: Notes
-) -> tuple[dict[int, str], dict[int, str]]:
-    """By image id: the file below the folder, or what is wrong."""
-    names = {entry.id: _file_name(entry) for entry in entries}
-    # os.path: a name that is too long for a file is no file
-    files = {n: name for n, name in names.items() if _is_inside(name) and os.path.isfile(folder / name)}
-    lost, faults = [number for number in names if number not in files], {}
-    places: dict[str, list[str]] = defaultdict(list)
-    for place in filter(Path.is_file, visible_files(folder) if lost else ()):  # no pipe, no broken link
-        places[_base(place.name)].append(str(place.relative_to(folder)))
-    owner = {file: number for number, file in files.items()}
-    for number in lost:
-        hits = places[_base(names[number])]
-        if len(hits) > 1:
-            where = " or ".join(printable(folder / hit) for hit in hits[:2])
-            raise StudyError(f"image {number} of {path} could be {where}: give the folder that holds the right one")
-        if not hits:
-            lacking = printable(folder / (_base(names[number]) or "?"))
-            faults[number] = f"{lacking} is missing: add it or give its folder"
-            continue
-        if owner.setdefault(hits[0], number) != number:
-            both, file = f"images {owner[hits[0]]} and {number} of {path}", printable(folder / hits[0])
-            raise StudyError(f"{both} would both be {file}: give the folder that holds all files")
-        files[number] = hits[0]
-        if not _is_inside(names[number]):
-            notes["image", "a path out of their folder: found by the file's name"].append(number)
-    return files, faults
+def is_pixel(value: Any) -> bool:
+    """Whether a value of JSON is a number that a pixel can have: no NaN, no infinity, no truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
 
 
-def _file_name(entry: ImageEntry) -> str:
-    """The name, with slashes; of an address its last part (nothing is fetched)."""
-    address = unquote((entry.coco_url or "").split("?")[0]).rsplit("/", 1)[-1]
-    return (entry.file_name or address).replace("\\", "/")
+def box_rle(box: Box, height: int, width: int) -> Rle:
+    """Run lengths of all pixels that a box touches."""
+    mask = np.zeros((1, height, width), bool)
+    mask[0, math.floor(box[1]) : math.ceil(box[3]), math.floor(box[0]) : math.ceil(box[2])] = True
+    return rles_of(mask)[0]
 
 
-def _base(name: str) -> str:
-    """A file's own name, with accents written in one way."""
-    return unicodedata.normalize("NFC", PurePosixPath(name).name)
+def parsed_rle(segmentation: Any, height: int, width: int) -> tuple[Rle, list[str]]:
+    """Run lengths of what JSON holds, a list of polygons, one polygon or run lengths; and what was mended.
 
-
-def _is_inside(name: str) -> bool:
-    """Whether a name stays below the folder that it is joined to."""
-    pure = PurePosixPath(name)
-    return bool(name) and not pure.is_absolute() and ".." not in pure.parts and "\0" not in name
-
-
-# ---------------------------------------------------------------------------------------------------- annotations
-
-
-def _instances(
-    path: Path,
-    listed: Sequence[Any],
-    images: Mapping[int, ImageRecord],
-    left_out: set[int],
-    categories: Mapping[int, str],
-    notes: Notes,
-) -> tuple[Instance, ...]:
-    """The usable annotations; what was left out or mended is noted."""
-    ids: list[Any] = [raw.get("id") if isinstance(raw, dict) else None for raw in listed]
-    good = all(type(number) is int and abs(number) <= LARGEST_ID for number in ids) and len({*ids}) == len(ids)
-    if not good:
-        notes["annotation", "ids that are missing, twice or no integers: numbered from 1"] += ids
-        ids = list(range(1, len(ids) + 1))
-    found, fault = [], ""
-    for number, raw in zip(ids, listed, strict=True):
-        try:
-            entry = AnnotationEntry.model_validate(raw)
-            if entry.image_id in left_out:
-                continue
-            if entry.image_id not in images or entry.category_id not in categories:
-                what = "category" if entry.image_id in images else "image"
-                raise ValueError(f"{what} {getattr(entry, f'{what}_id')} is not listed")
-            instance, mended = _instance(entry, number, images[entry.image_id])
-        except ValueError as error:  # of pydantic, too
-            why = _reason(error) if isinstance(error, ValidationError) else str(error)
-            fault = fault or f"annotation {number}: {why}"
-            notes["annotation", f"{why}: left out"].append(number)
-        else:
-            found.append(instance)
-            for what in mended:
-                notes["annotation", what].append(number)
-    if fault and not found:
-        raise StudyError(f"{path}: {fault}: correct or remove it (none of {len(listed)} annotations is usable)")
-    return tuple(found)
-
-
-def _instance(entry: AnnotationEntry, number: int, image: ImageRecord) -> tuple[Instance, list[str]]:
-    """One object and what was mended in it; a ValueError says why it cannot be used."""
-    box = clipped(entry.bbox, image)
+    A ValueError says that it is none of these, or would take endless time or foreign memory to draw.
+    """
+    size = [height, width]
     mended: list[str] = []
-    box_only = not entry.segmentation or entry.segmentation == [[]]
-    if box_only:
-        if box is None:
-            raise ValueError("no mask and no usable box")
-        rle, area = box_rle(box, image.height, image.width), (box[2] - box[0]) * (box[3] - box[1])
-    else:
-        rle, mended = parsed_rle(entry.segmentation, image.height, image.width)
-        area = float(mask_tools.area(rle))
-        box = box or clipped(mask_tools.toBbox(rle).tolist(), image)
-        if area == 0 or box is None:
-            raise ValueError("no pixel of the mask lies in the image")
-    if is_pixel(entry.area) and OUTSIDE not in mended and 0 < entry.area <= image.width * image.height:
-        area = float(entry.area)
-    marks = (bool(entry.iscrowd), entry.artist, entry.split, box_only)
-    return Instance(number, image.id, entry.category_id, box, area, rle, *marks), mended
+    try:
+        if isinstance(segmentation, dict):
+            rle = mask_tools.frPyObjects({"size": size, "counts": _runs(segmentation, size)}, *size)
+        else:
+            polygons, mended = _polygons(segmentation, height, width)
+            rle = mask_tools.merge(mask_tools.frPyObjects([p.tolist() for p in polygons], *size))
+    except (IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise ValueError(f"no usable segmentation ({error})") from error
+    return {"size": size, "counts": rle["counts"].decode()}, mended
 
 
-# -------------------------------------------------------------------------------------------------------- writing
+def _runs(segmentation: dict[str, Any], size: list[int]) -> list[int]:
+    if list(segmentation["size"]) != size:
+        raise ValueError(f"its size is {segmentation['size']}, the image's is {size}")
+    counts = segmentation["counts"]
+    runs = counts if isinstance(counts, list) else _run_lengths(counts)
+    if not all(isinstance(run, int) for run in runs):
+        raise ValueError("its run lengths are not all integers")
+    if min(runs, default=0) < 0 or sum(runs) != size[0] * size[1]:
+        raise ValueError("its run lengths do not fill the image")  # decoding them would read foreign memory
+    return runs
 
 
-def write_coco(
-    path: Path, images: Sequence[ImageRecord], categories: dict[int, str], instances: Sequence[Instance]
-) -> None:
-    """Write instance data as COCO JSON, atomically (the images are the caller's)."""
-    annotations = [
-        annotation(i)
-        | ({"segmentation": []} if i.box_only else {})
-        | ({"artist": i.artist, "split": i.split} if i.artist else {})
-        for i in instances
-    ]
-    entries = [{"id": r.id, "file_name": r.file, "width": r.width, "height": r.height} for r in images]
-    names = [{"id": number, "name": name} for number, name in categories.items()]
-    write_json(path, {"images": entries, "annotations": annotations, "categories": names})
+def _run_lengths(counts: str) -> list[int]:
+    """The numbers in COCO's compressed text: five bits a character, from the third on as differences."""
+    runs: list[int] = []
+    value = shift = 0
+    for character in counts:
+        bits = ord(character) - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if shift > 60:
+            raise ValueError("its run lengths are too large")
+        if bits & 32:
+            continue
+        value -= (bits & 16) << (shift - 4)
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    if shift:
+        raise ValueError("its run lengths break off")
+    return runs
+
+
+def _polygons(segmentation: Any, height: int, width: int) -> tuple[list[NDArray[np.float64]], list[str]]:
+    flat = isinstance(segmentation, list) and is_pixel(segmentation[0])
+    polygons = [np.asarray(polygon, np.float64) for polygon in ([segmentation] if flat else segmentation)]
+    whole = [p for p in polygons if p.ndim != 1 or p.size >= 6]
+    if not whole or any(p.ndim != 1 or p.size % 2 or not np.isfinite(p).all() for p in whole):
+        raise ValueError("a polygon needs three or more x, y pairs")
+    points = [np.insert(p.clip(-1e9, 1e9), 0, [0, 0]).reshape(-1, 2) for p in whole]
+    if max(float(np.abs(np.diff(p, axis=0)).sum()) for p in points) > LONGEST_OUTLINE:  # of the way from the origin
+        raise ValueError("a polygon has over a million pixels of outline or lies as far away")
+    # a pixel beyond the frame is the rounding of annotation tools, not a fault worth a line
+    outside = any(p.min() < -1 or p[::2].max() > width + 1 or p[1::2].max() > height + 1 for p in whole)
+    return whole, [OUTSIDE] * outside + [STRAY] * (len(whole) < len(polygons))

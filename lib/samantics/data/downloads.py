@@ -1,12 +1,11 @@
 """One file from a server: fetched once, resumed where it broke off, verified; or one line that says what to do."""
 
-from __future__ import annotations
-
 import os
 import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import huggingface_hub
 import pooch
@@ -27,12 +26,9 @@ def download(
 ) -> str:  # fmt: skip
     """Fetch a file to `place`, going on with the `.part` of an earlier try; returns its verified hash.
 
-    The hub's client opens connections and follows redirects, pooch hashes. That what came before a kill or a full disk
-    is not fetched again stays own code: `hf_hub_download` (huggingface_hub 2.4) and `pooch.retrieve` (1.9) begin anew,
-    and leave their temporary file behind when they are killed.
-
-    `expected` is its hash, or asks for it; without one an MD5 that the server states as ETag is checked. StudyError
-    says that there is no network or space, that the server refuses (`forbidden`: in these words) or sent another file.
+    The hub's client opens connections and follows redirects, pooch hashes. Going on after a kill or a full disk stays
+    own code: `hf_hub_download` (huggingface_hub 2.4) and `pooch.retrieve` (1.9) begin anew, and leave their temporary
+    file behind. `expected` is the hash, or asks for it; without one an MD5 that the server states as ETag is checked.
     """
     part, sent = place.with_name(place.name + ".part"), {"User-Agent": "samantics", "Accept-Encoding": "identity"}
     wanted = ""
@@ -90,3 +86,21 @@ def _why_final(error: Exception, url: str, place: Path, forbidden: str, last: bo
         return f"no space left while writing {place}.part: free some space and run again"
     why = " ".join(str(error).split()) or type(error).__name__  # may hold what a server sent in place of a status line
     return f"cannot download {place.name} ({why}): go online, or fetch {url} elsewhere and put it at {place}" * last
+
+
+def archive(url: str, md5: str, folder: Path) -> Path:
+    """The verified archive in the folder: there already, or fetched."""
+    place = folder / url.rsplit("/", 1)[-1]
+    if not place.is_file():
+        download(address(url), place, md5, "md5")
+    elif pooch.file_hash(str(place), "md5") != md5:
+        raise StudyError(f"{place} is not {url} (another MD5): delete it to download it again")
+    return place
+
+
+def address(url: str) -> str:
+    """The address, or the same path on the server that `SAMANTICS_MIRROR` names."""
+    mirror = os.environ.get("SAMANTICS_MIRROR", "").rstrip("/")
+    if mirror and not mirror.startswith(("https://", "http://")):
+        raise StudyError(f"SAMANTICS_MIRROR is {mirror!r}, which is no address: begin it with https://, or unset it")
+    return mirror + urlsplit(url).path if mirror else url

@@ -1,10 +1,9 @@
 """Images of the user: one safe way to open a file, and folders with a sub-folder for each class."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import re
 import stat
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from samantics.cache import hash_value
-from samantics.errors import StudyError
+from samantics.errors import StudyError, noted, printable, writable
 
 MAX_PIXELS = 100_000_000  # a larger picture is a mistake or a decompression bomb
 FORMATS = (  # what Pillow reads of still pictures; left out is what has it run programs (EPS, WMF)
@@ -34,7 +33,6 @@ TOOLS = {  # names of what tools and systems leave in folders, in small letters;
 }  # fmt: skip
 ORIENTATION = 0x0112  # the EXIF tag
 DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners put into 16
-NAMED = 3  # ids or files that a note names
 
 
 class Images(Protocol):
@@ -44,34 +42,40 @@ class Images(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-class StudyNote(UserWarning):
-    """What the reader should know of a file that is used all the same."""
-
-
-# -------------------------------------------------------------------------------------------------------- one image
-
-
 def open_image(path: Path | str, size: tuple[int, int] | None = None) -> Image.Image:
-    """The picture as RGB, turned as its EXIF says.
+    """The picture as RGB, turned as its EXIF says; with a `size` (of annotations) that only fits as stored: not turned.
 
     CMYK, palettes and grey become RGB as Pillow converts them; an alpha channel is dropped, as the encoders' own
-    packages do; grey of 10 to 16 bits is scaled to 8 (Pillow alone would clip it to white), with a `StudyNote`
-    where fewer than 16 are used; an animation is its first frame.
-
-    Args:
-        path: the file.
-        size: width and height that annotations speak of: a photo that only has it as stored is not turned.
-
-    Raises:
-        StudyError: missing, not a file, not an image, damaged, cut short, or of more than `MAX_PIXELS` pixels.
+    packages do; grey of 10 to 16 bits is scaled to 8 (Pillow alone would clip it to white), with a warning
+    where fewer than 16 are used; an animation is its first frame. StudyError: missing, no image, damaged, too large.
     """
     with _opened(path) as image:
         shown = ImageOps.exif_transpose(image)
-        return _as_rgb(image if image.size == size != shown.size else shown, path)
+        image = image if image.size == size != shown.size else shown
+        if image.mode.startswith("I"):  # 16-bit grey, also in 32-bit containers
+            values = np.asarray(image).astype(np.float64).clip(0, 65535)
+            bits = next(depth for depth in DEPTHS if values.max() < 2**depth)
+            if bits < 16 and values.any():  # one line for all pictures of a folder
+                where = printable(Path(path).parent)
+                warnings.warn(f"16-bit pictures in {where} hold {bits}-bit values: stretched", stacklevel=3)
+            image = Image.fromarray((values / (2**bits - 1) * 255).round().astype(np.uint8))
+        elif image.mode == "F":
+            raise ValueError("floating point pixels; save it with 8 or 16 bits")
+        elif image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")
+        return image.convert("RGB")
 
 
 def readable(images: Images, rows: Iterable[int]) -> dict[int, Any]:
-    """The pictures at these rows, by row, without damaged ones."""
+    """Some pictures, without damaged ones.
+
+    Args:
+        images: pictures.
+        rows: which of them.
+
+    Returns:
+        The pictures by row.
+    """
     found = dict[int, Any]()
     for row in map(int, rows):
         with contextlib.suppress(StudyError):
@@ -79,16 +83,11 @@ def readable(images: Images, rows: Iterable[int]) -> dict[int, Any]:
     return found
 
 
-def image_size(path: Path | str) -> tuple[int, int]:
-    """Width and height of the picture as it is shown, from the head of its file; raises as `open_image`."""
+def image_head(path: Path | str) -> tuple[tuple[int, int], bool]:
+    """Width and height of the picture as it is shown, and whether EXIF turns it for that; raises as `open_image`."""
     with _opened(path) as image:
-        return image.size[::-1] if image.getexif().get(ORIENTATION) in (5, 6, 7, 8) else image.size
-
-
-def is_turned(path: Path | str) -> bool:
-    """Whether EXIF says that the picture is shown otherwise than it is stored; raises as `open_image`."""
-    with _opened(path) as image:
-        return image.getexif().get(ORIENTATION) in range(2, 9)
+        orientation = image.getexif().get(ORIENTATION)
+        return image.size[::-1] if orientation in range(5, 9) else image.size, orientation in range(2, 9)
 
 
 @contextlib.contextmanager
@@ -114,54 +113,6 @@ def _opened(path: Path | str) -> Iterator[Image.Image]:
         raise StudyError(f"{name} cannot be read as an image ({reason}): replace or remove it") from error
 
 
-def _as_rgb(image: Image.Image, path: Path | str) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey, also in 32-bit containers
-        values = np.asarray(image).astype(np.float64).clip(0, 65535)
-        bits = next(depth for depth in DEPTHS if values.max() < 2**depth)
-        if bits < 16 and values.any():  # one line for all pictures of a folder
-            where = printable(Path(path).parent)
-            warnings.warn(f"16-bit pictures in {where} hold {bits}-bit values: stretched", StudyNote, stacklevel=4)
-        return Image.fromarray((values / (2**bits - 1) * 255).round().astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("floating point pixels; save it with 8 or 16 bits")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
-
-
-# ---------------------------------------------------------------------------------------------------- names in lines
-
-
-def printable(path: Path | str) -> str:
-    """A path for a message: in quotes and escaped where it has line breaks, control characters or odd bytes."""
-    return str(path) if str(path).isprintable() else repr(str(path))
-
-
-def writable(name: str) -> str:
-    """A name as tables and pictures can hold it: one line of proper Unicode; folders may be named by any bytes."""
-    return " ".join(name.encode("utf-8", "replace").decode().split()) or "(blank)"
-
-
-def short(value: Any) -> str:
-    """A value of a user's file, short enough for a message."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def counted(count: int, noun: str) -> str:
-    """`1 image`, `2 images`."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
-def listing(values: Sequence[Any]) -> str:
-    """`2, 3, 5 and 7 more`."""
-    more = f" and {len(values) - NAMED} more" if len(values) > NAMED else ""
-    return ", ".join(short(value) for value in values[:NAMED]) + more
-
-
-# ---------------------------------------------------------------------------------------------------------- folders
-
-
 @dataclasses.dataclass(frozen=True)
 class ImageFolder:
     """One split of a folder of images; `folder[i]` opens image `i`."""
@@ -177,16 +128,12 @@ class ImageFolder:
     def __getitem__(self, index: int) -> Image.Image:
         return open_image(self.paths[index])
 
-    def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> ImageFolder:
-        """The images at these positions, in that order."""
-        chosen = tuple(self.paths[i] for i in indices)
-        return dataclasses.replace(self, paths=chosen, labels=self.labels[list(indices)])
-
     @functools.cached_property
     def hash(self) -> str:
         """Identifies the files by class, name, size and time of change (reading ImageNet takes an hour)."""
-        stats = [(p, p.stat(follow_symlinks=p.exists())) for p in self.paths]  # a link may lead nowhere
-        return hash_value([[p.parent.name, p.name, s.st_size, s.st_mtime_ns] for p, s in stats])
+        stats = [p.stat(follow_symlinks=p.exists()) for p in self.paths]  # a link may lead nowhere
+        files = zip(self.labels, self.paths, stats, strict=True)
+        return hash_value([[self.classes[label], p.name, s.st_size, s.st_mtime_ns] for label, p, s in files])
 
 
 def visible_files(folder: Path) -> Iterator[Path]:
@@ -211,15 +158,13 @@ def image_folders(root: Path | str, seed: int = 0) -> tuple[ImageFolder, ImageFo
     """Train and validation images of a folder: its `train/` and `val/`, else a seeded split of every class.
 
     The two splits may have any case and the usual other names (`SPLITS`), and may lie in one common folder.
-
-    Raises:
-        StudyError: no such folder, one class only, a class without images, other classes in val than in train.
     """
     root = Path(root)
     folders = _folders(root)
-    if len(folders) == 1 and not _named(folders, SPLITS[0]) and len(_folders(folders[0])) > 1:
-        root, folders = folders[0], _folders(folders[0])  # a folder around all, as archives have
-    train_root, val_root = (_named(folders, names) for names in SPLITS)
+    named = {folder.name.lower(): folder for folder in folders}
+    train_root, val_root = (next((named[name] for name in names if name in named), None) for names in SPLITS)
+    if len(folders) == 1 and not train_root and len(_folders(folders[0])) > 1:
+        return image_folders(folders[0], seed)  # a folder around all, as archives have
     if not train_root and not val_root:
         return _split(_read_folder(root), seed)
     if not train_root or not val_root:
@@ -232,8 +177,8 @@ def image_folders(root: Path | str, seed: int = 0) -> tuple[ImageFolder, ImageFo
         what = f"{odd[0]!r} is not in {where} ({len(odd)} such in all): make the sub-folders agree"
         raise StudyError(f"{train_root} and {val_root} have different classes: {what}")
     others = [folder.name for folder in folders if folder not in (train_root, val_root)]
-    words = f"{root}: not used beside {train_root.name}/ and {val_root.name}/: {listing(others)}"
-    return dataclasses.replace(train, notes=(*train.notes, *[words] * bool(others))), val
+    lines = noted("folder", others, f"not used beside {train_root.name}/ and {val_root.name}/")
+    return dataclasses.replace(train, notes=(*train.notes, *(f"{root}: {line}" for line in lines))), val
 
 
 def _folders(root: Path) -> list[Path]:
@@ -241,11 +186,6 @@ def _folders(root: Path) -> list[Path]:
     if not root.is_dir():
         raise StudyError(f"{printable(root)} is not a folder: name one that has a sub-folder for each class")
     return sorted(root / entry.name for entry in os.scandir(root) if entry.is_dir() and is_visible(entry.name))
-
-
-def _named(folders: Sequence[Path], names: Sequence[str]) -> Path | None:
-    by_name = {folder.name.lower(): folder for folder in folders}
-    return next((by_name[name] for name in names if name in by_name), None)
 
 
 def _read_folder(root: Path, like: Path | None = None) -> ImageFolder:
@@ -267,9 +207,8 @@ def _read_folder(root: Path, like: Path | None = None) -> ImageFolder:
         labels += [label] * len(images)
         others += Counter(path.suffix.lower() for path in found if path.suffix.lower() not in readable)
     ends = ", ".join(f"{count} {writable(end)}" for end, count in others.most_common())
-    left_out = f"{printable(root)}: {counted(others.total(), 'file')} left out, no image of a class: {ends}"
-    classes = tuple(folder.name for folder in folders)
-    return ImageFolder(tuple(paths), np.array(labels, np.int64), classes, (left_out,) if others else ())
+    notes = (f"{printable(root)}: files left out, no image of a class: {ends}",) if others else ()
+    return ImageFolder(tuple(paths), np.array(labels, np.int64), tuple(folder.name for folder in folders), notes)
 
 
 def _split(folder: ImageFolder, seed: int) -> tuple[ImageFolder, ImageFolder]:
@@ -281,10 +220,11 @@ def _split(folder: ImageFolder, seed: int) -> tuple[ImageFolder, ImageFolder]:
         if len(members) < 2:
             raise StudyError(f"class {name!r} has a single image: a split needs two or more")
         held_out[members[: min(len(members) - 1, max(1, round(VAL_SHARE * len(members))))]] = True
-    return folder.subset(np.flatnonzero(~held_out)), folder.subset(np.flatnonzero(held_out))
-
-
-# ------------------------------------------------------------------------------------------------------------ names
+    train, val = (
+        dataclasses.replace(folder, paths=tuple(itertools.compress(folder.paths, part)), labels=folder.labels[part])
+        for part in (~held_out, held_out)
+    )
+    return train, val
 
 
 def class_names(classes: Sequence[str]) -> tuple[str, ...]:

@@ -1,8 +1,7 @@
 """Annotations that come as one JSON file for each image, labelme's and SA-1B's, as the content of one COCO file."""
 
-from __future__ import annotations
-
 import base64
+import contextlib
 import io
 import math
 from collections.abc import Mapping
@@ -12,7 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from samantics.data.masks import Rle, rles_of
+from samantics.data.coco import Rle, rles_of
+from samantics.data.folders import MAX_PIXELS
 
 UNNAMED = "SA-1B object"  # the one category of its masks, which have no names
 CORNERS = 64  # of the polygon that stands for a circle
@@ -33,16 +33,18 @@ def as_coco(files: Mapping[Path, dict[str, Any]], folder: Path) -> dict[str, Any
     """
     images, objects = [], []
     for number, (path, content) in enumerate(files.items(), 1):
-        if "shapes" in content:
-            sides = [content.get("imageWidth"), content.get("imageHeight")]
+        if isinstance(content.get("shapes"), list):
+            *sides, name = (content.get(key) for key in ("imageWidth", "imageHeight", "imagePath"))
             found = _labelled(content["shapes"], sides)
-            name = content.get("imagePath") or path.stem
         else:
-            sides, found = [content["image"].get(side) for side in ("width", "height")], _unnamed(content)
-            name = content["image"].get("file_name") or path.stem
+            *sides, name = (content["image"].get(key) for key in ("width", "height", "file_name"))
+            masks: Any = content.get("annotations")
+            masks = masks if isinstance(masks, list) else []
+            found = [{**one, "category": UNNAMED} for one in masks if isinstance(one, dict)]
         width, height = (side if type(side) is int and side > 0 else None for side in sides)  # else the file says it
-        beside = path.parent / str(name).replace("\\", "/")
-        name = str(beside.relative_to(folder)) if beside.is_relative_to(folder) else str(name)
+        name = str(name or path.stem).replace("\\", "/")
+        place = path.parent / name
+        name = str(place.relative_to(folder)) if place.is_relative_to(folder) else name
         images.append({"id": number, "file_name": name, "width": width, "height": height})
         objects += [{**one, "image_id": number} for one in found]
     ids = {name: number for number, name in enumerate(sorted({o["category"] for o in objects}), 1)}
@@ -51,19 +53,15 @@ def as_coco(files: Mapping[Path, dict[str, Any]], folder: Path) -> dict[str, Any
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def _unnamed(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """SA-1B's masks as objects of one category."""
-    found = content.get("annotations")
-    return [{**one, "category": UNNAMED} for one in (found if isinstance(found, list) else []) if isinstance(one, dict)]
-
-
 def _labelled(shapes: list[Any], sides: list[Any]) -> list[dict[str, Any]]:
     """labelme's shapes as objects; one that cannot be an object has neither mask nor box."""
     found: dict[Any, dict[str, Any]] = {}
     for place, shape in enumerate(shapes):
         shape = shape if isinstance(shape, dict) else {}
         label, group = str(shape.get("label")), shape.get("group_id")
-        kind, points = shape.get("shape_type") or "polygon", _points(shape.get("points"))
+        kind, points = shape.get("shape_type") or "polygon", np.empty((0, 2))
+        with contextlib.suppress(TypeError, ValueError, OverflowError):  # no pairs of numbers
+            points = np.asarray(shape.get("points"), np.float64).reshape(-1, 2)
         one: dict[str, Any] = {"category": label}
         if kind == "circle" and len(points) == 2:
             turns = np.linspace(0, 2 * math.pi, CORNERS, endpoint=False)
@@ -82,21 +80,12 @@ def _labelled(shapes: list[Any], sides: list[Any]) -> list[dict[str, Any]]:
 
 def _bitmap(text: Any, corner: np.ndarray[Any, Any], sides: list[Any]) -> Rle | None:
     """Run lengths of labelme's bitmap, a PNG in base64 whose first pixel lies at `corner`; None where it is none."""
-    try:
-        with Image.open(io.BytesIO(base64.b64decode(text))) as bitmap:
-            (left, top), (width, height) = corner.astype(int), bitmap.size
+    with contextlib.suppress(Exception):  # damaged pictures make Pillow raise nearly every kind
+        bitmap = np.asarray(Image.open(io.BytesIO(base64.b64decode(text)), formats=["PNG"]).convert("L")) > 0
+        (left, top), (height, width) = corner.astype(int), bitmap.shape
+        inside = 0 <= left <= sides[0] - width and 0 <= top <= sides[1] - height
+        if inside and sides[0] * sides[1] <= MAX_PIXELS:
             whole = np.zeros((1, sides[1], sides[0]), bool)
-            if left < 0 or top < 0 or left + width > sides[0] or top + height > sides[1]:
-                return None
-            whole[0, top : top + height, left : left + width] = np.asarray(bitmap.convert("L")) > 0
-    except (MemoryError, OSError, OverflowError, TypeError, ValueError):
-        return None
-    return rles_of(whole)[0]
-
-
-def _points(values: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """`(N, 2)` x, y; none where they are no pairs of numbers."""
-    try:
-        return np.asarray(values, np.float64).reshape(-1, 2)
-    except (TypeError, ValueError, OverflowError):
-        return np.empty((0, 2))
+            whole[0, top : top + height, left : left + width] = bitmap
+            return rles_of(whole)[0]
+    return None

@@ -1,18 +1,18 @@
 """References: which instances may show a class to a model, which are drawn, and how two COCO files go together."""
 
-from __future__ import annotations
-
 import dataclasses
+import functools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from samantics.cache import hash_file
-from samantics.data.coco import CocoDataset, ImageRecord, Instance, box_iou, only_crowds
-from samantics.data.folders import listing
-from samantics.errors import StudyError
+from samantics.data.coco import CocoDataset, ImageRecord, Instance, box_iou
+from samantics.data.coco_files import only_crowds
+from samantics.errors import StudyError, listing
 
 PHOTO = 640 * 480  # pixels of a COCO photograph
 
@@ -50,11 +50,7 @@ class ReferenceRule:
 
 
 def eligible(dataset: CocoDataset, rule: ReferenceRule) -> list[Instance]:
-    """The instances that the rule admits, image by image. Never a crowd, never a test artist's drawing.
-
-    Raises:
-        StudyError: there is none; the line counts the reasons.
-    """
+    """The instances that the rule admits, image by image; StudyError counts the reasons where it admits none."""
     refused: Counter[str] = Counter()
     admitted = []
     for image_id, instances in dataset.by_image.items():
@@ -64,8 +60,8 @@ def eligible(dataset: CocoDataset, rule: ReferenceRule) -> list[Instance]:
             admitted += [] if why else [instance]
     if admitted:
         return admitted
-    if dataset.instances and all(instance.crowd for instance in dataset.instances):
-        raise StudyError(f"{dataset.path}: {only_crowds(dataset.instances)}")
+    if why := only_crowds(dataset.instances):
+        raise StudyError(f"{dataset.path}: {why}")
     counts = ", ".join(f"{count} {why}" for why, count in refused.most_common()) or "it has no objects"
     raise StudyError(f"{dataset.path}: no instance can be a reference: {counts}: add some or relax the rule")
 
@@ -75,42 +71,30 @@ def choose_references(
 ) -> dict[int, tuple[Instance, ...]]:
     """Up to `shots` references for every category that has any, those of one category from distinct images.
 
-    Seeded, and nested: the references of fewer shots are the first ones of more shots. A category may have fewer than
-    `shots`; one with none is not in the result.
-
-    Raises:
-        StudyError: `shots` is not positive, or no category has any reference.
+    Seeded, and nested: the references of fewer shots are the first ones of more shots.
     """
     if shots < 1:
         raise StudyError(f"shots is {shots}: choose 1 or more")
     pools: dict[int, list[Instance]] = defaultdict(list)
     for instance in eligible(dataset, rule or ReferenceRule()):
         pools[instance.category_id].append(instance)
-    return {c: _draw(pools[c], shots, [seed, c % 2**64]) for c in sorted(pools)}  # ids may be negative, seeds not
-
-
-def _draw(pool: Sequence[Instance], shots: int, seed: list[int]) -> tuple[Instance, ...]:
-    chosen: dict[int, Instance] = {}
-    for position in np.random.default_rng(seed).permutation(len(pool)):
-        chosen.setdefault(pool[position].image_id, pool[position])
-    return tuple(chosen.values())[:shots]
-
-
-# ---------------------------------------------------------------------------------------------------- two COCO files
+    chosen = {}
+    for category, pool in sorted(pools.items()):
+        one_of_image: dict[int, Instance] = {}
+        for position in np.random.default_rng([seed, category % 2**64]).permutation(len(pool)):  # ids may be negative
+            one_of_image.setdefault(pool[position].image_id, pool[position])
+        chosen[category] = tuple(one_of_image.values())[:shots]
+    return chosen
 
 
 def matched_categories(
     references: CocoDataset, targets: CocoDataset
 ) -> tuple[CocoDataset, dict[int, str], tuple[str, ...]]:
-    """The references with the targets' category ids, the names by id, and what the reader should know of both.
-
-    Categories are matched by name where the two files number them differently.
-
-    Raises:
-        StudyError: the files share no category, or a name that stands for two categories makes matching ambiguous.
-    """
+    """The references with the targets' category ids (matched by name where they differ), the names by id, and notes."""
+    first, second = ([(c, _key(name)) for c, name in d.categories.items()] for d in (references, targets))
     notes = []
-    if _differ(references, targets):
+    # an id stands for two names, or a name for two ids
+    if first != second and any((c == d) != (one == other) for c, one in first for d, other in second):
         references = _renumbered(references, targets)
         notes.append("the two files number their categories differently: matched by name")
     names = dict(sorted({**targets.categories, **references.categories}.items()))
@@ -125,12 +109,6 @@ def matched_categories(
 
 def _key(name: str) -> str:
     return " ".join(name.casefold().replace("_", " ").split())
-
-
-def _differ(references: CocoDataset, targets: CocoDataset) -> bool:
-    """Whether an id stands for two names, or a name for two ids."""
-    first, second = ([(c, _key(name)) for c, name in d.categories.items()] for d in (references, targets))
-    return first != second and any((c == d) != (one == other) for c, one in first for d, other in second)
 
 
 def _renumbered(references: CocoDataset, targets: CocoDataset) -> CocoDataset:
@@ -150,15 +128,15 @@ def _renumbered(references: CocoDataset, targets: CocoDataset) -> CocoDataset:
 
 def shared_images(references: CocoDataset, targets: CocoDataset) -> tuple[str, ...]:
     """A warning where images (the very file or a copy) are on both sides; none where they are not."""
-    by_size: dict[int, list[str]] = defaultdict(list)
+    digest, by_size = functools.cache(hash_file), defaultdict[int, list[Path]](list)
     for record in references.images.values():
         path = references.folder / record.file
-        by_size[path.stat().st_size].append(str(path))
+        by_size[path.stat().st_size].append(path)
     both = []
     for record in targets.images.values():
         path = targets.folder / record.file
-        twins = by_size.get(path.stat().st_size, [])
-        if str(path) in twins or (twins and hash_file(path) in {hash_file(twin) for twin in twins}):
+        twins = by_size[path.stat().st_size]
+        if path in twins or (twins and digest(path) in map(digest, twins)):
             both.append(record.file)
     if not both:
         return ()

@@ -1,7 +1,5 @@
 """AP of the in-context model for base and novel categories, with controls, and failures by rule."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools
@@ -17,14 +15,11 @@ from torch import Tensor
 from torchvision.ops import box_convert
 from tqdm.auto import tqdm
 
-from samantics.data.coco import CocoDataset, Instance, box_iou, rles_of
-from samantics.data.instances import xywh
-from samantics.errors import StudyError
+from samantics.data.coco import CocoDataset, Instance, box_iou, rles_of, xywh
 from samantics.incontext.model import InContextModel
 from samantics.incontext.tokens import SamData, box_masks, input_scales
 from samantics.incontext.training import Split
-from samantics.metrics.coco_ap import Evaluation, Result, ap_difference, ap_interval, evaluate
-from samantics.metrics.intervals import Difference
+from samantics.metrics.coco_ap import Evaluation, Result, Terms, ap_difference, ap_interval, evaluate
 from samantics.scales import InContextSettings
 
 VARIANTS = (
@@ -34,7 +29,7 @@ VARIANTS = (
     "random_reference",  # as the oracle, with Gaussian noise of the mean and spread of real base embeddings, one draw
 )
 COMPARED = ("class_oracle", "wrong_reference")  # whose difference decides
-SIDES = {"base": ("base",), "novel": ("novel",), "base - novel": ("base", "novel")}
+FOR_ARMS = (*COMPARED, "all_classes")  # what a further arm is asked
 ASKED_ALL = 100  # images that are asked for every class: they are most of the questions
 FATES = ("found", "confused with base", "confused with novel", "missed")
 CORNERS = ["x0", "y0", "x1", "y1"]
@@ -46,8 +41,7 @@ Draw = tuple[int, int]  # shots and seed of the references
 def class_embeddings(model: InContextModel, tokens: NDArray[np.float16], references: NDArray[np.int64]) -> Tensor:
     """`(C, dim)` embeddings of `(C, shots)` rows of references: their mask tokens are averaged, then fused."""
     averaged = torch.from_numpy(tokens[references].astype(np.float32).mean(axis=1))
-    embeddings: Tensor = model.fuser(averaged.to(next(model.parameters()).device))
-    return embeddings
+    return model.fuser(averaged.to(next(model.parameters()).device))
 
 
 def random_embeddings(real: Tensor, count: int, seed: int) -> Tensor:
@@ -94,21 +88,13 @@ def with_masks(sam: Sam, data: SamData, results: Sequence[Result]) -> list[Resul
     return whole
 
 
-def shown_classes(dataset: CocoDataset, split: Split) -> NDArray[np.bool_]:
-    """`(N, C)` which image shows which category (crowds apart), categories as in `split.all`."""
-    shown = {(i.image_id, i.category_id) for i in dataset.instances if not i.crowd}
-    return np.array([[(image, category) in shown for category in split.all] for image in dataset.images])
-
-
 def wrong_classes(shown: NDArray[np.bool_], split: Split, seed: int) -> NDArray[np.int64]:
-    """`(N, C)` for each class that an image shows, the column of one of its split that it does not show; else -1."""
+    """For each class `(N, C)` that an image shows, the column of one of its split that it does not show; else -1."""
     rng = np.random.default_rng(seed)
     base = np.isin(split.all, split.base)
     wrong = np.full(shown.shape, -1)
     for row, column in np.argwhere(shown):
         absent = np.flatnonzero(~shown[row])
-        if not absent.size:
-            raise StudyError(f"image row {row} shows every category: a wrong reference needs one that it does not show")
         alike = absent[base[absent] == base[column]]
         wrong[row, column] = rng.choice(alike if alike.size else absent)
     return wrong
@@ -120,30 +106,19 @@ def questions_of(dataset: CocoDataset, split: Split, variants: Sequence[str], dr
     Columns `variant, shots, seed, image` (row), `category` (id that is meant), `embedding`: numbered draw by draw, each
     as in `split.all`, first the real ones, then the random ones.
     """
-    shown, most, tables = shown_classes(dataset, split), max(shots for shots, _ in draws), []
-    every, at_most = np.zeros_like(shown), [draw for draw in draws if draw[0] == most]
+    present = {(i.image_id, i.category_id) for i in dataset.instances if not i.crowd}
+    shown = np.array([[(image, category) in present for category in split.all] for image in dataset.images])
+    every, most, tables = np.zeros_like(shown), max(shots for shots, _ in draws), []
     every[:ASKED_ALL] = True
+    at_most = [draw for draw in draws if draw[0] == most]
     asked = {"class_oracle": draws, "wrong_reference": at_most}  # the others with the first draw
     for variant, draw in [(v, draw) for v in variants for draw in asked.get(v, at_most[:1])]:
         image, meant = np.argwhere(every if variant == "all_classes" else shown).T
         column = wrong_classes(shown, split, draw[1])[image, meant] if variant == "wrong_reference" else meant
-        block = draws.index(draw) + len(draws) * (variant == "random_reference")
-        table = pd.DataFrame({"image": image, "category": np.array(split.all)[meant]})
-        tables.append(
-            table.assign(variant=variant, shots=draw[0], seed=draw[1], embedding=column + block * len(split.all))
-        )
+        first = len(split.all) * (draws.index(draw) + len(draws) * (variant == "random_reference"))
+        table = pd.DataFrame({"image": image, "category": np.array(split.all)[meant], "embedding": column + first})
+        tables.append(table.assign(variant=variant, shots=draw[0], seed=draw[1]))
     return pd.concat(tables, ignore_index=True)
-
-
-def answered(
-    model: InContextModel, data: SamData, embeddings: Mapping[Draw, Tensor], split: Split, variants: Sequence[str],
-    settings: InContextSettings,
-) -> pd.DataFrame:  # fmt: skip
-    """`detect` for `questions_of`, from the `(C, dim)` embeddings of `split.all` by draw."""
-    base, classes = torch.from_numpy(np.isin(split.all, split.base)), len(split.all)
-    noise = [random_embeddings(e[base], classes, 1000 * shots + seed) for (shots, seed), e in embeddings.items()]
-    questions = questions_of(data.dataset, split, variants, list(embeddings))
-    return detect(model.eval(), data, torch.cat([*embeddings.values(), *noise]), questions, settings)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -157,96 +132,79 @@ class Answers:
     detections: pd.DataFrame  # of `detect`
 
     @property
-    def most(self) -> int:
-        """The largest number of shots."""
-        return int(self.questions["shots"].max())
-
-    @property
     def artists(self) -> tuple[str, ...]:
         """`test` and `train` where artists are known (MojiWorld), else nothing."""
         return tuple(sorted({i.split for i in self.dataset.instances} - {""}))
 
-    def draws_of(self, variant: str) -> list[Draw]:
-        """The draws (shots, seed) with which a variant is asked."""
-        asked = self.questions.loc[self.questions["variant"] == variant, ["shots", "seed"]].drop_duplicates()
-        return list(asked.itertuples(index=False, name=None))
-
-    def images_of(self, variant: str) -> CocoDataset:
-        """The images that are asked."""
-        return self.dataset.first(ASKED_ALL) if variant == "all_classes" else self.dataset
+    def draws(self, variant: str, shots: int = 0) -> list[Draw]:
+        """The draws of references with which a variant is asked, those of the most shots or of so many."""
+        asked = self.questions[self.questions["variant"] == variant]
+        asked = asked[asked["shots"] == (shots or asked["shots"].max())]
+        return list(asked[["shots", "seed"]].drop_duplicates().itertuples(index=False, name=None))
 
     def results(self, variant: str, draw: Draw) -> list[Result]:
         """Boxes of a variant and a draw (shots, seed) in COCO's result format, in pixels of the image."""
         chosen = (self.questions[["variant", "shots", "seed"]] == [variant, *draw]).all(axis=1)
         found = self.detections.join(self.questions[chosen], on="question", how="inner")
-        ids, scales = list(self.dataset.images), input_scales(self.dataset, self.input_size)
+        scales, ids = input_scales(self.dataset, self.input_size), np.array(list(self.dataset.images))[found["image"]]
         boxes = found[CORNERS].to_numpy(float) * self.input_size / scales[found["image"]]
-        return [
-            {"image_id": ids[image], "category_id": category, "score": score, "bbox": xywh(box)}
-            for image, category, score, box in zip(
-                found["image"], found["category"].tolist(), found["score"], boxes.tolist(), strict=True
-            )
-        ]
+        found = found.assign(image_id=ids, category_id=found["category"], bbox=[xywh(box) for box in boxes.tolist()])
+        return found[["image_id", "category_id", "score", "bbox"]].to_dict("records")
 
     @functools.cache  # noqa: B019 - lives as long as the notebook
     def _matched(self, variant: str, draw: Draw, artists: str) -> Evaluation:
-        images = self.images_of(variant)
+        images = self.dataset.first(ASKED_ALL) if variant == "all_classes" else self.dataset
         images = images if artists == "all" else by_artists(images, artists)
         return evaluate(images, self.results(variant, draw), "bbox", sizes=False).of(self.split.all)
 
-    def evaluations(self, variant: str, side: str, shots: int = 0, artists: str = "all") -> list[Evaluation]:
-        """Of boxes, a draw each: for `base` or `novel` categories, with the most shots or so many.
-
-        `artists`: only objects by `train` or by `test` artists count; what falls on others is ignored.
-        """
-        draws = [draw for draw in self.draws_of(variant) if draw[0] == (shots or self.most)]
+    def evaluations(self, variant: str, side: str, artists: str = "all", shots: int = 0) -> list[Evaluation]:
+        """Of boxes of the `base` or the `novel` categories, one of each draw; perhaps only objects by some artists."""
+        draws = self.draws(variant, shots)
         return [self._matched(variant, draw, artists).of(getattr(self.split, side)) for draw in draws]
 
-    def ap(self, artists: Sequence[str] = (), samples: int = 200) -> pd.DataFrame:
+    def ap(self, artists: Sequence[str] = ()) -> pd.DataFrame:
         """Box AP of every variant, split and number of shots, percent; mean over draws.
 
         Columns `variant, split, shots, artists, iou_type, AP, AP50, AP75, AR100, low, high, seeds`; low and high are
         the 95 % bootstrap interval of AP over images and draws. By `artists` only what is compared.
         """
         rows = []
-        for variant, side in itertools.product(self.questions["variant"].unique(), ("base", "novel")):
-            asked = sorted({(shots, "all") for shots, _ in self.draws_of(variant)})
-            asked += [(self.most, who) for who in artists if variant in COMPARED]
-            for shots, who in asked:
-                head = {"variant": variant, "split": side, "shots": shots, "artists": who, "iou_type": "bbox"}
-                rows.append(head | _means(self.evaluations(variant, side, shots, who), samples))
+        for variant, questions in self.questions.groupby("variant", sort=False):
+            shots = sorted(questions["shots"].unique().tolist())
+            asked = [(count, "all") for count in shots]
+            asked += [(shots[-1], who) for who in artists if variant in COMPARED]
+            for side, (count, who) in itertools.product(("base", "novel"), asked):
+                head = {"variant": variant, "split": side, "shots": count, "artists": who, "iou_type": "bbox"}
+                rows.append(head | _means(self.evaluations(variant, side, who, count)))
         return pd.DataFrame(rows)
 
-    def mask_ap(self, sam: Sam, data: SamData, samples: int = 200) -> pd.DataFrame:
-        """As `ap`: of SAM's masks for the boxes of the oracle, with the most shots and the first draw of references."""
-        draw = self.draws_of("class_oracle")[-1]
+    def mask_ap(self, sam: Sam, data: SamData) -> pd.DataFrame:
+        """As `ap`: of SAM's masks for the boxes of the oracle, with the most shots and their last draw."""
+        draw = self.draws("class_oracle")[-1]
         found = evaluate(self.dataset, with_masks(sam, data, self.results("class_oracle", draw)), "segm", sizes=False)
-        head = {"variant": "class_oracle", "shots": self.most, "artists": "all", "iou_type": "segm"}
-        sides = ("base", "novel")
-        rows = [{**head, "split": side} | _means([found.of(getattr(self.split, side))], samples) for side in sides]
-        return pd.DataFrame(rows)
+        head = {"variant": "class_oracle", "shots": draw[0], "artists": "all", "iou_type": "segm"}
+        sides = {"base": self.split.base, "novel": self.split.novel}
+        return pd.DataFrame([{**head, "split": side} | _means([found.of(ids)]) for side, ids in sides.items()])
 
-    def terms(self, *sides: str, artists: str = "all") -> list[tuple[int, list[Evaluation]]]:
-        """Right minus wrong reference, with the most shots (of two splits the first's minus the second's): of
-        `ap_difference`.
+    def terms(self, artists: str = "all") -> dict[str, Terms]:
+        """Right minus wrong reference, with the most shots, for `base`, for `novel`, and for `base - novel`.
 
         Both questions are put to the same images with the same draws of references, which are resampled together.
         """
-        return [
-            (sign * weight, self.evaluations(variant, side, artists=artists))
-            for side, sign in zip(sides, (1, -1), strict=False)
-            for variant, weight in zip(COMPARED, (1, -1), strict=True)
-        ]
-
-    def effect(self, *sides: str, artists: str = "all") -> Difference:
-        """That difference, in points of box AP50."""
-        return ap_difference(self.terms(*sides, artists=artists), iou=0.5)
+        signs = dict(zip(COMPARED, (1, -1), strict=True))
+        base, novel = (
+            [(sign, self.evaluations(variant, side, artists)) for variant, sign in signs.items()]
+            for side in ("base", "novel")
+        )
+        return {"base": base, "novel": novel, "base - novel": _minus(base, novel)}
 
     def effects(self) -> pd.DataFrame:
-        """Each of `SIDES`, of all objects and by artists: columns `split, artists, value, low, high, p`."""
-        asked = itertools.product(("all", *self.artists), SIDES.items())
-        rows = [(side, who, *self.effect(*of, artists=who)[:4]) for who, (side, of) in asked]
-        return pd.DataFrame(rows, columns=["split", "artists", "value", "low", "high", "p"])
+        """What the right reference adds, of all objects and by artists, in points of box AP50.
+
+        Columns `split, artists, value, low, high, p`.
+        """
+        terms = {(side, who): own for who in ("all", *self.artists) for side, own in self.terms(who).items()}
+        return _differences(terms, "split", "artists")
 
 
 def arm_effects(arms: Mapping[str, Answers]) -> pd.DataFrame:
@@ -254,17 +212,25 @@ def arm_effects(arms: Mapping[str, Answers]) -> pd.DataFrame:
 
     Columns `arm, split, value, low, high, p`.
     """
-    (first, known), *others = arms.items()
-    terms = {(arm, side): found.terms(*of) for arm, found in arms.items() for side, of in SIDES.items()}
-    for (arm, found), (side, of) in itertools.product(others, SIDES.items()):
-        terms[f"{arm} - {first}", side] = found.terms(*of) + [(-sign, runs) for sign, runs in known.terms(*of)]
-    rows = [(*names, *ap_difference(own, 0.5)[:4]) for names, own in terms.items()]
-    return pd.DataFrame(rows, columns=["arm", "split", "value", "low", "high", "p"])
+    terms = {(arm, side): own for arm, found in arms.items() for side, own in found.terms().items()}
+    first, *others = arms
+    for arm, side in itertools.product(others, ("base", "novel", "base - novel")):
+        terms[f"{arm} - {first}", side] = _minus(terms[arm, side], terms[first, side])
+    return _differences(terms, "arm", "split")
 
 
-def _means(runs: Sequence[Evaluation], samples: int) -> dict[str, Any]:
+def _minus(more: Terms, less: Terms) -> Terms:
+    return [*more, *((-sign, runs) for sign, runs in less)]
+
+
+def _differences(terms: Mapping[tuple[str, str], Terms], *names: str) -> pd.DataFrame:
+    rows = [(*key, *ap_difference(own, iou=0.5)[:4]) for key, own in terms.items()]
+    return pd.DataFrame(rows, columns=[*names, "value", "low", "high", "p"])
+
+
+def _means(runs: Sequence[Evaluation]) -> dict[str, Any]:
     means = pd.DataFrame([run.metrics for run in runs])[["AP", "AP50", "AP75", "AR100"]].astype(float).mean()
-    _, low, high = ap_interval(runs, samples)
+    _, low, high = ap_interval(runs, samples=200)
     return {**means, "low": low, "high": high, "seeds": len(runs)}
 
 
@@ -280,13 +246,13 @@ def corners(result: Result) -> tuple[float, float, float, float]:
     return x, y, x + width, y + height
 
 
-def best_detections(dataset: CocoDataset, results: Sequence[Result], target: Instance, count: int = 4) -> list[Result]:
-    """The best detections of the target's class in its image, those with at least half the best score.
+def best_detections(dataset: CocoDataset, results: Sequence[Result], target: Instance) -> list[Result]:
+    """At most four detections of the target's class in its image, those with at least half the best score.
 
     Each has an `iou` too: the largest IoU of its box with an object of the class.
     """
     found = [r for r in results if (r["image_id"], r["category_id"]) == (target.image_id, target.category_id)]
-    found = sorted(found, key=lambda r: -r["score"])[:count]
+    found = sorted(found, key=lambda r: -r["score"])[:4]
     truths = [o.box for o in dataset.by_image[target.image_id] if o.category_id == target.category_id]
     best = [r for r in found if r["score"] >= found[0]["score"] / 2]
     return [{**r, "iou": float(box_iou([corners(r)], truths).max())} for r in best]

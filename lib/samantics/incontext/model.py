@@ -6,31 +6,23 @@
 Fuser and DETR are trained, nothing of SAM is. The DETR's parts, matcher and losses are those of `transformers`.
 """
 
-from __future__ import annotations
-
-import copy
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from torchvision.ops import box_convert
 from transformers import DeformableDetrConfig
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
-from transformers.models.deformable_detr.modeling_deformable_detr import (
-    DeformableDetrDecoder,
-    DeformableDetrEncoder,
-    DeformableDetrMLPPredictionHead,
-    DeformableDetrSinePositionEmbedding,
-    inverse_sigmoid,
-)
+from transformers.models.deformable_detr import modeling_deformable_detr as detr
 
-from samantics.incontext.adapters import Adapters
-from samantics.incontext.tokens import SamMaps, box_means, processes
+from samantics.incontext.tokens import Rows, SamData, SamMaps, box_means, mask_tokens, trunk_blocks
 from samantics.scales import InContextSettings
 
 LOSS_WEIGHTS = {"loss_ce": 2.0, "loss_bbox": 5.0, "loss_giou": 2.0}  # also the matcher's costs
@@ -55,22 +47,62 @@ class Memory(NamedTuple):
     geometry: dict[str, Any]  # the sizes of the L levels, in the three forms that `transformers` asks for
 
 
+class Adapters(nn.Module):
+    """Small adapters in SAM's frozen trunk (Houlsby et al. 2019, arXiv 1902.00751): does the gap come from SAM?
+
+    Behind each trunk block that follows the first of `maps` trunk maps, a bottleneck of `width` channels adds to what
+    the block says, nothing at the start. They are tuned as the fuser is: on the same questions, by the same losses.
+    """
+
+    def __init__(self, sam: Sam, maps: int, width: int) -> None:
+        super().__init__()
+        self.blocks, dim = trunk_blocks(sam, maps), sam.image_encoder.neck[0].in_channels
+        self.layers = nn.ModuleList()
+        for _ in sam.image_encoder.blocks[self.blocks[0] + 1 :]:
+            up = nn.Linear(width, dim)
+            nn.init.zeros_(up.weight)
+            nn.init.zeros_(up.bias)
+            self.layers.append(nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width), nn.GELU(), up))
+
+    def forward(self, sam: Sam, maps: SamMaps) -> SamMaps:
+        """SAM's maps with the adapters at work, from the first trunk map, which none of them has touched."""
+        state, trunk = maps.trunk[:, 0].permute(0, 2, 3, 1), [maps.trunk[:, 0]]
+        for number, layer in enumerate(self.layers, start=self.blocks[0] + 1):
+            state = sam.image_encoder.blocks[number](state)
+            state = state + layer(state)
+            if number in self.blocks:
+                trunk.append(state.permute(0, 3, 1, 2))
+        return SamMaps(torch.stack(trunk, dim=1), sam.image_encoder.neck(state.permute(0, 3, 1, 2)), maps.inside)
+
+
+@torch.no_grad()
+def adapted_data(data: SamData, sam: Sam, adapters: Adapters, rows: Rows | None = None) -> SamData:
+    """The data as the adapted SAM sees it; mask tokens only of the objects in `rows`, all others are zero."""
+
+    def maps(images: Rows, mirrored: NDArray[np.bool_] | None = None) -> SamMaps:
+        return adapters(sam, data.maps(images, mirrored))
+
+    tokens = np.zeros_like(data.tokens)
+    for chosen in [] if rows is None else np.array_split(rows, len(rows) // 32 + 1):
+        images = np.unique(data.objects.image[chosen])
+        image, boxes = data.objects.among(images, chosen, sam.device)
+        tokens[chosen] = mask_tokens(sam, maps(images).neck[image], boxes).numpy(force=True)
+    return data._replace(maps=maps, tokens=tokens)
+
+
 class InContextModel(nn.Module):
     """Fuser and deformable DETR with iterative box refinement (Zhu et al. 2021, arXiv 2010.04159).
 
     The paper's head reads from the sum of query and class embedding whether both are of one class, which it learns in
     days. Where `settings.naming` is above 0 this is a variant, the study's own: class embeddings and what lies in boxes
-    learn to name base classes (see `naming_loss`), and a query's score is told how well the two agree. A novel class
-    is then compared by the base classes that it resembles.
-
-    `trunk_width`: channels of SAM's trunk maps; `token_shape`: (T, D) of a reference's mask tokens; `classes`: how many
-    are base, for the naming.
+    learn to name the base classes, and a query's score is told how well the two agree. A novel class is then compared
+    by the base classes that it resembles.
     """
 
-    def __init__(
-        self, settings: InContextSettings, trunk_width: int, token_shape: tuple[int, int], classes: int
-    ) -> None:
+    def __init__(self, settings: InContextSettings, sam: Sam, classes: int) -> None:
         super().__init__()
+        trunk_width = sam.image_encoder.neck[0].in_channels
+        values = sam.mask_decoder.num_mask_tokens * sam.mask_decoder.transformer_dim  # of a reference's mask tokens
         dim, layers, width = settings.dim, settings.decoder_layers, settings.fuser_width
         config = DeformableDetrConfig(
             d_model=dim, dropout=settings.dropout, num_queries=settings.queries, with_box_refine=True,
@@ -79,29 +111,29 @@ class InContextModel(nn.Module):
             encoder_attention_heads=settings.heads, decoder_attention_heads=settings.heads,
             encoder_ffn_dim=settings.ffn_width, decoder_ffn_dim=settings.ffn_width,
         )  # fmt: skip
-        first, second = nn.Linear(math.prod(token_shape), width), nn.Linear(width, width)
-        self.fuser = nn.Sequential(nn.Flatten(), first, nn.GELU(), second, nn.GELU(), nn.Linear(width, dim))
+        inner = nn.Linear(values, width), nn.GELU(), nn.Linear(width, width), nn.GELU()
+        self.fuser = nn.Sequential(nn.Flatten(), *inner, nn.Linear(width, dim))
         self.projections = nn.ModuleList(
             nn.Sequential(nn.Conv2d(trunk_width, dim, 1), nn.GroupNorm(32, dim)) for _ in range(settings.trunk_maps)
         )
-        self.positions = DeformableDetrSinePositionEmbedding(dim // 2, normalize=True)
+        self.positions = detr.DeformableDetrSinePositionEmbedding(dim // 2, normalize=True)
         self.level_embedding = nn.Parameter(torch.randn(settings.trunk_maps, dim))
-        self.encoder = DeformableDetrEncoder(config)
-        self.decoder = DeformableDetrDecoder(config)
+        self.encoder = detr.DeformableDetrEncoder(config)
+        self.decoder = detr.DeformableDetrDecoder(config)
         self.query_content = nn.Embedding(settings.queries, dim)
-        self.place = DeformableDetrMLPPredictionHead(2 * dim, dim, dim, 2)
+        self.place = detr.DeformableDetrMLPPredictionHead(2 * dim, dim, dim, 2)
         self.anchors = nn.Parameter(torch.logit(nn.functional.pad(spread_points(settings.queries), (0, 2), value=0.25)))
         scores = [nn.Linear(dim, 1) for _ in range(layers)]
-        boxes = [DeformableDetrMLPPredictionHead(dim, dim, 4, 3) for _ in range(layers)]
+        boxes = [detr.DeformableDetrMLPPredictionHead(dim, dim, 4, 3) for _ in range(layers)]
         for score, box in zip(scores, boxes, strict=True):  # start with small scores, and with the anchors as boxes
             nn.init.constant_(score.bias, -math.log((1 - CLASS_PRIOR) / CLASS_PRIOR))
             nn.init.zeros_(box.layers[2].weight)
             nn.init.zeros_(box.layers[2].bias)
         self.class_heads, self.box_heads = nn.ModuleList(scores), nn.ModuleList(boxes)
         self.decoder.bbox_embed = self.box_heads
-        self.adapters: Adapters | None = None  # see `with_adapters`
-        self.scale: nn.BatchNorm1d | None = None
-        if settings.naming:
+        self.adapters: Adapters | None = None  # of a second arm, see `InContextStudy.adapted`
+        self.naming = settings.naming > 0
+        if self.naming:
             wide = settings.trunk_maps * trunk_width
             self.scale = nn.BatchNorm1d(wide, affine=False, momentum=None)  # of SAM's channels, over all steps
             self.look = nn.Sequential(nn.Linear(wide, width), nn.GELU(), nn.Linear(width, dim))
@@ -111,34 +143,21 @@ class InContextModel(nn.Module):
     def forward(
         self, maps: SamMaps, tokens: Tensor, naming: Sequence[Tensor] | None = None
     ) -> tuple[DetrOutput, Tensor]:
-        """Find the classes of references in images; the loss of naming objects and references (0 without `naming`).
+        """Find K classes in each of B images, by their `(B, K, T, D)` mask tokens; and the loss of naming, else 0.
 
-        Args:
-            maps: of B images.
-            tokens: `(B, K, T, D)` mask tokens of K classes for each, averaged over the references where there are
-                several.
-            naming: contents and labels of objects, mask tokens and labels of references.
+        `naming`: `(N, L * C)` contents of objects, their base classes; `(M, T, D)` tokens of references, theirs.
         """
         asked = self.fuser(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
         output = self.decode(self.encode(maps), asked)
-        return output, tokens.new_zeros(()) if naming is None else self.naming_loss(*naming)
-
-    def naming_loss(self, contents: Tensor, labels: Tensor, tokens: Tensor, classes: Tensor) -> Tensor:
-        """Cross-entropy of naming objects by what lies in their boxes, and references by their class embeddings.
-
-        Args:
-            contents: `(N, L * C)` of objects, whose base classes are `labels` `(N,)`.
-            tokens: `(M, T, D)` mask tokens of references, whose base classes are `classes` `(M,)`.
-        """
-        assert self.scale is not None
-        seen, embeddings = self.named(self.look(self.scale(contents))), self.named(self.fuser(tokens))
-        return cross_entropy(seen, labels) + cross_entropy(embeddings, classes)
+        if naming is None:
+            return output, tokens.new_zeros(())
+        contents, labels, references, classes = naming
+        seen, embeddings = self.named(self.look(self.scale(contents))), self.named(self.fuser(references))
+        return output, cross_entropy(seen, labels) + cross_entropy(embeddings, classes)
 
     def looked(self, contents: Tensor) -> Tensor:
         """`(N, dim)` of `(N, L * C)` contents, scaled by what all steps saw: no batch or process depends on another."""
-        assert self.scale is not None
-        mean, variance = self.scale.running_mean, self.scale.running_var
-        return self.look(nn.functional.batch_norm(contents, mean, variance))
+        return self.look(nn.functional.batch_norm(contents, self.scale.running_mean, self.scale.running_var))
 
     def named(self, features: Tensor) -> Tensor:
         """`(..., base classes)` logits of `(..., dim)` features: their cosine with the direction of each class."""
@@ -179,6 +198,9 @@ class InContextModel(nn.Module):
             embeddings: what each image is asked for. The queries of one class do not see those of another.
         """
         images, classes, dim = embeddings.shape
+        queries = len(self.anchors)
+        apart = torch.full((classes, queries, classes, queries), -math.inf)
+        apart.diagonal(dim1=0, dim2=2)[:] = 0.0
         boxes = self.anchors.sigmoid().repeat(images, classes, 1)  # (B, K * Q, 4): an image's classes share its memory
         decoded = self.decoder(
             inputs_embeds=(self.query_content.weight + embeddings[:, :, None]).flatten(1, 2),
@@ -187,47 +209,22 @@ class InContextModel(nn.Module):
             encoder_attention_mask=memory.inside,
             reference_points=boxes,
             valid_ratios=torch.ones(images, len(self.level_embedding), 2, device=boxes.device),
-            attention_mask=own_class_only(classes, len(self.anchors)).to(boxes)[None, None],
+            attention_mask=apart.flatten(0, 1).flatten(1).to(boxes)[None, None],
             **memory.geometry,
         )
         starts = [boxes, *decoded.intermediate_reference_points.unbind(1)[:-1]]
         logits, moved = [], []
         for layer, (state, start) in enumerate(zip(decoded.intermediate_hidden_states.unbind(1), starts, strict=True)):
             logits.append(self.class_heads[layer](state)[..., 0].unflatten(1, (classes, -1)))
-            moved.append((self.box_heads[layer](state) + inverse_sigmoid(start)).sigmoid().unflatten(1, (classes, -1)))
-        if self.scale is not None:
+            box = (self.box_heads[layer](state) + detr.inverse_sigmoid(start)).sigmoid()
+            moved.append(box.unflatten(1, (classes, -1)))
+        if self.naming:
             image = torch.arange(images, device=boxes.device).repeat_interleave(boxes.shape[1])
             # a box of NaN, which the training refuses, would make roi_align read outside its memory
             corners = box_convert(moved[-1].detach().flatten(0, 2), "cxcywh", "xyxy").nan_to_num()
             contents = self.looked(box_means(memory.maps, image, corners)).view(images, classes, -1, dim)
             logits[-1] = logits[-1] + self.gain * self.agreement(contents, embeddings[:, :, None])
         return DetrOutput(torch.stack(logits), torch.stack(moved))
-
-
-def own_class_only(classes: int, queries: int) -> Tensor:
-    """`(K * Q, K * Q)` added to the self-attention of the queries: 0 within a class, minus infinity between two."""
-    whole = torch.full((classes, queries, classes, queries), -math.inf)
-    whole.diagonal(dim1=0, dim2=2)[:] = 0.0
-    return whole.flatten(0, 1).flatten(1)
-
-
-def build_model(settings: InContextSettings, sam: Sam, classes: int, seed: int) -> InContextModel:
-    """An untrained model for that SAM and so many base classes, its initialisation seeded."""
-    decoder, width = sam.mask_decoder, sam.image_encoder.neck[0].in_channels
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return InContextModel(settings, width, (decoder.num_mask_tokens, decoder.transformer_dim), classes).to(
-            sam.device
-        )
-
-
-def with_adapters(model: InContextModel, sam: Sam, maps: int, width: int, seed: int = 0) -> InContextModel:
-    """A copy of the model with adapters beside it that do nothing yet, seeded."""
-    adapted = copy.deepcopy(model)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        adapted.adapters = Adapters(sam, maps, width).to(sam.device)
-    return adapted
 
 
 def spread_points(count: int) -> Tensor:
@@ -247,9 +244,8 @@ def box_waves(boxes: Tensor, width: int) -> Tensor:
 def matched_loss(output: DetrOutput, boxes: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
     """Focal + L1 + GIoU loss after Hungarian matching, summed over decoder layers, and the last layer's three terms.
 
-    `boxes` are for each of the B * K questions the `(n, 4)` to be found, as in `DetrOutput`. Divided by the objects to
-    be found in the batch of all processes: the mean over processes, which `DistributedDataParallel` takes, is the
-    whole batch's loss.
+    `boxes`: `(n, 4)` to be found for each of the B * K questions. Divided by the objects in the batch of all processes:
+    the mean over processes, which `DistributedDataParallel` takes, is the whole batch's loss.
     """
     device, asked = output.logits.device, DetrOutput(*(part.flatten(1, 2) for part in output))
     layers = [{"logits": logits[..., None], "pred_boxes": found} for logits, found in zip(*asked, strict=True)]
@@ -258,15 +254,15 @@ def matched_loss(output: DetrOutput, boxes: Sequence[Tensor]) -> tuple[Tensor, d
     criterion = DeformableDetrImageLoss(matcher, num_classes=1, focal_alpha=0.25, losses=["labels", "boxes"])
     terms = criterion({**layers[-1], "auxiliary_outputs": layers[:-1]}, labels)
     here = sum(len(b) for b in boxes)
-    share = max(here, 1) / mean_count(here, device)  # the criterion divided by the objects of this process alone
+    everywhere, world = torch.tensor(float(here), device=device), processes()[1]
+    if world > 1:
+        dist.all_reduce(everywhere)
+    share = max(here, 1) / (max(float(everywhere), 1.0) / world)  # the criterion divided by this process's objects
     total = sum(LOSS_WEIGHTS[name.rstrip("_0123456789")] * value for name, value in terms.items())
     assert isinstance(total, Tensor)
     return total * share, {name: float((terms[name] * share).detach()) for name in LOSS_WEIGHTS}
 
 
-def mean_count(count: int, device: torch.device) -> float:
-    """The mean of a count over all processes, at least one in all."""
-    everywhere = torch.tensor(float(count), device=device)
-    if dist.is_initialized():
-        dist.all_reduce(everywhere)
-    return max(float(everywhere), 1.0) / processes()[1]
+def processes() -> tuple[int, int]:
+    """Rank of this process and how many there are (of `torchrun`)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -1,10 +1,8 @@
 """How well classes keep apart in a space of features, always against the same number for shuffled labels.
 
-Reference objects, drawn by train artists, stand for their classes; test objects are to be recognised among them. Base
-classes are taken in sets of as many classes as are novel, so that a guess is worth the same for both.
+Reference objects stand for their classes; test objects are to be recognised among them. Base classes are taken in sets
+of as many classes as are novel, so that a guess is worth the same for both.
 """
-
-from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -25,6 +23,7 @@ from samantics.metrics.intervals import bootstrap_mean
 
 NEIGHBOURS = 10
 SHUFFLES = 3
+PERPLEXITY = 30  # of t-SNE
 
 Points = NDArray[np.floating]
 Labels = NDArray[np.int64]
@@ -42,8 +41,7 @@ def knn_predictions(references: Points, labels: Labels, points: Points) -> Label
 def linear_predictions(references: Points, labels: Labels, points: Points) -> Labels:
     """`(n,)` class by ridge regression of `(m, d)` references onto their classes."""
     model = make_pipeline(StandardScaler(), RidgeClassifier(alpha=len(labels)))
-    predicted: Labels = model.fit(references, labels).predict(points)
-    return predicted
+    return model.fit(references, labels).predict(points)
 
 
 PROBES = {"knn": knn_predictions, "linear": linear_predictions}
@@ -73,12 +71,10 @@ def recognised(
         hits when the references' labels are shuffled.
 
     Raises:
-        StudyError: a set has a single class of references; a number that is not finite.
+        StudyError: a set has a single class of references.
     """
     rng, tables = np.random.default_rng(seed), []
     for (stage, (known, asked)), wanted in itertools.product(spaces.items(), sets):
-        if not (np.isfinite(known).all() and np.isfinite(asked).all()):
-            raise StudyError("separability was given features that are not finite: compute them again with --fresh")
         rows, part = references["category_id"].isin(wanted).to_numpy(), points[points["category_id"].isin(wanted)]
         labels, truth = references["category_id"].to_numpy()[rows], part["category_id"].to_numpy()
         if len(np.unique(labels)) < 2:
@@ -89,19 +85,6 @@ def recognised(
             found = {"stage": stage, "probe": probe, "hit": hits.astype(float)}
             tables.append(part.assign(**found, shuffled=np.mean(np.array(shuffles) == truth, axis=0)))
     return pd.concat(tables).rename_axis("point").reset_index()
-
-
-def structure(space: Points, labels: Labels, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """Of `(n, d)` points `silhouette` by cosine (-1 to 1) and `nmi` of k-means clusters with the classes (0 to 1).
-
-    Each with the same number for shuffled labels.
-    """
-    directions, shuffled = normalize(np.asarray(space, np.float64)), np.random.default_rng(seed).permutation(labels)
-    clusters = KMeans(len(np.unique(labels)), n_init=4, random_state=seed).fit_predict(directions)
-    distances = np.clip(1 - directions @ directions.T, 0, None)
-    np.fill_diagonal(distances, 0)
-    apart, floor = (float(silhouette_score(distances, one, metric="precomputed")) for one in (labels, shuffled))
-    return {"silhouette": (apart, floor), "nmi": (nmi(labels, clusters), nmi(shuffled, clusters))}
 
 
 def nmi(labels: Labels, clusters: Labels) -> float:
@@ -117,20 +100,25 @@ def nmi(labels: Labels, clusters: Labels) -> float:
 def summary(outcomes: pd.DataFrame, spaces: Mapping[str, tuple[Points, Points]], seed: int = 0) -> pd.DataFrame:
     """Columns `stage, split, artists, metric, value, low, high, shuffled, objects`, from the outcomes of `recognised`.
 
-    The probes' accuracy (0 to 1) has a 95 % bootstrap interval over objects; silhouette and NMI, of the test objects
-    themselves, are means over the sets' classes and have none.
+    The probes' accuracy (0 to 1) has a 95 % bootstrap interval over objects. Of the test objects themselves, without
+    intervals: `silhouette` by cosine (-1 to 1) and `nmi` of k-means clusters with the classes (0 to 1).
     """
-    rows = []
-    for (stage, split, artists, probe), part in outcomes.groupby(["stage", "split", "artists", "probe"], sort=False):
-        head = {"stage": stage, "split": split, "artists": artists, "metric": probe}
+    rows, keys = [], ["stage", "split", "artists"]
+    for group, part in outcomes.groupby([*keys, "probe"], sort=False):
+        head = dict(zip([*keys, "metric"], group, strict=True))
         found = bootstrap_mean(part["hit"].to_numpy(), seed)._asdict()
         rows.append({**head, **found, "shuffled": part["shuffled"].mean(), "objects": len(part)})
-    groups = outcomes.drop_duplicates(["stage", "point"]).groupby(["stage", "split", "artists"], sort=False)
-    for (stage, split, artists), part in groups:
-        features, labels = spaces[stage][1][part["point"]], part["category_id"].to_numpy()
-        head = {"stage": stage, "split": split, "artists": artists, "objects": len(part)}
-        of_classes = structure(features, labels, seed)
-        rows += [{**head, "metric": n, "value": value, "shuffled": floor} for n, (value, floor) in of_classes.items()]
+    for group, part in outcomes.drop_duplicates(["stage", "point"]).groupby(keys, sort=False):
+        head = dict(zip(keys, group, strict=True)) | {"objects": len(part)}
+        directions = normalize(np.asarray(spaces[head["stage"]][1][part["point"]], np.float64))
+        labels = part["category_id"].to_numpy()
+        shuffled = np.random.default_rng(seed).permutation(labels)
+        clusters = KMeans(len(np.unique(labels)), n_init=4, random_state=seed).fit_predict(directions)
+        distances = np.clip(1 - directions @ directions.T, 0, None)
+        np.fill_diagonal(distances, 0)
+        apart, floor = (float(silhouette_score(distances, one, metric="precomputed")) for one in (labels, shuffled))
+        rows.append({**head, "metric": "silhouette", "value": apart, "shuffled": floor})
+        rows.append({**head, "metric": "nmi", "value": nmi(labels, clusters), "shuffled": nmi(shuffled, clusters)})
     return pd.DataFrame(rows)
 
 
@@ -141,11 +129,9 @@ def class_gains(outcomes: pd.DataFrame, probe: str, split: str) -> pd.Series:
     return shares["after"] - shares["before"]
 
 
-def tsne_map(space: Points, perplexity: int = 30, seed: int = 0) -> Points:
+def tsne_map(space: Points, seed: int = 0) -> Points:
     """`(n, 2)` t-SNE by cosine distance (van der Maaten and Hinton 2008) of `(n, d)` points."""
-    if perplexity >= len(space):
-        raise StudyError(f"t-SNE of {len(space)} points needs a perplexity below that, not {perplexity}: lower it")
-    placed: Points = TSNE(perplexity=perplexity, metric="cosine", init="random", random_state=seed).fit_transform(
-        np.asarray(space, np.float32)
-    )
-    return placed
+    if len(space) <= PERPLEXITY:
+        raise StudyError(f"t-SNE needs more than {PERPLEXITY} objects, not {len(space)}: add some")
+    tsne = TSNE(perplexity=PERPLEXITY, metric="cosine", init="random", random_state=seed)
+    return tsne.fit_transform(np.asarray(space, np.float32))

@@ -3,8 +3,6 @@
 Boxes are `(x0, y0, x1, y1)` in pixels of SAM's input: the image's long side fills the square, the rest is padding.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -13,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from segment_anything.modeling import Sam
@@ -24,16 +21,14 @@ from tqdm.auto import tqdm
 from samantics.cache import atomic_path, hash_value, kept, reading
 from samantics.data.coco import CocoDataset, read_image
 from samantics.errors import StudyError
+from samantics.models.encoder import Encoder
 from samantics.models.preprocessing import Preprocessing
 from samantics.models.registry import capture
+from samantics.scales import InContextSettings
+
+FORMAT = 4  # of what is cached; raised when the same settings would give other numbers
 
 Rows = NDArray[np.int64]  # (B,) positions of images in a data set
-Mirrored = NDArray[np.bool_] | None  # (B,) images to be mirrored left to right
-
-
-def processes() -> tuple[int, int]:
-    """Rank of this process and how many there are (of `torchrun`)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 class SamMaps(NamedTuple):
@@ -44,7 +39,8 @@ class SamMaps(NamedTuple):
     inside: Tensor  # (B, h, w) bool, False for tokens of padding
 
 
-MapSource = Callable[..., SamMaps]  # source(rows, mirrored=None): float32 maps of images, or of their mirror images
+# source(rows, mirrored=None): float32 maps of images, or of their mirror images where the (B,) bools `mirrored` say so
+MapSource = Callable[..., SamMaps]
 
 
 def trunk_blocks(sam: Sam, count: int) -> list[int]:
@@ -75,15 +71,8 @@ def mask_tokens(sam: Sam, neck: Tensor, boxes: Tensor) -> Tensor:
     Args:
         neck: `(R, D, h, w)`, see `SamMaps`; one image and box per row.
         boxes: `(R, 4)` prompts `(x0, y0, x1, y1)` in pixels of SAM's input.
-
-    Raises:
-        StudyError: a box is empty or outside the input.
     """
-    side, decoder = sam.image_encoder.img_size, sam.mask_decoder
-    good = (boxes[:, 2:] > boxes[:, :2]).all(1) & (boxes[:, 2:] > 0).all(1) & (boxes[:, :2] < side).all(1)
-    if not good.all():
-        box = [round(v, 1) for v in boxes[~good][0].tolist()]
-        raise StudyError(f"reference box {box} is empty or outside SAM's {side}-pixel input: correct its annotation")
+    decoder = sam.mask_decoder
     sparse, dense = sam.prompt_encoder(points=None, boxes=boxes, masks=None)
     output = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(len(boxes), -1, -1)
     positions = sam.prompt_encoder.get_dense_pe().expand(len(boxes), -1, -1, -1)
@@ -105,7 +94,7 @@ def box_masks(sam: Sam, neck: Tensor, boxes: Tensor, width: int, height: int) ->
     logits, _ = sam.mask_decoder(neck, positions, sparse, dense, multimask_output=False)
     new_width, new_height = Preprocessing(sam.image_encoder.img_size, "pad").resized(width, height)
     masks = sam.postprocess_masks(logits, (new_height, new_width), (height, width))[:, 0] > sam.mask_threshold
-    return np.asarray(masks.numpy(force=True))
+    return masks.numpy(force=True)
 
 
 class Objects(NamedTuple):
@@ -115,12 +104,13 @@ class Objects(NamedTuple):
     boxes: NDArray[np.float32]  # (R, 4), in SAM's input frame
     categories: NDArray[np.int64]  # COCO category ids
     crowd: NDArray[np.bool_]  # True for groups
-    area: NDArray[np.float64]  # of its mask, pixels of the image itself
+    large: NDArray[np.bool_]  # True for what may be a reference: no groups, nothing smaller than the settings say
     right: NDArray[np.float32]  # where its image ends and the padding begins, in SAM's input frame
 
-    def reference_candidates(self, min_area: float) -> NDArray[np.bool_]:
-        """`(R,)` which objects may be a reference: no crowds, nothing smaller than `min_area` pixels."""
-        return ~self.crowd & (self.area >= min_area)
+    def among(self, images: Rows, rows: NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Of the objects in `rows`: the place of each one's image among `images` (ascending), and its box."""
+        places = torch.from_numpy(np.searchsorted(images, self.image[rows]))
+        return places.to(device), torch.from_numpy(self.boxes[rows]).to(device)
 
 
 class SamData(NamedTuple):
@@ -130,7 +120,7 @@ class SamData(NamedTuple):
     maps: MapSource
     objects: Objects
     tokens: NDArray[np.float16]  # (R, T, D) mask tokens of the objects
-    contents: NDArray[np.float16]  # (R, L * C) means of SAM's trunk maps over their boxes
+    contents: NDArray[np.float16]  # (R, L * C) means of SAM's trunk maps over their boxes; for naming alone
 
 
 def input_scales(dataset: CocoDataset, input_size: int) -> NDArray[np.float64]:
@@ -140,8 +130,8 @@ def input_scales(dataset: CocoDataset, input_size: int) -> NDArray[np.float64]:
     return np.array([[frame.scale_x, frame.scale_y] * 2 for frame in frames])
 
 
-def object_arrays(dataset: CocoDataset, input_size: int) -> Objects:
-    """The objects of a data set for a SAM whose input is `input_size` pixels."""
+def object_arrays(dataset: CocoDataset, input_size: int, min_area: float = 0) -> Objects:
+    """The objects of a data set for a SAM whose input is `input_size` pixels; `min_area` of references, pixels."""
     row = {image_id: number for number, image_id in enumerate(dataset.images)}
     image = np.array([row[i.image_id] for i in dataset.instances], np.int64)
     boxes, scales = np.array([i.box for i in dataset.instances]).reshape(-1, 4), input_scales(dataset, input_size)
@@ -151,26 +141,20 @@ def object_arrays(dataset: CocoDataset, input_size: int) -> Objects:
         boxes=(boxes * scales[image]).astype(np.float32),
         categories=np.array([i.category_id for i in dataset.instances], np.int64),
         crowd=np.array([i.crowd for i in dataset.instances], bool),
-        area=np.array([i.area for i in dataset.instances], np.float64),
+        large=np.array([not i.crowd and i.area >= min_area for i in dataset.instances], bool),
         right=widths[image].astype(np.float32),
     )
 
 
-def live_maps(sam: Sam, dataset: CocoDataset, count: int, rows: Rows, mirrored: Mirrored = None) -> SamMaps:
+def live_maps(
+    sam: Sam, dataset: CocoDataset, count: int, rows: Rows, mirrored: NDArray[np.bool_] | None = None
+) -> SamMaps:
     """See `MapSource`: encoded whenever they are asked for."""
     image_ids = list(dataset.images)
     images = [read_image(dataset, image_ids[row]) for row in rows]
     if mirrored is not None:
         images = [ImageOps.mirror(i) if turned else i for i, turned in zip(images, mirrored, strict=True)]
     return sam_maps(sam, images, count)
-
-
-def read_maps(stored: Sequence[NDArray[Any]], device: torch.device, rows: Rows, mirrored: Mirrored = None) -> SamMaps:
-    """See `MapSource`: from the three arrays of `stored_maps`, which hold no mirror images."""
-    if mirrored is not None and mirrored.any():
-        raise StudyError("stored maps have no mirror images: set flip to 0 or store_features to False")
-    trunk, neck, inside = (torch.from_numpy(part[rows]).to(device) for part in stored)
-    return SamMaps(trunk.float(), neck.float(), inside)
 
 
 def stored_maps(sam: Sam, dataset: CocoDataset, trunk_maps: int, weights_hash: str, folder: Path) -> MapSource:
@@ -190,42 +174,44 @@ def stored_maps(sam: Sam, dataset: CocoDataset, trunk_maps: int, weights_hash: s
     for path in paths:
         with reading(path):
             stored.append(np.load(path, mmap_mode="r"))
-    return functools.partial(read_maps, stored, sam.device)
+
+    def read(rows: Rows, mirrored: NDArray[np.bool_] | None = None) -> SamMaps:
+        if mirrored is not None and mirrored.any():
+            raise StudyError("stored maps have no mirror images: set flip to 0 or store_features to False in scales.py")
+        trunk, neck, inside = (torch.from_numpy(part[rows]).to(sam.device) for part in stored)
+        return SamMaps(trunk.float(), neck.float(), inside)
+
+    return read
 
 
 def box_means(maps: Tensor, image: Tensor, boxes: Tensor) -> Tensor:
-    """`(N, C)` mean of `(B, C, h, w)` maps over N boxes.
-
-    Args:
-        maps: of B images.
-        image: `(N,)` row of each box's image.
-        boxes: `(N, 4)` as `(x0, y0, x1, y1)`, shares of the map's side.
-    """
+    """`(N, C)` mean of `(B, C, h, w)` maps over `(N, 4)` boxes, shares of the map's side, of images `(N,)`."""
     rows = torch.cat([image[:, None].to(boxes), boxes], dim=1)
-    return roi_align(maps, rows, output_size=1, spatial_scale=maps.shape[-1], sampling_ratio=3, aligned=True)[
-        :, :, 0, 0
-    ]
+    means = roi_align(maps, rows, output_size=1, spatial_scale=maps.shape[-1], sampling_ratio=3, aligned=True)
+    return means[:, :, 0, 0]
 
 
-def object_features(
-    sam: Sam, source: MapSource, objects: Objects, path: Path
-) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
-    """Mask tokens and contents of every object's own box (see `SamData`): computed once, then read from the file."""
-    side = sam.image_encoder.img_size
+def sam_data(encoder: Encoder, dataset: CocoDataset, settings: InContextSettings, folder: Path) -> SamData:
+    """A data set as SAM sees it; what the folder does not have of it is computed now."""
+    sam, side, count = encoder.model, encoder.image_size, settings.trunk_maps
+    maps: MapSource = functools.partial(live_maps, sam, dataset, count)
+    if settings.store_features:
+        maps = stored_maps(sam, dataset, count, encoder.weights_hash, folder)
+    objects = object_arrays(dataset, side, settings.min_reference_area)
 
     def compute() -> dict[str, NDArray[np.float16]]:
-        images, rows = np.unique(objects.image), []
-        parts: dict[str, list[NDArray[np.float16]]] = {"tokens": [], "contents": []}
+        """Mask tokens and contents of every object's own box."""
+        images, parts = np.unique(objects.image), []
         for some in tqdm(np.split(images, range(16, len(images), 16)), desc="mask tokens", unit="batch"):
-            maps, chosen = source(some), np.flatnonzero(np.isin(objects.image, some))
-            image = torch.from_numpy(np.searchsorted(some, objects.image[chosen])).to(sam.device)
-            boxes = torch.from_numpy(objects.boxes[chosen]).to(sam.device)
-            rows.append(chosen)
-            parts["tokens"].append(mask_tokens(sam, maps.neck[image], boxes).half().numpy(force=True))
-            contents = box_means(maps.trunk.flatten(1, 2), image, boxes / side)
-            parts["contents"].append(contents.half().numpy(force=True))
-        order = np.argsort(np.concatenate(rows))
-        return {name: np.concatenate(values)[order] for name, values in parts.items()}
+            seen, rows = maps(some), np.flatnonzero(np.isin(objects.image, some))
+            image, boxes = objects.among(some, rows, sam.device)
+            trunk = seen.trunk.flatten(1, 2)[:, : None if settings.naming else 0]
+            found = mask_tokens(sam, seen.neck[image], boxes), box_means(trunk, image, boxes / side)
+            parts.append((rows, *(one.half().numpy(force=True) for one in found)))
+        rows, tokens, contents = (np.concatenate(part) for part in zip(*parts, strict=True))
+        order = np.argsort(rows)
+        return {"tokens": tokens[order], "contents": contents[order]}
 
-    found = kept(path, compute)
-    return found["tokens"], found["contents"]
+    key = hash_value([FORMAT, dataset.hash, encoder.weights_hash, count, *([] if settings.naming else ["tokens"])])
+    found = kept(folder / f"tokens_{key}.npz", compute)
+    return SamData(dataset, maps, objects, found["tokens"], found["contents"])

@@ -1,9 +1,6 @@
 """Tuning the in-context model on base categories: the split, the batches, and the training loop."""
 
-from __future__ import annotations
-
 import dataclasses
-import functools
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -19,12 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import box_convert
 from tqdm.auto import tqdm
 
-from samantics.cache import Checkpoint, remove_leftovers
+from samantics.cache import Checkpoint
 from samantics.data.coco import CocoDataset
 from samantics.errors import StudyError
-from samantics.incontext.adapters import Adapters
-from samantics.incontext.model import InContextModel, matched_loss
-from samantics.incontext.tokens import Objects, SamData, SamMaps, box_means, mask_tokens, processes
+from samantics.incontext.model import Adapters, InContextModel, matched_loss, processes
+from samantics.incontext.tokens import Rows, SamData, SamMaps, box_means, mask_tokens
 from samantics.scales import InContextSettings
 
 RECORD_EVERY = 10  # steps between rows of the loss curve
@@ -33,9 +29,10 @@ NAMED = 256  # objects of a step that are named among all base classes
 QUESTIONS = 4  # sets of references of each base class that are named beside them
 RISING = 20  # steps over which a training's rate rises to its full height
 
+Naming = tuple[Tensor, Tensor, Tensor, Tensor]  # contents of objects, their labels; tokens of references, their labels
 
-@dataclasses.dataclass(frozen=True)
-class Split:
+
+class Split(NamedTuple):
     """Category ids seen in tuning (base) and never labelled in it (novel), each ascending."""
 
     base: tuple[int, ...]
@@ -61,41 +58,21 @@ def split_categories(dataset: CocoDataset, novel: Sequence[str]) -> Split:
     return Split(tuple(base), tuple(chosen))
 
 
-def draw_references(
-    objects: Objects, category_ids: Sequence[int], shots: int, seed: int, min_area: float
-) -> NDArray[np.int64]:
-    """`(C, shots)` rows of random references from different images; fewer shots of a seed are the first of more.
-
-    A category with fewer images (COCO's toaster) shows them in turn until the shots are complete.
-    """
-    chosen, large = [], objects.reference_candidates(min_area)
+def draw_references(data: SamData, category_ids: Sequence[int], shots: int, seed: int) -> NDArray[np.int64]:
+    """`(C, shots)` rows of random references from different images; fewer shots of a seed are the first of more."""
+    chosen, objects = [], data.objects
     for category in category_ids:
         rng = np.random.default_rng([seed, category])
-        rows = rng.permutation(np.flatnonzero((objects.categories == category) & large))
+        rows = rng.permutation(np.flatnonzero((objects.categories == category) & objects.large))
         _, first = np.unique(objects.image[rows], return_index=True)
         if not len(first):
-            lacking = f"category {category} has no reference of {min_area:.0f} pixels or more"
-            raise StudyError(f"{lacking}: add images to the reference data")
-        chosen.append(np.resize(rows[np.sort(first)], shots))
+            name = data.dataset.categories.get(category, category)  # which only the targets may have
+            raise StudyError(f"{data.dataset.path} has no {name!r} large enough for a reference: add images")
+        chosen.append(np.resize(rows[np.sort(first)], shots))  # of few images (COCO's toaster) some come again
     return np.stack(chosen)
 
 
-class Questions(NamedTuple):
-    """What the B images of a batch are asked: K classes each. Boxes are as in `DetrOutput`."""
-
-    references: list[NDArray[np.int64]]  # B * K arrays of rows of reference objects
-    boxes: list[Tensor]  # B * K of (n, 4), to be found
-
-
-class Inputs(NamedTuple):
-    """Arguments of `InContextModel.forward`."""
-
-    maps: SamMaps
-    tokens: Tensor  # (B, K, T, D)
-    naming: tuple[Tensor, Tensor, Tensor, Tensor] | None
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class BatchSampler:
     """Draws the batches of a training; a draw depends on seed, step and image alone, so a resumed run repeats it."""
 
@@ -104,34 +81,20 @@ class BatchSampler:
     input_size: int  # side of SAM's input, pixels
     settings: InContextSettings
     seed: int = 0
+    adapted: tuple[Sam, Adapters] | None = None  # through which everything is seen, encoded anew, with gradients
 
-    @functools.cached_property
-    def labelled(self) -> NDArray[np.bool_]:
-        """`(R,)` objects of base categories, crowds apart."""
-        return np.isin(self.data.objects.categories, self.base) & ~self.data.objects.crowd
+    def __post_init__(self) -> None:
+        objects = self.data.objects
+        self.labelled = np.isin(objects.categories, self.base) & ~objects.crowd  # (R,)
+        self.candidates = {c: np.flatnonzero(objects.large & (objects.categories == c)) for c in self.base}
+        self.known = [category for category, rows in self.candidates.items() if len(rows)]
+        self.images = np.unique(objects.image[self.labelled])  # only in them is something to be found
+        # of the training: at least one in each half of `InContextStudy.halves`
+        self.steps = max(2, round(self.settings.epochs * len(self.images) / self.settings.batch))
+        if self.settings.adapters and self.settings.flip:  # before the fuser is tuned, not after it
+            raise StudyError("adapters are tuned on images as they are: set flip (or adapters) to 0 in scales.py")
 
-    @functools.cached_property
-    def _candidates(self) -> dict[int, NDArray[np.int64]]:
-        """Rows of the objects that may be references, by base category."""
-        objects, large = self.data.objects, self.data.objects.reference_candidates(self.settings.min_reference_area)
-        return {category: np.flatnonzero(large & (objects.categories == category)) for category in self.base}
-
-    @property
-    def _known(self) -> list[int]:
-        """The base categories that have references."""
-        return [category for category, rows in self._candidates.items() if len(rows)]
-
-    @functools.cached_property
-    def images(self) -> NDArray[np.int64]:
-        """Rows of the images that show a base category: only in them is something to be found."""
-        return np.unique(self.data.objects.image[self.labelled])
-
-    @property
-    def steps(self) -> int:
-        """Training steps in all."""
-        return max(1, round(self.settings.epochs * len(self.images) / self.settings.batch))
-
-    def rows(self, step: int) -> NDArray[np.int64]:
+    def rows(self, step: int) -> Rows:
         """The images of a step: every epoch goes through all of them in an order of its own."""
         count, size = len(self.images), self.settings.batch
         if count < size:
@@ -139,85 +102,74 @@ class BatchSampler:
         epoch, place = divmod(step, count // size)
         return np.random.default_rng([self.seed, epoch]).permutation(self.images)[place * size :][:size]
 
-    def questions(self, rows: NDArray[np.int64], step: int) -> tuple[NDArray[np.bool_], Questions]:
-        """For each image `classes_per_image` of its base categories and `absent_classes` others; which are mirrored.
+    def questions(self, rows: Rows, step: int) -> tuple[NDArray[np.bool_], list[NDArray[np.int64]], list[Tensor]]:
+        """Each of B images is asked for `classes_per_image` base categories that it shows, and `absent_classes` others.
 
-        An image with fewer categories is asked for some of them again, with other references.
+        `(B,)` which are mirrored; of each of the B * K questions rows of references and boxes, as in `DetrOutput`.
         """
         settings, objects, mirrored = self.settings, self.data.objects, np.zeros(len(rows), bool)
-        references, boxes = [], []
+        references, boxes, slots = [], [], settings.classes_per_image + settings.absent_classes
         for position, row in enumerate(rows):
             rng = np.random.default_rng([self.seed, step, int(row)])  # of the image: no process depends on another
             members = np.flatnonzero((objects.image == row) & self.labelled)
             categories, corners = objects.categories[members], objects.boxes[members]
             present = np.resize(rng.permutation(np.unique(categories)), settings.classes_per_image)
-            absent = rng.permutation(np.setdiff1d(self._known, categories))[: settings.absent_classes]
-            slots = settings.classes_per_image + settings.absent_classes
+            absent = rng.permutation(np.setdiff1d(self.known, categories))[: settings.absent_classes]
             asked = np.resize(np.concatenate([present, absent]).astype(np.int64), slots)  # few classes: some again
             if rng.random() < settings.flip:
                 mirrored[position] = True
                 corners[:, [2, 0]] = objects.right[members, None] - corners[:, [0, 2]]
             found = box_convert(torch.from_numpy(corners) / self.input_size, "xyxy", "cxcywh")
-            references += [self._references(int(category), int(row), rng) for category in asked]
-            boxes += [found[torch.from_numpy(categories == category)] for category in asked]
-        return mirrored, Questions(references, boxes)
-
-    def _references(self, category: int, row: int, rng: np.random.Generator) -> NDArray[np.int64]:
-        found = self._candidates[category]
-        found = found[self.data.objects.image[found] != row]
-        if not found.size:
-            where = f"outside image row {row}"
-            raise StudyError(f"category {category} has no reference {where}: add images or make it novel")
-        return rng.choice(found, rng.integers(1, self.settings.references_per_question + 1))
+            for category in asked.tolist():
+                others = self.candidates[category][objects.image[self.candidates[category]] != row]
+                if not others.size:
+                    data, file = self.data.dataset, list(self.data.dataset.images.values())[row].file
+                    lacking = f"{data.path} has no reference of {data.categories[category]!r} outside {file}"
+                    raise StudyError(f"{lacking}: add images, or make it novel in scales.py")
+                references.append(rng.choice(others, rng.integers(1, settings.references_per_question + 1)))
+                boxes.append(found[torch.from_numpy(categories == category)])
+        return mirrored, references, boxes
 
     def tokens(self, references: Sequence[NDArray[np.int64]]) -> Tensor:
         """`(len, T, D)` mask tokens, averaged over each of these lists of rows."""
         return torch.from_numpy(np.stack([self.data.tokens[rows].astype(np.float32).mean(0) for rows in references]))
 
-    def inputs(self, rows: NDArray[np.int64], mirrored: NDArray[np.bool_], asked: Questions, step: int) -> Inputs:
-        """What the frozen SAM gives the model for these images and questions."""
-        tokens = self.tokens(asked.references).unflatten(0, (len(rows), -1))
-        return Inputs(self.data.maps(rows, mirrored), tokens, self.naming(step) if self.settings.naming else None)
+    def inputs(
+        self, rows: Rows, mirrored: NDArray[np.bool_], references: Sequence[NDArray[np.int64]], step: int
+    ) -> tuple[SamMaps, Tensor, Naming | None]:
+        """What SAM gives the model for these images and questions: see `InContextModel.forward`."""
+        if self.adapted:
+            return self._adapted_inputs(rows, np.array([some[0] for some in references]), *self.adapted)
+        tokens = self.tokens(references).unflatten(0, (len(rows), -1))
+        return self.data.maps(rows, mirrored), tokens, self.naming(step) if self.settings.naming else None
 
-    def naming(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Objects and references to be named among all base classes: `(n, L * C)`, `(n,)`, `(m, T, D)`, `(m,)`."""
+    def naming(self, step: int) -> Naming:
+        """Objects and references that are to be named among all base classes in a step."""
         rng = np.random.default_rng([self.seed, step, len(self.data.dataset.images)])
         rows = rng.choice(np.flatnonzero(self.labelled), NAMED)
         labels = torch.from_numpy(np.searchsorted(self.base, self.data.objects.categories[rows]))
-        most, known = self.settings.references_per_question, np.repeat(self._known, QUESTIONS)
-        chosen = [rng.choice(self._candidates[c], rng.integers(1, most + 1)) for c in known.tolist()]
+        most, known = self.settings.references_per_question, np.repeat(self.known, QUESTIONS)
+        chosen = [rng.choice(self.candidates[c], rng.integers(1, most + 1)) for c in known.tolist()]
         contents = torch.from_numpy(self.data.contents[rows].astype(np.float32))
         return contents, labels, self.tokens(chosen), torch.from_numpy(np.searchsorted(self.base, known))
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AdaptedSampler(BatchSampler):
-    """The same batches, seen by the adapted SAM: everything is encoded anew, with gradients.
-
-    That is why a question has the first of its references alone, and what is named are the objects of the step's own
-    images. Images cannot be mirrored.
-    """
-
-    sam: Sam
-    adapters: Adapters
-
-    def inputs(
-        self, rows: NDArray[np.int64], mirrored: NDArray[np.bool_], asked: Questions, step: int,  # noqa: ARG002
-    ) -> Inputs:  # fmt: skip
-        """What the adapted SAM gives the model for these images and questions."""
-        objects, chosen = self.data.objects, np.array([references[0] for references in asked.references])
-        images, which = np.unique(np.concatenate([rows, objects.image[chosen]]), return_inverse=True)
-        targets, references = torch.from_numpy(which).to(self.sam.device).tensor_split([len(rows)])
-        seen = self.adapters(self.sam, self.data.maps(images))
-        boxes = torch.from_numpy(objects.boxes).to(targets.device)
-        tokens, naming = mask_tokens(self.sam, seen.neck[references], boxes[chosen]), None
+    def _adapted_inputs(
+        self, rows: Rows, references: NDArray[np.int64], sam: Sam, adapters: Adapters
+    ) -> tuple[SamMaps, Tensor, Naming | None]:
+        """To save encoding a question has one reference, and what is named are the objects of the step's own images."""
+        objects, naming = self.data.objects, None
+        images = np.unique(np.concatenate([rows, objects.image[references]]))
+        seen = adapters(sam, self.data.maps(images))
+        image, boxes = objects.among(images, references, sam.device)
+        tokens = mask_tokens(sam, seen.neck[image], boxes)
         if self.settings.naming:
             members = np.flatnonzero(np.isin(objects.image, images) & self.labelled)
-            image = torch.from_numpy(np.searchsorted(images, objects.image[members])).to(targets.device)
-            contents = box_means(seen.trunk.flatten(1, 2), image, boxes[members] / self.input_size)
+            image, boxes = objects.among(images, members, sam.device)
+            contents = box_means(seen.trunk.flatten(1, 2), image, boxes / self.input_size)
             labels = torch.from_numpy(np.searchsorted(self.base, objects.categories))
-            naming = contents, labels[members], tokens, labels[chosen]
-        return Inputs(SamMaps(*(part[targets] for part in seen)), tokens.unflatten(0, (len(rows), -1)), naming)
+            naming = contents, labels[members], tokens, labels[references]
+        targets = torch.from_numpy(np.searchsorted(images, rows)).to(sam.device)
+        return SamMaps(*(part[targets] for part in seen)), tokens.unflatten(0, (len(rows), -1)), naming
 
 
 def train(
@@ -245,8 +197,10 @@ def train(
     bar = tqdm(range(done, steps.stop), initial=done, total=steps.stop, desc="training", unit="step", disable=rank > 0)
     started = time.perf_counter() - seconds
     for step in bar:
+        # the rate rises at the start; the paper's schedule takes a tenth in the last fifth
+        share = min(1.0, (step - steps.start + 1) / RISING) * (0.1 if step >= 0.8 * sampler.steps else 1.0)
         for group in optimiser.param_groups:
-            group["lr"] = settings.learning_rate * rate_share(step, steps.start, sampler.steps)
+            group["lr"] = settings.learning_rate * share
         terms = _train_step(trained, optimiser, sampler, step)
         last, seconds = step == steps.stop - 1, time.perf_counter() - started
         if step % RECORD_EVERY == 0 or last:
@@ -264,18 +218,12 @@ def _resumed(
     model: InContextModel, optimiser: torch.optim.Optimizer, checkpoint: Checkpoint
 ) -> tuple[int, list[dict[str, float]], float] | None:
     """Model and optimiser as they were saved; the next step, the curve and the seconds till then, if anything was."""
-    remove_leftovers(checkpoint.path.parent)
     state = checkpoint.load(next(model.parameters()).device)
     if not state:
         return None
     model.load_state_dict(state["model"])
     optimiser.load_state_dict(state["optimiser"])
     return state["step"], state["curve"], state["seconds"]
-
-
-def rate_share(step: int, start: int, steps: int) -> float:
-    """Of the learning rate: it rises at a training's start; the paper's schedule takes a tenth in the last fifth."""
-    return min(1.0, (step - start + 1) / RISING) * (0.1 if step >= 0.8 * steps else 1.0)
 
 
 def _train_step(
@@ -286,12 +234,12 @@ def _train_step(
     model.train()
     torch.manual_seed(sampler.seed * 1_000_003 + step)  # of dropout, the same after a resumption
     rows = sampler.rows(step)[rank::world]
-    mirrored, asked = sampler.questions(rows, step)
-    maps, tokens, naming = sampler.inputs(rows, mirrored, asked, step)
+    mirrored, references, boxes = sampler.questions(rows, step)
+    maps, tokens, naming = sampler.inputs(rows, mirrored, references, step)
     output, named = model(maps, tokens.to(device), naming and [part.to(device) for part in naming])
     if not torch.isfinite(output.boxes).all():
         raise StudyError(f"the model's boxes are not finite at step {step}: lower the learning rate in scales.py")
-    loss, terms = matched_loss(output, asked.boxes)
+    loss, terms = matched_loss(output, boxes)
     loss = loss + settings.naming * named
     terms["loss_naming"] = float(named.detach())
     values = torch.tensor([loss.item(), *terms.values()], device=device)

@@ -6,14 +6,11 @@ smallest effect of interest that was written down before the run. `judge` gives 
 - not testable: a check stays below its aim, or there is none, or the claim that this one builds on is not supported;
 - supported: every comparison is above its smallest effect of interest;
 - not supported: a comparison is below it;
-- undecided: the intervals allow both.
+- undecided: the intervals allow both; or the verdict turns with another seed (of the bootstrap, or with one seed of
+  references or probes left out), or could with another processor.
 
-"Above" and "below" are meant with 95 % confidence over the five claims together (Holm 1979). The rule is applied again
-to what each difference is under other seeds, of the bootstrap and with each seed of references or probes left out: a
-claim whose verdict turns is undecided. So is one that another processor could turn (`PROCESSOR`).
+"Above" and "below" are meant with 95 % confidence over the five claims together (Holm 1979).
 """
-
-from __future__ import annotations
 
 import json
 import math
@@ -21,19 +18,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
+from samantics.cache import ASSETS
 from samantics.errors import StudyError
 from samantics.metrics.intervals import COVERAGE, Difference, Interval
 
-ASSETS = Path(__file__).resolve().parents[1] / "assets"
 PAPER_PROBE = {"sam": (11.06, 25.37), "sam2": (23.16, 44.44), "clip": (73.92, 92.89), "dinov2": (77.43, 93.78)}
 """ImageNet-1k top-1 and top-5 in percent, as the paper reports them."""
 
 KEYS = ["claim", "role", "more", "less", "level", "probe"]  # what names a row of evidence
 COLUMNS = [*KEYS, "difference", "low", "high", "p", "effect_of_interest"]
+NUMBERS = ["difference", "low", "high", "effect_of_interest"]
+ROLES = ("check", "comparison")
 PROCESSOR = 0.5  # where a model is trained within the run: kernels elsewhere sum in another order and train another one
 ENCODED = 0.1  # where only features are computed, which other kernels round otherwise
 NOT_MEASURED = "not measured"
@@ -61,7 +59,7 @@ def evidence_row(
         difference: `more` minus `less`, paired; a check may be a number alone.
         effect_of_interest: the smallest that counts, in the same unit; a check's aim.
     """
-    if role not in ("check", "comparison"):
+    if role not in ROLES:
         raise ValueError(f"a row of evidence is a check or a comparison, not {role!r}")
     numbers: list[Any] = [difference] if isinstance(difference, float | int) else list(difference[:4])
     numbers += [math.nan] * (4 - len(numbers))
@@ -76,25 +74,21 @@ def evidence(figures: Path) -> pd.DataFrame:
     Raises:
         StudyError: a table lacks a column.
     """
-    found = [pd.DataFrame(columns=[*COLUMNS, "others"])]
+    found = []
     for path in [figures / name for name in claims()["table"].unique() if (figures / name).is_file()]:
         table = pd.read_csv(path, keep_default_na=False, na_values={name: [""] for name in COLUMNS[6:]})
         if missing := [name for name in COLUMNS if name not in table]:
             raise StudyError(f"{path} has no column {missing[0]}: run notebook {path.name[:2]} again")
-        found.append(table.reindex(columns=[*COLUMNS, "others"], fill_value=""))
-    return pd.concat([table for table in found if len(table)] or found, ignore_index=True)
-
-
-def findings(figures: Path) -> pd.DataFrame:
-    """The verdicts of a run: `judge` of its `evidence`."""
-    return judge(evidence(figures))
+        if len(table):
+            found.append(table.reindex(columns=[*COLUMNS, "others"], fill_value=""))
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=[*COLUMNS, "others"])
 
 
 def judge(rows: pd.DataFrame, processor: float = PROCESSOR) -> pd.DataFrame:
     """One verdict for each claim.
 
     Args:
-        rows: evidence, with `COLUMNS`, and `others` where there is any.
+        rows: evidence, with `COLUMNS` and `others`.
         processor: share of an interval's width by which it may move without turning the verdict of a claim whose model
             is trained within the run; of the others it may move by `ENCODED` at most.
 
@@ -102,20 +96,28 @@ def judge(rows: pd.DataFrame, processor: float = PROCESSOR) -> pd.DataFrame:
         `claim,statement,check,check_value,paper,measured,low,high,effect_of_interest,verdict,source`. `check` is the
         one that reaches least of its aim, `measured` the claim's first comparison; both are empty where there is none.
     """
-    known, by_seed = claims(), verdicts_by_seed(rows, processor)
+    by_seed, known, table = verdicts_by_seed(rows, processor), claims(), []
     verdicts = by_seed["as drawn"].where(by_seed.nunique(axis=1) == 1, "undecided").to_dict()
     for claim, builds_on in zip(known["claim"], known["needs"], strict=True):
         if builds_on and verdicts[builds_on] != "supported" and verdicts[claim] != NOT_MEASURED:
             verdicts[claim] = "not testable"
-    numbers = [_numbers(rows[rows["claim"] == claim]) for claim in known["claim"]]
-    table = known[["claim", "statement", "paper"]].join(pd.DataFrame(numbers))
-    names = ["claim", "statement", "check", "check_value", "paper", "measured", "low", "high", "effect_of_interest"]
-    return table[names].assign(verdict=known["claim"].map(verdicts), source=known["table"])
+        own = rows[rows["claim"] == claim]
+        checks, compared = (own[own["role"] == role].to_dict("records") for role in ROLES)
+        check = min(checks, key=lambda row: row["difference"] / (row["effect_of_interest"] or 1e-9), default=None)
+        reached = [named(check), check["difference"]] if check else ["", math.nan]
+        table.append(reached + [compared[0][name] if compared else math.nan for name in NUMBERS])
+    found = pd.DataFrame(table, columns=["check", "check_value", "measured", *NUMBERS[1:]])
+    found.insert(2, "paper", known["paper"])
+    return known[["claim", "statement"]].join(found).assign(verdict=known["claim"].map(verdicts), source=known["table"])
 
 
 def verdicts_by_seed(rows: pd.DataFrame, processor: float = PROCESSOR) -> pd.DataFrame:
-    """What each claim's own rows say (index `claim`): as drawn, and under every other seed that the rows know."""
-    others = [json.loads(text) if text else {} for text in rows.get("others", pd.Series("", rows.index))]
+    """What each claim's own rows say (index `claim`): as drawn, and under every other seed that the rows know.
+
+    Args:
+        rows, processor: as in `judge`.
+    """
+    others = [json.loads(text or "{}") for text in rows["others"]]
     ends, found = ["difference", "low", "high"], {"as drawn": _verdicts(rows, processor)}
     for name in dict.fromkeys(name for known in others for name in known):
         drawn = [known.get(name, row) for known, row in zip(others, rows[ends].to_numpy().tolist(), strict=True)]
@@ -124,36 +126,26 @@ def verdicts_by_seed(rows: pd.DataFrame, processor: float = PROCESSOR) -> pd.Dat
 
 
 def _verdicts(rows: pd.DataFrame, processor: float) -> list[str]:
-    known = claims()
-    slack = known["trained"].map({"yes": processor, "no": min(ENCODED, processor)})
-    first = [_leaning(rows[rows["claim"] == claim], share) for claim, share in zip(known["claim"], slack, strict=True)]
-    clear = np.array(holm([p for _, p in first])) <= 1 - COVERAGE
+    """The verdict on each claim, by its rows alone: what they lean to, if that is clear when all claims are tested."""
+    slack = {"yes": processor, "no": min(ENCODED, processor)}
+    known = zip(claims()["claim"], claims()["trained"], strict=True)
+    leaning, chances = zip(*(_leaning(rows[rows["claim"] == c], slack[trained]) for c, trained in known), strict=True)
+    clear = [p <= 1 - COVERAGE for p in holm(chances)]
     decided = ("supported", "not supported")
-    return ["undecided" if name in decided and not sure else name for (name, _), sure in zip(first, clear, strict=True)]
+    return ["undecided" if lean in decided and not sure else lean for lean, sure in zip(leaning, clear, strict=True)]
 
 
 def _leaning(rows: pd.DataFrame, slack: float) -> tuple[str, float]:
-    """The verdict that a claim's rows lean to by themselves, and its p.
-
-    All comparisons must be above their effects for a yes; one below is enough for a no, so its p counts as many times.
-    """
-    checks, compared = (rows[rows["role"] == role] for role in ("check", "comparison"))
+    """The verdict that a claim's rows lean to by themselves, and its p."""
+    checks, compared = (rows[rows["role"] == role] for role in ROLES)
     if rows.empty:
         return NOT_MEASURED, 1.0
     if checks.empty or compared.empty or not (checks["difference"] >= checks["effect_of_interest"]).all():
         return "not testable", 1.0
     sides = [[chance(row, side, slack) for row in compared.to_dict("records")] for side in (1, -1)]
+    # all must be above their effects for a yes; one below is enough for a no, so its p counts as many times
     above, below = max(sides[0]), min(1.0, len(compared) * min(sides[1]))
     return "supported" if above < below else "not supported", min(above, below)
-
-
-def _numbers(rows: pd.DataFrame) -> dict[str, Any]:
-    """What the table of findings shows of a claim's rows."""
-    checks, compared = (rows[rows["role"] == role].to_dict("records") for role in ("check", "comparison"))
-    weakest = min(checks, key=lambda row: row["difference"] / (row["effect_of_interest"] or 1e-9), default=None)
-    first = compared[0] if compared else dict.fromkeys(COLUMNS, math.nan)
-    shown = {"check": named(weakest) if weakest else "", "check_value": weakest["difference"] if weakest else math.nan}
-    return shown | {"measured": first["difference"]} | {name: first[name] for name in ("low", "high", COLUMNS[-1])}
 
 
 def chance(row: dict[str, Any], side: int, slack: float = 0.0) -> float:

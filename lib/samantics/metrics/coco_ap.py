@@ -4,15 +4,13 @@ Predictions are a list of dictionaries in COCO's result format: `image_id, categ
 (run lengths), `bbox` (x, y, width, height) or both: what is evaluated here can be saved as JSON and loaded elsewhere.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses
 import functools
 import io
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,25 +24,30 @@ from samantics.metrics.intervals import Difference, Interval, difference_of, wit
 
 Result = dict[str, Any]
 IOU_TYPES = ("bbox", "segm")
-HEAD = ("image_id", "category_id", "score")
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100")
 MOST = 100  # predictions of a category that an image keeps; more where an image shows more objects
-NOTHING = "no AP: the targets have no annotated object of the categories evaluated (crowds do not count)"
+Terms = Sequence[tuple[int, Sequence["Evaluation"]]]  # signs and evaluations, see `ap_difference_by_seeds`
+Curve = tuple[NDArray[np.intp], NDArray[np.intp]]  # `images` and `hits` of `_weighted_ap`
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The outcome of one evaluation.
+    """The outcome of one evaluation."""
 
-    Attributes:
-        metrics: percent for each of `METRICS`; None where no object can be measured (COCOeval's -1).
-        coco: the evaluated COCOeval, for `ap_interval` and whoever needs more.
-    """
+    coco: COCOeval
 
-    metrics: dict[str, float | None]
-    coco: COCOeval = dataclasses.field(repr=False)
+    @functools.cached_property
+    def metrics(self) -> dict[str, float | None]:
+        """Percent for each of `METRICS`, None where no object can be measured: COCOeval's summary for any limit."""
+        precision, recall = self.coco.eval["precision"], self.coco.eval["recall"]  # (T, R, K, areas, limits), without R
+        values = [precision[..., 0, -1], precision[0, ..., 0, -1], precision[5, ..., 0, -1]]
+        values += [precision[..., area : area + 1, -1] for area in (1, 2, 3)]  # nothing where sizes were not asked for
+        values += [recall[..., 0, limit] for limit in (0, 1, 2)]
+        measured = [table[table > -1] for table in values]
+        means = [float(np.mean(table)) * 100 if table.size else None for table in measured]
+        return dict(zip(METRICS, means, strict=True))
 
-    def of(self, category_ids: Collection[int]) -> Evaluation:
+    def of(self, category_ids: Collection[int]) -> "Evaluation":
         """The same for some of its categories, without what only the matching needed: a tenth of the memory."""
         whole, part = self.coco, COCOeval(iouType=self.coco.params.iouType)
         rows = [whole.params.catIds.index(category) for category in sorted(category_ids)]
@@ -53,94 +56,54 @@ class Evaluation:
         part.params.catIds, part.params.areaRng = [whole.params.catIds[row] for row in rows], whole.params.areaRng[:1]
         part.evalImgs = [one for row in rows for one in whole.evalImgs[row * areas * images :][:images]]
         part.eval = {name: whole.eval[name][..., rows, :, :] for name in ("precision", "recall")}
-        return Evaluation(_metrics(part), part)
+        return Evaluation(part)
 
 
-def evaluate(
-    dataset: CocoDataset,
-    results: Sequence[Result],
-    iou_type: str = "segm",
-    category_ids: Collection[int] | None = None,
-    sizes: bool = True,
-) -> Evaluation:
-    """Compare predictions with a data set's annotations by pycocotools' COCOeval.
+def evaluate(dataset: CocoDataset, results: Sequence[Result], iou_type: str = "segm", sizes: bool = True) -> Evaluation:
+    """AP and AR of predictions by pycocotools' COCOeval; `iou_type` is `bbox` or `segm`.
 
     All images count, also those without annotations or predictions. Each image keeps its 100 best-scored predictions
     per category, or as many as it shows objects of one category, if that is more (also in `AR100`). Of objects that
-    have a box and no mask, mask AP ignores what falls on them.
-
-    Args:
-        dataset: the truth.
-        results: the predictions.
-        iou_type: `bbox` or `segm`.
-        category_ids: only these categories (their objects and predictions); None for all.
-        sizes: also by the objects' size, which takes most of the time; else APs, APm and APl are None.
-
-    Raises:
-        StudyError: unknown `iou_type` or category; a prediction of an image that the data does not have, with a mask
-            of another size, or with a score or box that is not finite.
+    have a box and no mask, mask AP ignores what falls on them. Without `sizes`, which take most of the time, APs, APm
+    and APl are None. StudyError where a prediction cannot be measured (its image, mask, box or score).
     """
-    if iou_type not in IOU_TYPES:
-        raise StudyError(f"iou_type is {iou_type!r}: choose from {', '.join(IOU_TYPES)}")
-    chosen = sorted(dataset.categories if category_ids is None else category_ids)
-    _check(dataset, results, chosen)
-    counts = Counter((i.image_id, i.category_id) for i in dataset.instances if i.category_id in chosen)
+    for result in results:
+        _check(dataset, result)
+    counts = Counter((i.image_id, i.category_id) for i in dataset.instances)
+    objects = [  # under ids of their own: COCOeval takes an object of id 0 for one that is never found
+        annotation(i) | {"id": number, "iscrowd": int(i.crowd or (i.box_only and iou_type == "segm"))}
+        for number, i in enumerate(dataset.instances, start=1)
+    ]
+    images = [{"id": r.id, "width": r.width, "height": r.height} for r in dataset.images.values()]
+    categories = [{"id": number, "name": name} for number, name in dataset.categories.items()]
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress there
-        truth = truth_of(dataset, iou_type)
+        truth = COCO()
+        truth.dataset = {"images": images, "categories": categories, "annotations": objects}
+        truth.createIndex()
         shape = "bbox" if iou_type == "bbox" else "segmentation"  # given both, loadRes takes a mask's area from its box
-        found = [{k: r[k] for k in (*HEAD, shape)} for r in results if r["category_id"] in chosen]
+        found = [{name: one[name] for name in ("image_id", "category_id", "score", shape)} for one in results]
         coco = COCOeval(truth, truth.loadRes(found) if found else COCO(), iou_type)
-        coco.params.catIds = chosen
         coco.params.areaRng = coco.params.areaRng if sizes else coco.params.areaRng[:1]
         coco.params.maxDets = [1, 10, max([MOST, *counts.values()])]
         coco.evaluate()
         coco.accumulate()
-    return Evaluation(_metrics(coco), coco)
+    return Evaluation(coco)
 
 
-def _metrics(coco: COCOeval) -> dict[str, float | None]:
-    """COCOeval's own summary, which knows no other limit than 100 predictions."""
-    precision, recall = coco.eval["precision"], coco.eval["recall"]  # (T, R, K, areas, limits), (T, K, areas, limits)
-    values = [precision[..., 0, -1], precision[0, ..., 0, -1], precision[5, ..., 0, -1]]
-    values += [precision[..., area : area + 1, -1] for area in (1, 2, 3)]  # nothing where sizes were not asked for
-    values += [recall[..., 0, limit] for limit in (0, 1, 2)]
-    measured = [table[table > -1] for table in values]
-    means = [float(np.mean(table)) * 100 if table.size else None for table in measured]
-    return dict(zip(METRICS, means, strict=True))
-
-
-def _check(dataset: CocoDataset, results: Sequence[Result], category_ids: Sequence[int]) -> None:
-    unknown = sorted(set(category_ids) - dataset.categories.keys())
-    if unknown:
-        raise StudyError(f"{dataset.path} has no category {unknown[0]}: choose from {sorted(dataset.categories)}")
-    for result in results:
-        image, what = dataset.images.get(result["image_id"]), f"a prediction of image {result['image_id']} has"
-        if image is None:
-            raise StudyError(f"{what} no place: {dataset.path} does not list the image: predict its images")
-        if not np.isfinite(result["score"]):
-            raise StudyError(f"{what} the score {result['score']}: scores must be finite")
-        box = result.get("bbox", (0, 0, 0, 0))
-        if len(box) != 4 or not np.isfinite(box).all() or min(box[2:]) < 0:
-            raise StudyError(f"{what} the box {list(box)}: give finite x, y, width, height")
-        size = result["segmentation"]["size"] if "segmentation" in result else [image.height, image.width]
-        if list(size) != [image.height, image.width]:
-            wanted = f"(height x width), the image has {image.height}x{image.width}: predict at the image's size"
-            raise StudyError(f"{what} a mask of {size[0]}x{size[1]} {wanted}")
-
-
-def truth_of(dataset: CocoDataset, iou_type: str = "segm") -> COCO:
-    """The objects under ids of their own: COCOeval takes an object of id 0 for one that is never found."""
-    coco = COCO()
-    coco.dataset = {
-        "images": [{"id": r.id, "width": r.width, "height": r.height} for r in dataset.images.values()],
-        "categories": [{"id": c, "name": name} for c, name in dataset.categories.items()],
-        "annotations": [
-            annotation(i) | {"id": number, "iscrowd": int(i.crowd or (i.box_only and iou_type == "segm"))}
-            for number, i in enumerate(dataset.instances, start=1)
-        ],
-    }
-    coco.createIndex()
-    return coco
+def _check(dataset: CocoDataset, result: Result) -> None:
+    """StudyError where a prediction cannot be measured."""
+    image, what = dataset.images.get(result["image_id"]), f"a prediction of image {result['image_id']} has"
+    if image is None:
+        raise StudyError(f"{what} no place: {dataset.path} does not list the image: predict its images")
+    if not np.isfinite(result["score"]):
+        raise StudyError(f"{what} the score {result['score']}: scores must be finite")
+    box, sides = result.get("bbox", (0, 0, 0, 0)), [image.height, image.width]
+    if len(box) != 4 or not np.isfinite(box).all() or min(box[2:]) < 0:
+        raise StudyError(f"{what} the box {list(box)}: give finite x, y, width, height")
+    size = list(result["segmentation"]["size"]) if "segmentation" in result else sides
+    if size != sides:
+        wanted = f"(height x width), the image has {sides[0]}x{sides[1]}: predict at the image's size"
+        raise StudyError(f"{what} a mask of {size[0]}x{size[1]} {wanted}")
 
 
 def perfect_results(dataset: CocoDataset) -> list[Result]:
@@ -148,29 +111,20 @@ def perfect_results(dataset: CocoDataset) -> list[Result]:
     return [annotation(instance) | {"score": 1.0} for instance in dataset.instances if not instance.crowd]
 
 
-# ------------------------------------------------------------------------------------------------------ intervals
-
-
-def ap_interval(evaluations: Sequence[Evaluation], samples: int = 1000, seed: int = 0) -> Interval:
-    """AP in percent with its 95 % bootstrap interval over images (see `ap_difference`).
-
-    Args:
-        evaluations: one, or several of the same images, whose mean is meant (other references, say).
-        samples: resamples.
-        seed: of the resampling.
-
-    Raises:
-        StudyError: there is no object to measure on.
-    """
-    found = ap_difference([(1, evaluations)], samples=samples, seed=seed)
+def ap_interval(evaluations: Sequence[Evaluation], samples: int = 1000) -> Interval:
+    """Mean AP of evaluations of the same images (with other references, say), percent, and its interval over images."""
+    found = ap_difference([(1, evaluations)], samples=samples)
     if np.isnan(found.value):
-        raise StudyError(NOTHING)
+        raise StudyError("no AP: the targets have no annotated object of these categories (crowds do not count)")
     return Interval(*np.clip(found[:3], 0, 100).tolist())
 
 
-def ap_difference(
-    terms: Sequence[tuple[int, Sequence[Evaluation]]], iou: float | None = None, samples: int = 1000, seed: int = 0
-) -> Difference:
+def ap_difference(terms: Terms, iou: float | None = None, samples: int = 1000) -> Difference:
+    """`ap_difference_by_seeds` without `others`."""
+    return _resampled(terms, iou, samples)(list(range(len(terms[0][1]))), 0)
+
+
+def ap_difference_by_seeds(terms: Terms, iou: float | None = None, samples: int = 1000) -> Difference:
     """A paired difference of APs in points: the sum over terms of their sign times their mean AP.
 
     Predictions are matched to objects once; each resample only weighs the images by how often they were drawn and
@@ -185,53 +139,36 @@ def ap_difference(
             evaluations, all of the same images (their categories may differ).
         iou: AP at this threshold alone; None: the mean over COCO's.
         samples: resamples.
-        seed: of the resampling.
 
     Returns:
-        The difference; NaN where a term has no object to measure on.
+        The difference, and in `others` what it is under other seeds; NaN where a term has no object to measure on.
     """
-    runs = list(range(len(terms[0][1])))
-    return _difference(_signed_ap(terms, iou, samples, seed), runs, _draws(terms, len(runs), samples, seed)[1])
+    return with_others(_resampled(terms, iou, samples), list(range(len(terms[0][1]))))
 
 
-def ap_difference_by_seeds(
-    terms: Sequence[tuple[int, Sequence[Evaluation]]], iou: float | None = None, samples: int = 1000
-) -> Difference:
-    """`ap_difference`, and in `others` what it is under other seeds: for the differences that a claim rests on."""
-    signed = functools.lru_cache(functools.partial(_signed_ap, terms, iou, samples))
+def _resampled(terms: Terms, iou: float | None, samples: int) -> Callable[[list[int], int], Difference]:
+    """The difference over some of the runs under a seed of the bootstrap, as `with_others` asks for it."""
+    images = len(terms[0][1][0].coco.params.imgIds)
 
-    def resampled(runs: list[int], seed: int) -> Difference:
-        return _difference(signed(seed), runs, _draws(terms, len(runs), samples, seed)[1])
+    @functools.cache
+    def signed_ap(seed: int) -> tuple[NDArray[np.float64], np.random.Generator]:
+        """`(1 + samples, runs)` difference on all images and on those drawn; what draws the runs."""
+        rng = np.random.default_rng(seed)
+        drawn = rng.multinomial(images, np.full(images, 1 / images), size=samples)
+        weights = np.concatenate([np.ones((1, images)), drawn]).astype(np.float32)
+        signed = [sign * np.stack([_resampled_ap(run, weights, iou) for run in runs]) for sign, runs in terms]
+        return np.sum(signed, axis=0).T, rng
 
-    return with_others(resampled, list(range(len(terms[0][1]))))
+    def difference(runs: list[int], seed: int) -> Difference:
+        signed, rng = signed_ap(seed)
+        shares = copy.deepcopy(rng).multinomial(len(runs), np.full(len(runs), 1 / len(runs)), size=samples) / len(runs)
+        value, drawn = signed[0, runs].mean(), (signed[1:, runs] * shares).sum(1)
+        if np.isnan(value):
+            return Difference(np.nan, np.nan, np.nan, 1.0)
+        drawn = drawn[~np.isnan(drawn)]
+        return difference_of(float(value), drawn + value - drawn.mean())
 
-
-def _signed_ap(
-    terms: Sequence[tuple[int, Sequence[Evaluation]]], iou: float | None, samples: int, seed: int
-) -> NDArray[np.float64]:
-    """`(1 + samples, runs)` the difference of APs on all images, and on those drawn."""
-    weights = _draws(terms, len(terms[0][1]), samples, seed)[0]
-    signed = [sign * np.stack([_resampled_ap(run, weights, iou) for run in evaluations]) for sign, evaluations in terms]
-    return np.asarray(np.sum(signed, axis=0).T)
-
-
-def _difference(signed: NDArray[np.float64], runs: list[int], picks: NDArray[np.float64]) -> Difference:
-    """The difference over these runs, each drawn as often as `picks` says."""
-    value, drawn = signed[0, runs].mean(), (signed[1:, runs] * picks).sum(1)
-    if np.isnan(value):
-        return Difference(np.nan, np.nan, np.nan, 1.0)
-    drawn = drawn[~np.isnan(drawn)]
-    return difference_of(float(value), drawn + value - drawn.mean())
-
-
-def _draws(
-    terms: Sequence[tuple[int, Sequence[Evaluation]]], runs: int, samples: int, seed: int
-) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """How often each image is drawn, all of them once and then at random; and the share of each run."""
-    rng, images = np.random.default_rng(seed), len(terms[0][1][0].coco.params.imgIds)
-    drawn = rng.multinomial(images, np.full(images, 1 / images), size=samples)
-    picks = rng.multinomial(runs, np.full(runs, 1 / runs), size=samples) / runs
-    return np.concatenate([np.ones((1, images)), drawn]).astype(np.float32), picks
+    return difference
 
 
 def _resampled_ap(
@@ -273,11 +210,8 @@ def _weighted_ap(
     return (envelope * np.diff(reached, axis=1, prepend=0)).sum(axis=1) / 101
 
 
-Curve = tuple[NDArray[np.intp], NDArray[np.intp]]
-
-
 def _curves(coco: COCOeval, category: int) -> tuple[NDArray[np.float32], list[Curve]]:
-    """`(images,)` objects of one category (all sizes); by IoU threshold the `images` and `hits` of `_weighted_ap`."""
+    """`(images,)` objects of one category (all sizes); by IoU threshold the curve."""
     images = len(coco.params.imgIds)
     start = category * len(coco.params.areaRng) * images  # evalImgs: categories, area ranges ("all" first), images
     found = [(i, e) for i, e in enumerate(coco.evalImgs[start : start + images]) if e is not None]

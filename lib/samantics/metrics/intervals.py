@@ -1,7 +1,5 @@
 """How far a number could be off: percentile bootstrap (Efron and Tibshirani 1993, chapter 13)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,7 +24,7 @@ class Interval(NamedTuple):
     def __str__(self) -> str:
         return format(self)
 
-    def times(self, factor: float) -> Interval:
+    def times(self, factor: float) -> "Interval":
         """The interval in other units: `times(100)` turns a share into percent."""
         return Interval(self.value * factor, self.low * factor, self.high * factor)
 
@@ -46,18 +44,9 @@ def bootstrap_mean(values: ArrayLike, seed: int = 0, samples: int = 1000) -> Int
     return _interval(float(table.mean()), _resampled_means(table, np.ones(table.shape[1]), seed, samples))
 
 
-def bootstrap_statistic(
-    statistic: Callable[[NDArray[np.int64]], float], size: int, seed: int = 0, samples: int = 1000
-) -> Interval:
-    """Any statistic and its 95 % interval, for what is not a mean over images (AP, NMI, silhouette).
-
-    Args:
-        statistic: from positions `(size,)` in `range(size)`, repetitions allowed, to a finite number.
-        size: things that are resampled.
-        seed: of the resampling.
-        samples: resamples.
-    """
-    rng = np.random.default_rng(seed)
+def bootstrap_statistic(statistic: Callable[[NDArray[np.int64]], float], size: int, samples: int = 1000) -> Interval:
+    """Any statistic of positions in `range(size)` and its 95 % interval, for what is no mean over images (NMI, say)."""
+    rng = np.random.default_rng(0)
     drawn = np.array([statistic(rng.integers(size, size=size)) for _ in range(samples)])
     return _interval(float(statistic(np.arange(size))), drawn)
 
@@ -101,8 +90,7 @@ def paired_difference(
         value = float(sums[rows].mean(0).sum() / first.shape[1])
         return difference_of(value, _resampled_means(sums[rows], sizes, start, samples))
 
-    every = list(range(len(sums)))
-    return with_others(resampled, every, seed)
+    return with_others(resampled, list(range(len(sums))), seed)
 
 
 def with_others(resampled: Callable[[list[int], int], Difference], runs: list[int], seed: int = 0) -> Difference:
@@ -121,16 +109,12 @@ def difference_of(value: float, drawn: NDArray[np.float64]) -> Difference:
 
 def _resampled_means(sums: NDArray[Any], sizes: NDArray[Any], seed: int, samples: int) -> NDArray[np.float64]:
     """`(samples,)` means of resampled clusters and seeds; `sums`: `(seeds, clusters)`, `sizes`: `(clusters,)` items."""
-    rng, means = np.random.default_rng(seed), np.empty(samples)
+    rng, means, (seeds, clusters) = np.random.default_rng(seed), np.empty(samples), sums.shape
     for sample in range(samples):
-        weights = _counts(rng, len(sizes))
-        means[sample] = (sums @ weights / (sizes @ weights)) @ _counts(rng, len(sums)) / len(sums)
+        weights = np.bincount(rng.integers(clusters, size=clusters), minlength=clusters)  # how often each is drawn
+        by_seed = sums @ weights / (sizes @ weights)
+        means[sample] = by_seed @ np.bincount(rng.integers(seeds, size=seeds), minlength=seeds) / seeds
     return means
-
-
-def _counts(rng: np.random.Generator, size: int) -> NDArray[np.int64]:
-    """How often each of `size` things is drawn in `size` draws with replacement."""
-    return np.bincount(rng.integers(size, size=size), minlength=size)
 
 
 def _interval(value: float, drawn: NDArray[np.float64]) -> Interval:

@@ -6,8 +6,6 @@ as `claims.csv` words it. They lie in `guesses.json` beside the run's figures, w
     {"C1": {"guess": 30, "plus_minus": 20}, "C2": {"guess": 15, "plus_minus": 10}}
 """
 
-from __future__ import annotations
-
 import os
 from math import isnan
 from pathlib import Path
@@ -48,22 +46,15 @@ def read_guesses(figures: Path) -> dict[str, Guess]:
         return GUESSES.validate_json(path.read_bytes()) if path.is_file() else {}
     except pydantic.ValidationError as error:
         fault = error.errors()[0]
-        where = " ".join(map(str, fault["loc"]))
-        raise StudyError(f"{path}: {where} {fault['msg'].lower()}: correct it, or remove the file") from error
-
-
-def write_guesses(figures: Path, guesses: dict[str, dict[str, float]]) -> None:
-    """Write guesses by claim, each with `guess` and `plus_minus`, in place of earlier ones."""
-    write_json(figures / FILE, {claim: Guess(**guess).model_dump() for claim, guess in guesses.items()})
+        what = " ".join([*map(str, fault["loc"]), fault["msg"].lower()])
+        raise StudyError(f"{path}: {what}: correct it, or remove the file") from error
 
 
 def form(figures: Path) -> Any:
     """Fields for the five guesses and a button that writes them; without a reader (papermill) the table of them."""
     found, known = read_guesses(figures), claims.claims()
     if "JPY_SESSION_NAME" not in os.environ:  # Jupyter's servers set it for the kernels that they start
-        written = [dict(found[claim]) if claim in found else {} for claim in known["claim"]]
-        numbers = pd.DataFrame(written, columns=["guess", "plus_minus"])
-        return known[["claim", "measure"]].join(numbers).set_index("claim")
+        return known.set_index("claim")[["measure"]].join(_table(found))
     import ipywidgets
 
     fields, lines, note = {}, [], ipywidgets.Label()
@@ -73,12 +64,17 @@ def form(figures: Path) -> Any:
         lines += [ipywidgets.Label(f"{claim}: {measure}"), ipywidgets.HBox(fields[claim])]
 
     def save(_button: object) -> None:
-        write_guesses(figures, {c: {"guess": g.value, "plus_minus": s.value} for c, (g, s) in fields.items()})
+        written = {claim: [field.value for field in pair] for claim, pair in fields.items()}
+        write_json(figures / FILE, {claim: dict(zip(FIELDS, pair, strict=True)) for claim, pair in written.items()})
         note.value = f"written to {FILE}"
 
     button = ipywidgets.Button(description="Write down")
     button.on_click(save)
     return ipywidgets.VBox([*lines, button, note])
+
+
+def _table(guesses: dict[str, Guess]) -> pd.DataFrame:
+    return pd.DataFrame({claim: dict(guess) for claim, guess in guesses.items()}, FIELDS, dtype=float).T
 
 
 def scores(figures: Path) -> pd.DataFrame:
@@ -87,8 +83,7 @@ def scores(figures: Path) -> pd.DataFrame:
     `hit`: the measured value lies within the guess. `off`: the continuous ranked probability score (Gneiting and
     Raftery 2007) in the claim's unit, 0 at best; a wide guess costs as a wrong one does.
     """
-    guesses = pd.DataFrame({claim: dict(guess) for claim, guess in read_guesses(figures).items()}, FIELDS, dtype=float)
-    table = claims.findings(figures).join(guesses.T, on="claim")
+    table = claims.judge(claims.evidence(figures)).join(_table(read_guesses(figures)), on="claim")
     z, sigma = (table["measured"] - table["guess"]) / table["plus_minus"] * SIGMAS, table["plus_minus"] / SIGMAS
     table["off"] = sigma * (z * (2 * norm.cdf(z) - 1) + 2 * norm.pdf(z) - norm.pdf(0) * 2**0.5)
     table["hit"] = (abs(z) <= SIGMAS).map({True: "yes", False: "no"}).where(z.notna(), "")

@@ -1,10 +1,9 @@
 """One contract for every image encoder of the study, pocket or official: its input, layers, maps and vectors."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from samantics.cache import hash_file
 from samantics.errors import StudyError
 from samantics.models import pocket, registry
 from samantics.models.preprocessing import Preprocessing
-from samantics.models.registry import Architecture, Layer, LayerOutput, Readout, entry
-from samantics.models.weights import filled, read_weights, weight_file
+from samantics.models.registry import ENCODERS, Architecture, Layer, LayerOutput, Readout
+from samantics.models.weights import OFFICIAL, filled, read_weights, weight_file
 
 ZOO = Preprocessing(pocket.DEFAULT.image_size, "squash")
 POOLINGS = ("mean", "cls", "object", "tokens")
@@ -113,21 +113,10 @@ class Encoder:
     def pooled(
         self, pixels: Tensor, readouts: Sequence[Readout], masks: Tensor | None = None, seen: Tensor | None = None
     ) -> dict[Readout, Tensor]:
-        """One vector per image for each (layer, pooling), all from one forward pass.
+        """One `(B, C)` float32 vector per image for each (layer, pooling), all from one forward pass.
 
-        Args:
-            pixels: `(B, 3, S, S)`.
-            readouts: pairs of a layer and `mean` (over space), `cls` (class token), `object` (over the mask) or
-                `tokens` (the map averaged to 6x6 tokens, one after another).
-            masks: `(B, H, W)` of the objects, in the input's frame, of any resolution (pixels or tokens); each token
-                weighs as much as the mask covers of it.
-            seen: `(B, H, W)` likewise, where the input shows the image: leaves padding out of `mean`.
-
-        Returns:
-            `(B, C)` float32 for each readout, of `tokens` `(B, 36 C)`.
-
-        Raises:
-            StudyError: unknown layer or pooling, class token of a model without one, masks missing or empty.
+        `mean` is over space (with `seen`, `(B, H, W)`, over what shows the image and not padding), `cls` the class
+        token, `object` over `masks`, `(B, H, W)` of any resolution in the input's frame, `tokens` 6x6 tokens in a row.
         """
         self.check(readouts)
         if masks is None and any(pooling == "object" for _, pooling in readouts):
@@ -173,40 +162,49 @@ def masked_mean(dense: Tensor, masks: Tensor) -> Tensor:
 
 
 def load_encoder(
-    name: str, weights: str | Path = "zoo", device: str | torch.device = "cpu", seed: int = 0,
-    image_size: int | None = None, half: bool = False,
-) -> Encoder:  # fmt: skip
+    name: str, weights: str | Path = "zoo", device: str | torch.device = "cpu", seed: int = 0, half: bool = False
+) -> Encoder:
     """The encoder of that name, frozen, in evaluation mode, with its own preprocessing.
 
     Args:
         name: of the registry (`sam`, `sam2`, `clip`, `dinov2`, `mae` ...), or `random`, an untrained SAM.
         weights: `zoo` (the pocket models), `zoo_random` (the same, untrained), `official`, `random` (the
             official architecture, untrained) or the path of an official checkpoint.
+        device: that it computes on.
         seed: of untrained weights.
-        image_size: another input side, pixels, for models that take any (`dinov2`, `dinov3`).
         half: compute in bfloat16.
 
+    Returns:
+        The encoder; its `weights_hash` says which weights it has.
+
     Raises:
-        StudyError: unknown name; weights that are missing, damaged or of another model; a size that it does not take.
+        StudyError: unknown name; weights that are missing, damaged or of another model.
     """
     if weights in ("zoo", "zoo_random"):
-        model, weights_hash = _pocket_model(name, weights == "zoo", seed)
-        preprocess = ZOO
+        trained = weights == "zoo" and name != "random"
+        model = pocket.load(name) if trained else pocket.build(name, seed=seed)
+        encoder = zoo_encoder(name, model, pocket.card(name)["sha256"][:16] if trained else hash_model(model))
     else:
-        model, weights_hash = _official_model(name, weights, seed)
-        preprocess = entry(name).own
-    if image_size is not None:
-        if not entry(name).architecture.any_size and image_size != preprocess.size:
-            raise StudyError(f"encoder {name} takes {preprocess.size}-pixel images only: leave image_size out")
-        preprocess = dataclasses.replace(preprocess, size=image_size, short=0)
-    if not all(bool(values.isfinite().all()) for values in model.parameters()):
+        encoder = _encoder(name, *_official_model(name, weights, seed), ENCODERS[name].own)
+    if not all(bool(values.isfinite().all()) for values in encoder.model.parameters()):
         raise StudyError(f"the weights of encoder {name} ({weights}) are not all finite numbers: use the official file")
-    return _encoder(name, weights_hash, model, preprocess, device, half)
+    device = torch.device(device)
+    if device.type == "cuda":
+        registry.fuse_attention(encoder.model)
+    return dataclasses.replace(encoder, model=encoder.model.to(device), device=device, half=half)
 
 
-def zoo_encoder(name: str, model: nn.Module, weights_hash: str) -> Encoder:
+def zoo_encoder(name: str, model: Any, weights_hash: str) -> Encoder:
     """A model of the pocket architecture `name` as an encoder, wherever its weights come from."""
-    return _encoder(name, weights_hash, _image_encoder(name, model), ZOO)
+    if name == "mae":  # without what only its training needs: the decoder and hiding tokens
+        model = copy.deepcopy(model.vit)
+        model.config.mask_ratio = 0.0
+    return _encoder(name, model, weights_hash, ZOO)
+
+
+def _encoder(name: str, model: nn.Module, weights_hash: str, preprocess: Preprocessing) -> Encoder:
+    model = model.cpu().eval().requires_grad_(False)
+    return Encoder(name, weights_hash, model, preprocess, ENCODERS[name], torch.device("cpu"))
 
 
 def has_fast_half(device: str | torch.device) -> bool:
@@ -216,52 +214,34 @@ def has_fast_half(device: str | torch.device) -> bool:
 
 
 def within_reach(names: Sequence[str], weights: str) -> tuple[str, ...]:
-    """The encoders that can be loaded: official ones that are gated want a token, or their file (docs/weights.md)."""
-    return tuple(name for name in names if weights != "official" or entry(name).weights.within_reach)
-
-
-def _encoder(
-    name: str, weights_hash: str, model: nn.Module, preprocess: Preprocessing, device: str | torch.device = "cpu",
-    half: bool = False,
-) -> Encoder:  # fmt: skip
-    model = model.to(device).eval().requires_grad_(False)
-    if torch.device(device).type == "cuda":
-        registry.fuse_attention(model)
-    return Encoder(name, weights_hash, model, preprocess, entry(name).architecture, torch.device(device), half)
-
-
-def _pocket_model(name: str, trained: bool, seed: int) -> tuple[nn.Module, str]:
-    """The model and the hash of its weights."""
-    if name not in (*pocket.NAMES, "random"):
-        raise StudyError(f"no pocket encoder is called {name!r}: choose from {', '.join(pocket.NAMES)}, random")
-    if trained and name != "random":
-        return _image_encoder(name, pocket.load(name)), pocket.card(name)["sha256"][:16]
-    model = pocket.build("sam" if name == "random" else name, seed=seed)
-    return _image_encoder(name, model), hash_model(model)
-
-
-def _image_encoder(name: str, model: Any) -> nn.Module:
-    """The pocket model without what only its training needs: MAE's decoder and its hiding of tokens."""
-    if name != "mae":
-        return model
-    encoder = copy.deepcopy(model.vit)
-    encoder.config.mask_ratio = 0.0
-    return encoder
+    """Those that have such weights; official ones that are gated want a token, or their file (docs/weights.md)."""
+    if weights in ("zoo", "zoo_random"):
+        known = {*pocket.BUILDERS}
+    else:
+        known = {name for name, file in OFFICIAL.items() if weights != "official" or file.within_reach} | {"random"}
+    return tuple(name for name in names if name in known)
 
 
 def _official_model(name: str, weights: str | Path, seed: int) -> tuple[nn.Module, str]:
     """The model and the hash of its weights, which are official, of a file, or random."""
-    if name not in (*registry.ENCODERS, "random"):
-        raise StudyError(f"no official encoder is called {name!r}: choose from {', '.join(registry.ENCODERS)}, random")
-    own, path, sha256 = entry(name), None, ""
-    if name != "random" and weights != "random":
-        path, sha256 = weight_file(own.weights, None if weights == "official" else weights)
+    if name not in (*OFFICIAL, "random"):
+        raise StudyError(f"no official encoder is called {name!r}: choose from {', '.join(OFFICIAL)}, random")
+    if "random" in (name, weights):
+        found = None
+    elif weights == "official":
+        found = weight_file(OFFICIAL[name])
+    elif os.path.isfile(weights):  # nor is a name that is too long
+        found = Path(weights), hash_file(weights)
+    else:
+        known = f"choose zoo, official or random, or give the path of {OFFICIAL[name].file}"
+        raise StudyError(f"{weights} is no file: {known}")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = own.build()
-    if path is None:
+        model = ENCODERS[name].build()
+    if found is None:
         return model, hash_model(model)
-    return filled(model, read_weights(path, sha256), own.prefix, name, path), sha256[:16]
+    path, sha256 = found
+    return filled(model, read_weights(path, sha256), ENCODERS[name].prefix, name, path), sha256[:16]
 
 
 def hash_model(model: nn.Module) -> str:

@@ -6,8 +6,6 @@ A stem of stride-2 convolutions stands in for the patch embedding: early convolu
 work (Xiao et al. 2021, arXiv 2106.14881). Change a setting here and retrain; nothing else needs to change.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools
@@ -17,16 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from samantics.cache import hash_file
+from samantics import cache
 from samantics.errors import StudyError
 from samantics.models.preprocessing import MEAN, STD
 from samantics.mojiworld import captions
 
-ASSETS = Path(__file__).resolve().parents[1] / "assets" / "zoo"
+ASSETS = cache.ASSETS / "zoo"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +61,8 @@ class ConvStem(nn.Sequential):
         for inside, outside in itertools.pairwise(widths):
             layers += [nn.Conv2d(inside, outside, 3, stride=2, padding=1), nn.GroupNorm(4, outside), nn.GELU()]
         super().__init__(*layers, nn.Conv2d(width, width, 1))
-        self.width = width
 
-    @property
-    def weight(self) -> Tensor:
-        """The last layer's weight: `Dinov2Model` asks its patch embedding for a dtype by this name."""
-        last = self[-1]
-        assert isinstance(last, nn.Conv2d)
-        return last.weight
+    weight = property(lambda self: self[-1].weight)  # `Dinov2Model` asks its patch embedding for a dtype by this name
 
 
 # ---------------------------------------------------------------- builders; each imports its package: all take seconds
@@ -177,9 +168,11 @@ def build_mae(config: ZooConfig = DEFAULT) -> Any:
     return model
 
 
-BUILDERS = {"mae": build_mae, "sam": build_sam, "sam2": build_sam2, "clip": build_clip, "dinov2": build_dinov2}
-BUILDERS["supervised"] = build_dinov2
-NAMES = tuple(BUILDERS)
+BUILDERS = {
+    "mae": build_mae, "sam": build_sam, "sam2": build_sam2, "clip": build_clip, "dinov2": build_dinov2,
+    "supervised": build_dinov2, "random": build_sam,
+}  # fmt: skip
+NAMES = tuple(BUILDERS)[:-1]  # of the trained ones
 
 
 # -------------------------------------------------------------------------------------------------------- weights
@@ -197,37 +190,32 @@ def build(name: str, config: ZooConfig = DEFAULT, seed: int = 0) -> nn.Module:
 def load(name: str, folder: Path = ASSETS) -> nn.Module:
     """The trained model of that name, float32, in evaluation mode, verified against the hash in its card.
 
+    Args:
+        name: of `NAMES`.
+        folder: of its file and card.
+
+    Returns:
+        A model of the package that the architecture is of.
+
     Raises:
-        StudyError: its file or card is missing, damaged or of another architecture.
+        StudyError: no such model; its file or card is missing, damaged or of another architecture.
     """
-    verify(name, folder)
-    return filled(name, folder / f"{name}.safetensors")
-
-
-def filled(name: str, path: Path, config: ZooConfig = DEFAULT) -> nn.Module:
-    """A model of the zoo's architecture with the weights of a file, float32; StudyError where it is of another one."""
-    model = build(name, config)
-    try:
-        model.load_state_dict({key: value.float() for key, value in load_file(path).items()})
-    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise StudyError(f"{path} does not fit the pocket {name} ({reason}): restore it with git checkout") from error
-    return model
-
-
-def verify(name: str, folder: Path = ASSETS) -> str:
-    """SHA-256 of a model's weight file; StudyError where file or card is missing or they disagree."""
-    path = folder / f"{name}.safetensors"
+    model, path = build(name), folder / f"{name}.safetensors"
     if not path.is_file():
         raise StudyError(
             f"{path} is missing: restore it with git checkout, or train it with python -m samantics train {name}"
         )
-    found, expected = hash_file(path), card(name, folder)["sha256"]
+    found, expected = cache.hash_file(path), card(name, folder)["sha256"]
     if found != expected:
         raise StudyError(
             f"{path} is damaged (SHA-256 {found[:12]}, its card says {expected[:12]}): restore it with git checkout"
         )
-    return found
+    try:
+        model.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise StudyError(f"{path} does not fit the pocket {name} ({reason}): restore it with git checkout") from error
+    return model
 
 
 def card(name: str, folder: Path = ASSETS) -> dict[str, Any]:

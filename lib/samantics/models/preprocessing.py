@@ -1,7 +1,5 @@
 """How a picture becomes a model's input, and where its pixels land there."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Literal
 
@@ -75,7 +73,7 @@ class Preprocessing:
         return Geometry(width, height, self.size, new_width / width, new_height / height, left, top)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """`(3, size, size)` float32 of an RGB image; raises as `square`."""
+        """`(3, size, size)` float32 of an RGB image."""
         _, _, right, bottom = self.geometry(image.width, image.height).seen
         seen = torch.zeros(1, self.size, self.size, dtype=torch.bool)
         seen[:, :bottom, :right] = True
@@ -89,24 +87,16 @@ class Preprocessing:
         return values * seen[:, None] if self.fit == "pad" else values
 
     def square(self, image: Image.Image) -> Tensor:
-        """`(3, size, size)` of an RGB image before normalisation: uint8, or float32 in 0-1 where resized as that.
-
-        Raises:
-            StudyError: the image is so narrow that nothing of its short side would be left, or no memory for the long.
-        """
+        """`(3, size, size)` of an RGB image before normalisation: uint8, or float32 in 0-1 where resized as that."""
         from torchvision.transforms import functional as TF  # a second to import: not before a picture is read
 
         new_width, new_height = self.resized(image.width, image.height)
         if min(new_width, new_height) < 1 or max(new_width, new_height) > LONGEST_SIDE:
             raise StudyError(f"an image of {image.width}x{image.height} pixels is too narrow to be resized: remove it")
         mode = TF.InterpolationMode.BICUBIC if self.bicubic else TF.InterpolationMode.BILINEAR
-        filtering = Image.Resampling.BICUBIC if self.bicubic else Image.Resampling.BILINEAR
-        if self.on_floats:
-            pixels = TF.resize(TF.to_tensor(image), [new_height, new_width], mode, antialias=True)
-        else:
-            pixels = TF.pil_to_tensor(
-                image if image.size == (new_width, new_height) else image.resize((new_width, new_height), filtering)
-            )
+        pixels = TF.resize(TF.to_tensor(image) if self.on_floats else image, [new_height, new_width], mode)
+        if not self.on_floats:
+            pixels = TF.pil_to_tensor(pixels)
         if self.fit == "crop":
             pixels = TF.center_crop(pixels, [self.size, self.size])
         if self.fit == "pad":

@@ -1,4 +1,4 @@
-"""The encoders of the study, one entry each: weights, how it is built, how it is read, preprocessing.
+"""The encoders of the study, one entry each: how a package builds its model, how it is read, preprocessing.
 
 `sam`, `sam2`, `clip` and `dinov2` are the paper's; `mae` and `hiera` are what SAM and SAM 2 started from; `sam3`,
 `dinov3` and `siglip2` are today's models. A new encoder is a new entry (docs/tour.md).
@@ -8,22 +8,20 @@ embedding (`before_projection` is its normalised trunk), the normalised trunk of
 always runs whole and hooks read its blocks, so features are what the package computes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import import_module  # packages of models take seconds to import: not before one is built
+from importlib import import_module  # Meta's and OpenCLIP's packages take seconds: not before a model is built
 from typing import Any, Literal
 
 import torch
+import transformers as hf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from samantics.models.preprocessing import HALVES, OPENAI, Preprocessing
-from samantics.models.weights import OFFICIAL, WeightFile
 
 Layer = str
 Readout = tuple[Layer, str]  # layer and pooling
@@ -37,17 +35,22 @@ class LayerOutput:
     cls: Tensor | None = None  # (B, C) class token; CLIP's `final`: projected embedding; SigLIP's: attention pool
 
 
+Outputs = dict[Layer, LayerOutput]
+
+
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """How to read one package's model."""
+    """How one package's model is built, fed and read; the pocket model of the same name is read alike."""
 
+    build: Callable[[], nn.Module]  # at official size, with random weights
+    own: Preprocessing  # as the package has it
     blocks: Callable[[Any], Sequence[nn.Module]]  # its trunk blocks, in order
-    forward: Callable[[Any, Tensor], dict[Layer, LayerOutput]]  # of (B, 3, S, S) pixels: outputs of the layers `after`
+    forward: Callable[[Any, Tensor], Outputs]  # of (B, 3, S, S) pixels: outputs of the layers `after`
     read: Callable[[Any, Any], LayerOutput]  # of the model and a block's raw output
     headline: Readout = ("final", "mean")  # as the paper (else the model's authors) pool it
     cls_in: Literal["none", "final", "all"] = "none"  # layers with a class token
     after: tuple[Layer, ...] = ("final",)  # layers that follow the blocks
-    any_size: bool = False  # takes other input sizes than its own
+    prefix: str = ""  # of the image encoder's names in a checkpoint that holds more
 
 
 @contextlib.contextmanager
@@ -55,12 +58,12 @@ def capture(modules: Mapping[Layer, nn.Module]) -> Iterator[dict[Layer, Any]]:
     """Yield a dictionary that holds the raw output of each named module once the model has run inside the block."""
     captured: dict[Layer, Any] = {}
 
-    def keep(name: Layer) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda _module, _inputs, output: captured.update({name: output})
+    def keep(name: Layer, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        captured[name] = output
 
     with contextlib.ExitStack() as stack:
         for name, module in modules.items():
-            stack.callback(module.register_forward_hook(keep(name)).remove)
+            stack.enter_context(module.register_forward_hook(functools.partial(keep, name)))
         yield captured
 
 
@@ -95,12 +98,15 @@ def fused_attention(attention: Any, x: Tensor) -> Tensor:
     return attention.proj(seen.unflatten(2, (height, width)).permute(0, 2, 3, 1, 4).flatten(3))
 
 
+# ------------------------------------------------------------------------------------------ reading, by package
+
+
 def channels_last(_model: Any, output: Tensor) -> LayerOutput:
     """`(B, h, w, C)`: the trunks of SAM, SAM 2 and SAM 3."""
     return LayerOutput(output.permute(0, 3, 1, 2))
 
 
-def tokens(output: Any, prefix: int) -> LayerOutput:
+def tokens(_model: Any, output: Any, prefix: int = 1) -> LayerOutput:
     """`(B, prefix + h * w, C)` of a square input; the first of the prefix is the class token."""
     sequence: Tensor = output[0] if isinstance(output, tuple) else output
     side = math.isqrt(sequence.shape[1] - prefix)
@@ -108,114 +114,23 @@ def tokens(output: Any, prefix: int) -> LayerOutput:
     return LayerOutput(dense, sequence[:, 0] if prefix else None)
 
 
-def class_and_tokens(_model: Any, output: Any) -> LayerOutput:
-    """`(B, 1 + h * w, C)`: CLIP, DINOv2, MAE."""
-    return tokens(output, prefix=1)
-
-
-# --------------------------------------------------------------------------------------------------------- an entry
-
-Outputs = dict[Layer, LayerOutput]
-EVALUATION = Preprocessing(224, "crop", short=256, bicubic=True)  # as DINOv2, MAE and Hiera evaluate on ImageNet
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One encoder."""
-
-    weights: WeightFile  # its official file
-    build: Callable[[], nn.Module]  # its package's own model at official size, with random weights
-    architecture: Architecture  # how it is read, and the pocket model of the same name
-    own: Preprocessing  # as its package has it
-    prefix: str = ""  # of the image encoder's names in a checkpoint that holds more
-
-
-def _transformers(family: str, **sizes: Any) -> nn.Module:
-    """The model of transformers with its default configuration but for these sizes."""
-    package, options = import_module("transformers"), {"add_pooling_layer": False} if family == "Hiera" else {}
-    return getattr(package, f"{family}Model")(getattr(package, f"{family}Config")(**sizes), **options)
-
-
-# ------------------------------------------------------------------------------------------------ the paper's four
-
-
-SAM = Entry(
-    weights=OFFICIAL["sam"],
-    build=lambda: import_module("segment_anything").sam_model_registry["vit_b"](),
-    architecture=Architecture(
-        blocks=lambda model: model.image_encoder.blocks,
-        forward=lambda model, pixels: {"final": LayerOutput(model.image_encoder(pixels))},
-        read=channels_last,
-    ),
-    own=Preprocessing(1024, "pad"),
-)
-
-
-SAM2 = Entry(
-    weights=OFFICIAL["sam2"],
-    build=lambda: import_module("sam2.build_sam").build_sam2("configs/sam2.1/sam2.1_hiera_t.yaml", device="cpu"),
-    architecture=Architecture(
-        blocks=lambda model: model.image_encoder.trunk.blocks,
-        forward=lambda model, pixels: {"final": LayerOutput(model.image_encoder(pixels)["vision_features"])},
-        read=channels_last,
-    ),
-    own=Preprocessing(1024, "squash", on_floats=True),
-)
+def _last_tokens(model: Any, pixels: Tensor, prefix: int = 1) -> Outputs:
+    return {"final": tokens(model, model(pixels).last_hidden_state, prefix)}
 
 
 def _clip_forward(model: Any, pixels: Tensor) -> Outputs:
     with capture({"norm": model.visual.ln_post}) as captured:
         projected = model.visual(pixels)
-    normal = tokens(captured["norm"], prefix=1)
+    normal = tokens(model, captured["norm"])
     dense = (normal.dense.permute(0, 2, 3, 1) @ model.visual.proj).permute(0, 3, 1, 2)
     return {"before_projection": normal, "final": LayerOutput(dense, projected)}
-
-
-CLIP = Entry(
-    weights=OFFICIAL["clip"],
-    build=lambda: (clip := import_module("open_clip")).CLIP(**clip.get_model_config("ViT-B-32-quickgelu")),
-    architecture=Architecture(
-        blocks=lambda model: model.visual.transformer.resblocks,
-        forward=_clip_forward,
-        read=class_and_tokens,
-        headline=("final", "cls"),
-        cls_in="all",
-        after=("before_projection", "final"),
-    ),
-    own=Preprocessing(224, "crop", *OPENAI, bicubic=True),
-)
-DINOV2 = Entry(
-    weights=OFFICIAL["dinov2"],
-    build=lambda: _transformers(
-        "Dinov2", hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14
-    ),
-    architecture=Architecture(
-        blocks=lambda model: model.encoder.layer,
-        forward=lambda model, pixels: {"final": tokens(model(pixels).last_hidden_state, prefix=1)},
-        read=class_and_tokens,
-        headline=("final", "cls"),
-        cls_in="all",
-        any_size=True,
-    ),
-    own=EVALUATION,
-)
-
-# ---------------------------------------------------------------------------------- parents of SAM and SAM 2
 
 
 def _mae_forward(model: Any, pixels: Tensor) -> Outputs:
     """Nothing masked, and the tokens in their order (`noise` is what MAE sorts them by)."""
     count = model.embeddings.patch_embeddings.num_patches
     noise = torch.arange(count, device=pixels.device).expand(len(pixels), count)
-    return {"final": tokens(model(pixels, noise=noise).last_hidden_state, prefix=1)}
-
-
-MAE = Entry(
-    weights=OFFICIAL["mae"],
-    build=lambda: _transformers("ViTMAE", mask_ratio=0.0),
-    architecture=Architecture(lambda model: model.layers, _mae_forward, class_and_tokens, cls_in="all"),
-    own=EVALUATION,
-)
+    return {"final": tokens(model, model(pixels, noise=noise).last_hidden_state)}
 
 
 def _hiera_block(model: Any, output: Any) -> LayerOutput:
@@ -225,84 +140,99 @@ def _hiera_block(model: Any, output: Any) -> LayerOutput:
     return channels_last(model, model.encoder.reroll(sequence, grids.index(sequence.shape[1])))
 
 
-HIERA = Entry(
-    weights=OFFICIAL["hiera"],
-    build=lambda: _transformers("Hiera", depths=(1, 2, 7, 2)),
-    architecture=Architecture(
-        blocks=lambda model: [layer for stage in model.encoder.stages for layer in stage.layers],
-        forward=lambda model, pixels: {"final": tokens(model(pixels).last_hidden_state, prefix=0)},
-        read=_hiera_block,
-    ),
-    own=EVALUATION,
-)
-
-# ------------------------------------------------------------------------------------------------- today's models
-
-
 def _sam3_forward(model: Any, pixels: Tensor) -> Outputs:
     """The neck's map at the trunk's own resolution."""
     return {"final": LayerOutput(model(pixels).fpn_hidden_states[model.config.scale_factors.index(1.0)])}
 
 
-SAM3 = Entry(
-    weights=OFFICIAL["sam3"],
-    build=lambda: _transformers("Sam3Vision"),
-    architecture=Architecture(lambda model: model.backbone.layers, _sam3_forward, channels_last),
-    own=Preprocessing(1008, "squash", *HALVES),
-    prefix="detector_model.vision_encoder.",
-)
-
-
-def _dinov3_tokens(model: Any, output: Any) -> LayerOutput:
-    return tokens(output, prefix=1 + model.config.num_register_tokens)
-
-
-DINOV3 = Entry(
-    weights=OFFICIAL["dinov3"],
-    build=lambda: _transformers("DINOv3ViT", num_register_tokens=4),
-    architecture=Architecture(
-        blocks=lambda model: model.model.layer,
-        forward=lambda model, pixels: {"final": _dinov3_tokens(model, model(pixels).last_hidden_state)},
-        read=_dinov3_tokens,
-        headline=("final", "cls"),
-        cls_in="all",
-        any_size=True,
-    ),
-    own=Preprocessing(224, "squash", on_floats=True),
-)
-
-
 def _siglip_forward(model: Any, pixels: Tensor) -> Outputs:
     output = model(pixels)
-    return {"final": LayerOutput(tokens(output.last_hidden_state, prefix=0).dense, output.pooler_output)}
+    return {"final": LayerOutput(tokens(model, output.last_hidden_state, 0).dense, output.pooler_output)}
 
 
-SIGLIP2 = Entry(
-    weights=OFFICIAL["siglip2"],
-    build=lambda: _transformers("SiglipVision"),
-    architecture=Architecture(
+# ------------------------------------------------------------------------------------------------------ the entries
+
+EVALUATION = Preprocessing(224, "crop", short=256, bicubic=True)  # as DINOv2, MAE and Hiera evaluate on ImageNet
+DINOV3_PREFIX = 5  # class token and four registers
+
+ENCODERS: dict[str, Architecture] = {
+    "sam": Architecture(
+        build=lambda: import_module("segment_anything").sam_model_registry["vit_b"](),
+        own=Preprocessing(1024, "pad"),
+        blocks=lambda model: model.image_encoder.blocks,
+        forward=lambda model, pixels: {"final": LayerOutput(model.image_encoder(pixels))},
+        read=channels_last,
+    ),
+    "sam2": Architecture(
+        build=lambda: import_module("sam2.build_sam").build_sam2("configs/sam2.1/sam2.1_hiera_t.yaml", device="cpu"),
+        own=Preprocessing(1024, "squash", on_floats=True),
+        blocks=lambda model: model.image_encoder.trunk.blocks,
+        forward=lambda model, pixels: {"final": LayerOutput(model.image_encoder(pixels)["vision_features"])},
+        read=channels_last,
+    ),
+    "clip": Architecture(
+        build=lambda: (clip := import_module("open_clip")).CLIP(**clip.get_model_config("ViT-B-32-quickgelu")),
+        own=Preprocessing(224, "crop", *OPENAI, bicubic=True),
+        blocks=lambda model: model.visual.transformer.resblocks,
+        forward=_clip_forward,
+        read=tokens,
+        headline=("final", "cls"),
+        cls_in="all",
+        after=("before_projection", "final"),
+    ),
+    "dinov2": Architecture(
+        build=lambda: hf.Dinov2Model(
+            hf.Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14)
+        ),
+        own=EVALUATION,
+        blocks=lambda model: model.encoder.layer,
+        forward=_last_tokens,
+        read=tokens,
+        headline=("final", "cls"),
+        cls_in="all",
+    ),
+    "mae": Architecture(
+        build=lambda: hf.ViTMAEModel(hf.ViTMAEConfig(mask_ratio=0.0)),
+        own=EVALUATION,
+        blocks=lambda model: model.layers,
+        forward=_mae_forward,
+        read=tokens,
+        cls_in="all",
+    ),
+    "hiera": Architecture(
+        build=lambda: hf.HieraModel(hf.HieraConfig(depths=(1, 2, 7, 2)), add_pooling_layer=False),
+        own=EVALUATION,
+        blocks=lambda model: [layer for stage in model.encoder.stages for layer in stage.layers],
+        forward=functools.partial(_last_tokens, prefix=0),
+        read=_hiera_block,
+    ),
+    "sam3": Architecture(
+        build=lambda: hf.Sam3VisionModel(hf.Sam3VisionConfig()),
+        own=Preprocessing(1008, "squash", *HALVES),
+        blocks=lambda model: model.backbone.layers,
+        forward=_sam3_forward,
+        read=channels_last,
+        prefix="detector_model.vision_encoder.",
+    ),
+    "dinov3": Architecture(
+        build=lambda: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(num_register_tokens=DINOV3_PREFIX - 1)),
+        own=Preprocessing(224, "squash", on_floats=True),
+        blocks=lambda model: model.model.layer,
+        forward=functools.partial(_last_tokens, prefix=DINOV3_PREFIX),
+        read=functools.partial(tokens, prefix=DINOV3_PREFIX),
+        headline=("final", "cls"),
+        cls_in="all",
+    ),
+    "siglip2": Architecture(
+        build=lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig()),
+        own=Preprocessing(224, "squash", *HALVES),
         blocks=lambda model: model.encoder.layers,
         forward=_siglip_forward,
-        read=lambda _model, output: tokens(output, prefix=0),
+        read=functools.partial(tokens, prefix=0),
         headline=("final", "cls"),
         cls_in="final",
     ),
-    own=Preprocessing(224, "squash", *HALVES),
-)
-
-ENCODERS: Mapping[str, Entry] = {
-    "sam": SAM, "sam2": SAM2, "clip": CLIP, "dinov2": DINOV2,
-    "mae": MAE, "hiera": HIERA, "sam3": SAM3, "dinov3": DINOV3, "siglip2": SIGLIP2,
-}  # fmt: skip
-
-OF_THE_ZOO = {  # read as other models are: an untrained SAM; DINOv2's architecture, taught by its mean token
-    "random": SAM,
-    "supervised": dataclasses.replace(
-        DINOV2, architecture=dataclasses.replace(DINOV2.architecture, headline=("final", "mean"))
-    ),
 }
-
-
-def entry(name: str) -> Entry:
-    """The entry of an encoder, or of one that the zoo alone has."""
-    return OF_THE_ZOO.get(name) or ENCODERS[name]
+# the zoo alone has these, and reads them as other models: an untrained SAM; DINOv2's, taught by its mean token
+ENCODERS["random"] = ENCODERS["sam"]
+ENCODERS["supervised"] = dataclasses.replace(ENCODERS["dinov2"], headline=("final", "mean"))

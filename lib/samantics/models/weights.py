@@ -1,7 +1,5 @@
 """Official weight files: fetched once, resumed where they broke off, verified, read without running code of theirs."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import os
@@ -12,12 +10,13 @@ from typing import Any
 
 import huggingface_hub
 import torch
+import transformers as hf
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from samantics.cache import cache_dir, hash_file
+from samantics.cache import ASSETS, cache_dir, hash_file
 from samantics.data import downloads
 from samantics.errors import StudyError
 
@@ -47,25 +46,19 @@ class WeightFile:
     def gate(self) -> str:
         """What to do for a gated file, as the hub says it."""
         page = self.url.split("/resolve/")[0].replace("{hub}", "https://huggingface.co")
-        return (
-            f"{page} is gated: accept its licence there and log in (hf auth login, or HF_TOKEN), "
-            f"or put the file at {self.place}"
-        )
+        how = "accept its licence there and log in (hf auth login, or HF_TOKEN)"
+        return f"{page} is gated: {how}, or put the file at {self.place}" if self.gated else ""
 
 
 OFFICIAL = {  # by encoder
     row.pop("encoder"): WeightFile(**row | {"size": int(row["size"]), "gated": row["gated"] == "yes"})
-    for row in csv.DictReader((Path(__file__).parents[1] / "assets" / "weights.csv").read_text().splitlines())
+    for row in csv.DictReader((ASSETS / "weights.csv").read_text().splitlines())
 }
 OPENAI_CLIP = OFFICIAL["clip"].sha256
 
 
-def weight_file(known: WeightFile, path: Path | str | None = None) -> tuple[Path, str]:
-    """The path given, else the file in the cache folder, else it is downloaded there; and its SHA-256."""
-    if path is not None:
-        if not os.path.isfile(path):
-            raise StudyError(f"{path} does not exist: give the path of {known.file}")
-        return Path(path), hash_file(path)
+def weight_file(known: WeightFile) -> tuple[Path, str]:
+    """The file in the cache folder, downloaded where it is missing; and its verified SHA-256."""
     place = known.place
     if not place.exists():
         try:
@@ -83,33 +76,21 @@ def weight_file(known: WeightFile, path: Path | str | None = None) -> tuple[Path
     return place, found
 
 
-# ---------------------------------------------------------------------------------------------------- downloading
-
-
 def download(known: WeightFile, place: Path) -> str:
-    """Fetch a file to `place` (see `samantics.data.downloads.download`); returns its verified SHA-256."""
-    url, headers = _request(known)
-    expected = known.sha256 or (lambda: _hash_on_hub(url, headers))
-    return downloads.download(url, place, expected, headers=headers, forbidden=known.gate if known.gated else "")
-
-
-def _request(known: WeightFile) -> tuple[str, dict[str, str]]:
-    """Address and headers; the token goes to the hub only."""
+    """Fetch a file to `place` (see `downloads.download`); returns its SHA-256. The token goes to the hub only."""
     hub, token = os.environ.get("HF_ENDPOINT") or "https://huggingface.co", os.environ.get("HF_TOKEN", "").strip()
     if not hub.startswith(("https://", "http://")):
         raise StudyError(f"HF_ENDPOINT is {hub!r}, which is no address: begin it with https://, or unset it")
     if not (token.isascii() and token.isprintable()):
         raise StudyError("HF_TOKEN has characters that no token has: set it again")
-    headers: dict[str, str] = {}
-    if known.url.startswith("{hub}") and (token := huggingface_hub.get_token() or ""):
-        headers["Authorization"] = f"Bearer {token}"
-    return known.url.replace("{hub}", hub.rstrip("/")), headers
+    url, secret = known.url.replace("{hub}", hub.rstrip("/")), huggingface_hub.get_token()
+    headers = {"Authorization": f"Bearer {secret}"} if secret and known.url.startswith("{hub}") else {}
 
+    def stated() -> str:
+        found = huggingface_hub.get_hf_file_metadata(url, token=False, headers=headers, timeout=downloads.TIMEOUT)
+        return found.etag if found.etag and len(found.etag) == 64 else ""
 
-def _hash_on_hub(url: str, headers: dict[str, str]) -> str:
-    """The SHA-256 that the hub states of a file, or nothing."""
-    found = huggingface_hub.get_hf_file_metadata(url, token=False, headers=headers, timeout=downloads.TIMEOUT)
-    return found.etag if found.etag and len(found.etag) == 64 else ""
+    return downloads.download(url, place, known.sha256 or stated, headers=headers, forbidden=known.gate)
 
 
 # -------------------------------------------------------------------------------------------------------- reading
@@ -159,39 +140,19 @@ def _openai_weights(path: Path, sha256: str) -> dict[str, Tensor]:
 
 def filled(model: Any, weights: dict[str, Tensor], prefix: str, name: str, path: Path) -> nn.Module:
     """The official model with these weights; StudyError where some are lacking or have another shape."""
-    if prefix and any(key.startswith(prefix) for key in weights):
-        weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-    if hasattr(model, "from_pretrained"):  # transformers renames what older checkpoints call differently
-        model, wrong = _from_pretrained(model, weights)
+    weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)} or weights
+    if isinstance(model, hf.PreTrainedModel):  # transformers renames what older checkpoints call differently
+        hf.logging.set_verbosity_error()  # else it prints a table of decoders that are left out
+        options = {"add_pooling_layer": False} if isinstance(model, hf.HieraModel) else {}
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, in one line
+        model, report = type(model).from_pretrained(None, config=model.config, state_dict=weights, **options)
+        wrong = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     else:
-        own = model.state_dict()
-        wrong = [key for key, value in own.items() if key not in weights or weights[key].shape != value.shape]
-        wrong += [key for key in weights if key not in own]
+        own, given = ({(key, value.shape) for key, value in some.items()} for some in (model.state_dict(), weights))
+        wrong = [key for key, _ in own ^ given]
         if not wrong:
             model.load_state_dict(weights)
     if wrong:
-        raise StudyError(
-            f"{path} is not a checkpoint of the official {name} ({sorted(wrong)[0]} differs): use its own file"
-        )
+        problem = f"is not a checkpoint of the official {name} ({min(wrong)} differs): use its own file"
+        raise StudyError(f"{path} {problem}")
     return model
-
-
-def _from_pretrained(model: Any, weights: dict[str, Tensor]) -> tuple[Any, list[str]]:
-    """The model filled by transformers, which prints nothing of decoders that are left out; and what it lacks."""
-    from transformers.utils import logging
-
-    options = {"add_pooling_layer": False} if type(model).__name__ == "HieraModel" else {}
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        model, report = type(model).from_pretrained(
-            None,
-            config=model.config,
-            state_dict=weights,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are reported, and refused by the caller in a line of our own
-            **options,
-        )
-    finally:
-        logging.set_verbosity(verbosity)
-    return model, [*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])]

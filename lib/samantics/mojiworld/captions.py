@@ -1,8 +1,5 @@
 """Captions of MojiWorld's pictures, the words they are made of, and prompts for zero-shot tests."""
 
-from __future__ import annotations
-
-import functools
 import re
 from collections.abc import Iterable
 
@@ -12,11 +9,10 @@ from samantics.mojiworld import catalogue as tables
 
 OPENINGS = ("a picture of", "here is", "one sees", "this shows", "")
 LINKS = ("and", "beside", "with")
-ABOVE_ONLY = ("something of the group {above}", "{above}")
 FORMS = (  # share of the objects that are called by their name, by both names, by their superclass; and how
     (0.5, ("{a} {name}", "the {name}")),
     (0.35, ("{a} {name} of the group {above}", "{above}: {a} {name}", "{a} {name} ({above})")),
-    (0.15, ABOVE_ONLY),
+    (0.15, ("something of the group {above}", "{above}")),
 )
 
 
@@ -37,7 +33,7 @@ def caption(rng: np.random.Generator, drawings: Iterable[int]) -> str:
 
 
 def _worded(form: str, label: int) -> str:
-    name, above = tables.classes()[label], tables.superclasses()[tables.superclass_of_class()[label]]
+    name, above = tables.classes()[label], tables.superclass_of_class()[label]
     return form.format(a="an" if name[0] in "aeiou" else "a", name=name, above=above)
 
 
@@ -52,7 +48,6 @@ def split_words(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
-@functools.cache
 def caption_words() -> tuple[str, ...]:
     """All words that captions and prompts may hold, sorted: the vocabulary of a tokenizer."""
     forms = re.sub(r"{\w+}", "", " ".join([*OPENINGS, *LINKS, *(form for _, its in FORMS for form in its), "a an"]))

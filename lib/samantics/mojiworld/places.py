@@ -4,28 +4,26 @@ A background of its own for every picture would teach a model to tell pictures a
 `VARIANTS` paintings, and a picture shows one of them, shifted, mirrored or not, and a little lighter or darker.
 """
 
-from __future__ import annotations
-
 import functools
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageEnhance
 from PIL.ImageDraw import ImageDraw as Draw
 
-from samantics.mojiworld.catalogue import asset
+from samantics.cache import ASSETS
 
-Colour = str | tuple[int, ...]
 VARIANTS = 6
 FINER = 3  # paintings are made this much larger, so that their edges are smooth
 SPARE = 1.12  # and show more than a picture does, so that it can be shifted
 
 # the kinds of background: home (superclasses that live there), horizon (share of the height that the upper field takes;
 # 1: all of it), upper and lower (colours at the upper and at the lower edge of each field), marks (name, field, colour)
-PLACES: Mapping[str, dict[str, Any]] = asset("places.csv").set_index("place").to_dict("index")
+PLACES: Mapping[str, dict[str, Any]] = pd.read_csv(ASSETS / "places.csv", index_col="place").to_dict("index")
 
 
 def clouds(draw: Draw, rng: Generator, w: int, h: int, colour: str) -> None:
@@ -34,7 +32,7 @@ def clouds(draw: Draw, rng: Generator, w: int, h: int, colour: str) -> None:
         x = w * (part + rng.uniform(0.1, 0.7)) / 3
         y, r = h * rng.uniform(0.12, 0.5), w * rng.uniform(0.03, 0.05)
         for step, grown in ((-1.2, 0.8), (0, 1.2), (1.3, 0.9)):
-            draw.ellipse((x + step * r - r * grown, y - r * grown, x + step * r + r * grown, y + r * grown), colour)
+            draw.circle((x + step * r, y), r * grown, colour)
 
 
 def dots(draw: Draw, rng: Generator, w: int, h: int, colour: str) -> None:
@@ -141,7 +139,6 @@ MARKS: Mapping[str, Callable[[Draw, Generator, int, int, str], None]] = {  # on 
 }
 
 
-@functools.cache
 def places_of(superclass: str) -> tuple[str, ...]:
     """Names of the places where a superclass lives."""
     return tuple(name for name, place in PLACES.items() if superclass in place["home"].split("|"))
@@ -155,11 +152,9 @@ def painting(name: str, size: int, variant: int) -> Image.Image:
     side = FINER * shown
     level = round(side * (place["horizon"] + rng.uniform(-0.04, 0.04) * (place["horizon"] < 1)))
     image, marks = Image.new("RGB", (side, side)), [mark.split() for mark in place["marks"].split("|")]
-    for field, top in (("upper", 0), ("lower", level)):
-        above, below = place[field].split()
-        image.paste(shaded(above, below, side), (0, top))
     for field, top, bottom in (("upper", 0, level), ("lower", level, side)):
-        layer = image.crop((0, top, side, bottom))  # so that nothing above hangs over the horizon
+        above, below = place[field].split()
+        layer = shaded(above, below, side).crop((0, 0, side, bottom - top))  # so that nothing hangs over the horizon
         for mark, where, colour in marks:
             if where == field and layer.height:
                 MARKS[mark](ImageDraw.Draw(layer), rng, layer.width, layer.height, colour)
@@ -167,7 +162,7 @@ def painting(name: str, size: int, variant: int) -> Image.Image:
     return image.resize((shown, shown), Image.Resampling.BOX)
 
 
-def shaded(above: Colour, below: Colour, size: int) -> Image.Image:
+def shaded(above: str | tuple[int, ...], below: str | tuple[int, ...], size: int) -> Image.Image:
     """A square that goes from one colour, at its upper edge, to another."""
     top, bottom = (Image.new("RGB", (size, size), colour) for colour in (above, below))
     return Image.composite(bottom, top, Image.linear_gradient("L").resize((size, size)))

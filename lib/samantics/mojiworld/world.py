@@ -6,8 +6,6 @@ and in any process. There are three kinds: *studio* (one object on a plain groun
 learn from shows train artists only, recipes are chosen on the validation artist, results are reported on test artists.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools
@@ -15,6 +13,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -31,6 +30,8 @@ MIN_PIXELS = 8  # of an object, or it is nothing to be seen
 PLACEMENT_TRIES = 12
 SAME_CLASS = 1 / 3  # of the companions in a scene: the anchor's class, by another artist
 FLOCKS = 0.15  # of the scenes of a stream that has flocks: one class only
+
+RENDERER = 1  # counted up with every change of what the code below and the places paint
 
 RGB = NDArray[np.uint8]
 
@@ -49,10 +50,8 @@ class World:
     seed: int = 0  # every picture depends on it
 
     def __post_init__(self) -> None:
-        if not 0 <= self.theme_strength <= 1:
-            raise StudyError(f"theme_strength is {self.theme_strength}: choose a number from 0 to 1")
-        if not 32 <= self.image_size <= 2048:
-            raise StudyError(f"image_size is {self.image_size}: choose 32 to 2048 pixels")
+        if not (0 <= self.theme_strength <= 1 and 32 <= self.image_size <= 2048):
+            raise StudyError(f"{self}: choose an image_size from 32 to 2048 and a theme_strength from 0 to 1")
 
     @property
     def hash(self) -> str:
@@ -61,18 +60,12 @@ class World:
         return hash_value([RENDERER, dataclasses.asdict(self), digests, tables.catalogue().to_csv(index=False)])
 
 
-RENDERER = 1  # counted up with every change of what the code below paints
-
-# ------------------------------------------------------------------------------------------------ who may see what
-
-TRAINED_ON = ("pretraining", "labels", "views", "references", "tuning")
 ROLES: Mapping[str, tuple[str, ...]] = {  # role -> splits of the artists that its pictures may show
-    **dict.fromkeys(TRAINED_ON, ("train",)),
+    **dict.fromkeys(("pretraining", "labels", "views", "references", "tuning"), ("train",)),
     "choice": ("validation",),
     "test": ("test",),
     "targets": ("test", "train"),
 }
-PARTS: Mapping[str, tuple[str, ...]] = {"instances": ("base", "novel"), "base": ("base",), "novel": ("novel",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,14 +78,6 @@ class Stream:
     classes: str = "all"  # of the catalogue, or `instances` (the 80), or their `base` or `novel` ones
     balanced: bool = False  # the first object goes through all drawings in turn, instead of being drawn by lot
     flocks: bool = False  # some of the scenes hold one class only
-
-    def require(self, *roles: str) -> None:
-        """StudyError unless it has one of these roles: called by whatever trains, labels, chooses or tests."""
-        if self.role not in roles:
-            raise StudyError(
-                f"stream {self.name!r} shows pictures for {self.role!r}, which must not serve {' or '.join(roles)}: "
-                f"choose another stream (its artists are those of {', '.join(ROLES[self.role])})"
-            )
 
 
 ONE_OBJECT = ("studio", "object")
@@ -113,16 +98,24 @@ STREAMS: Mapping[str, Stream] = {
 }
 
 
+def class_names(classes: str) -> set[str]:
+    """The classes that a stream's `classes` names."""
+    table = tables.instance_classes()
+    chosen = table["class"][(table["part"] == classes) | (classes == "instances")]
+    return set(tables.classes() if classes == "all" else chosen)
+
+
 @functools.cache
 def visible_drawings(role: str, classes: str = "all") -> tuple[NDArray[np.int64], ...]:
-    """Rows of the catalogue that pictures of a role may show: one array for each split of artists it names."""
-    table, shown = tables.instance_classes(), tables.catalogue()
-    if classes != "all":
-        shown = shown[shown["class"].isin(table["class"][table["part"].isin(PARTS[classes])])]
-    return tuple(shown.index[shown["split"] == split].to_numpy() for split in ROLES[role])
+    """Rows of the catalogue that pictures of a role may show: one array for each split of artists it names.
 
-
-# --------------------------------------------------------------------------------------------------- one picture
+    Args:
+        role: of `ROLES`.
+        classes: as in `Stream`.
+    """
+    table = tables.catalogue()
+    named = table["class"].isin(class_names(classes))
+    return tuple((named & (table["split"] == split)).to_numpy().nonzero()[0] for split in ROLES[role])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,30 +147,31 @@ def picture(world: World, stream: Stream, index: int, drawing: int | None = None
         raise StudyError(f"stream {stream.name!r} must not show drawing {drawing}: choose one of its artists' own")
     turn = sum(divmod(index, len(rows))) if stream.balanced else index  # every drawing in every kind
     kind, size = stream.kinds[turn % len(stream.kinds)], world.image_size
-    place = "" if kind == "studio" else _place(rng, world, drawing)
+    place = ""
+    if kind != "studio":
+        themed = rng.random() < world.theme_strength
+        pool = places_of(tables.catalogue()["superclass"][drawing]) if themed else tuple(PLACES)
+        place = pool[int(rng.integers(len(pool)))]
+    canvas = Canvas(place_background(rng, place, size) if place else studio_background(rng, size))
     if kind == "scene":
-        return _scene(rng, world, stream, drawing, place)
-    canvas, placed = Canvas(place_background(rng, place, size) if place else studio_background(rng, size)), False
-    while not placed:
-        sprite = posed(rng, tables.sprites()[drawing], size * rng.uniform(0.5, 0.85))
-        placed = canvas.place(sprite, drawing, rng, margin=0.35)
-    return canvas.picture(kind, place)
+        _fill(canvas, rng, world, stream, drawing)
+    while not canvas.drawings:
+        canvas.place(posed(rng, drawing, size * rng.uniform(0.5, 0.85)), drawing, rng, margin=0.35)
+    return Picture(np.asarray(canvas.image), canvas.instances, tuple(canvas.drawings), kind, place)
 
 
-def _scene(rng: np.random.Generator, world: World, stream: Stream, anchor: int, place: str) -> Picture:
+def _fill(canvas: "Canvas", rng: Generator, world: World, stream: Stream, anchor: int) -> None:
     """Two to six objects of 20-60 % of the side; what finds no room in `PLACEMENT_TRIES` tries is left out."""
-    canvas = Canvas(place_background(rng, place, world.image_size))
     flock = stream.flocks and rng.random() < FLOCKS
     for position in range(int(rng.integers(2, MAX_OBJECTS + 1))):
         drawing = _companion(rng, world, stream, anchor, flock) if position else anchor
         for tries in range(PLACEMENT_TRIES) if position > 1 else itertools.repeat(0):  # two find room sooner or later
             size = world.image_size * np.exp(rng.uniform(np.log(0.2), np.log(0.6 - 0.2 * tries / PLACEMENT_TRIES)))
-            if canvas.place(posed(rng, tables.sprites()[drawing], size), drawing, rng, margin=0.12):
+            if canvas.place(posed(rng, drawing, size), drawing, rng, margin=0.12):
                 break
-    return canvas.picture("scene", place)
 
 
-def _companion(rng: np.random.Generator, world: World, stream: Stream, anchor: int, flock: bool) -> int:
+def _companion(rng: Generator, world: World, stream: Stream, anchor: int, flock: bool) -> int:
     """A drawing to stand beside `anchor`: its class by another artist, its theme, or any."""
     pools = visible_drawings(stream.role, stream.classes)
     label = tables.class_of_drawing()
@@ -187,12 +181,12 @@ def _companion(rng: np.random.Generator, world: World, stream: Stream, anchor: i
         return _pick(rng, others if any(map(len, others)) else same)
     if rng.random() < world.theme_strength:
         above = tables.superclass_of_drawing()
-        related = [int(above[anchor])] if rng.random() < 0.5 else _neighbours()[above[anchor]]
+        related = [int(above[anchor])] if rng.random() < 0.5 else _neighbours(int(above[anchor]))
         pools = tuple(pool[np.isin(above[pool], related)] for pool in pools)
     return _pick(rng, pools)
 
 
-def _pick(rng: np.random.Generator, pools: Sequence[NDArray[np.int64]]) -> int:
+def _pick(rng: Generator, pools: Sequence[NDArray[np.int64]]) -> int:
     """A drawing of one of the pools (a fair coin between those that hold any): first its class, so all are alike."""
     filled = [pool for pool in pools if len(pool)]
     pool = filled[int(rng.integers(len(filled)))]
@@ -201,22 +195,16 @@ def _pick(rng: np.random.Generator, pools: Sequence[NDArray[np.int64]]) -> int:
     return int(rng.choice(pool[labels == shown[int(rng.integers(len(shown)))]]))
 
 
-def _place(rng: np.random.Generator, world: World, drawing: int) -> str:
-    """Where a picture plays: a place of the drawing's superclass, or any."""
-    fitting = places_of(tables.superclasses()[int(tables.superclass_of_drawing()[drawing])])
-    pool = fitting if rng.random() < world.theme_strength else tuple(PLACES)
-    return pool[int(rng.integers(len(pool)))]
-
-
 @functools.cache
-def _neighbours() -> tuple[list[int], ...]:
-    """For each superclass, those that share a place with it (itself among them)."""
+def _neighbours(above: int) -> list[int]:
+    """The superclasses that share a place with one (itself among them)."""
     homes = [set(places_of(name)) for name in tables.superclasses()]
-    return tuple([other for other, its in enumerate(homes) if its & home] for home in homes)
+    return [other for other, its in enumerate(homes) if its & homes[above]]
 
 
-def posed(rng: np.random.Generator, sprite: Image.Image, size: float) -> Image.Image:
+def posed(rng: Generator, drawing: int, size: float) -> Image.Image:
     """A drawing with its long side `size` pixels: recoloured, flipped or not, turned by up to about 30 degrees."""
+    sprite = tables.sprites()[drawing]
     scale = size / max(sprite.size)
     shape = tuple(max(2, round(side * scale)) for side in sprite.size)
     sprite = sprite.resize((shape[0], shape[1]), Image.Resampling.BICUBIC, reducing_gap=2.0)
@@ -228,7 +216,7 @@ def posed(rng: np.random.Generator, sprite: Image.Image, size: float) -> Image.I
     return sprite.rotate(float(np.clip(rng.normal(0, 12), -30, 30)), Image.Resampling.BILINEAR, expand=True)
 
 
-def _colour_matrix(rng: np.random.Generator) -> tuple[float, ...]:
+def _colour_matrix(rng: Generator) -> tuple[float, ...]:
     """12 numbers (3x4) for `Image.convert`: hue turned by up to 15 degrees, saturation, contrast and brightness."""
     turn = np.deg2rad(rng.uniform(-15, 15))
     grey = np.full((3, 3), 1 / 3)
@@ -250,7 +238,7 @@ class Canvas:
         self.full_areas: list[int] = []
         self.drawings: list[int] = []
 
-    def place(self, sprite: Image.Image, drawing: int, rng: np.random.Generator, margin: float) -> bool:
+    def place(self, sprite: Image.Image, drawing: int, rng: Generator, margin: float) -> bool:
         """Put the sprite at a random place, its centre at least `margin` (share of the side) inside the frame.
 
         Returns False, with nothing changed, where too little of it or of an older object would be seen.
@@ -270,7 +258,3 @@ class Canvas:
         self.full_areas.append(int(areas[-1]))
         self.instances[rows, columns][covered] = len(self.drawings)
         return True
-
-    def picture(self, kind: str, place: str = "") -> Picture:
-        """What has been painted."""
-        return Picture(np.asarray(self.image), self.instances, tuple(self.drawings), kind, place)

@@ -4,9 +4,8 @@ Two questions with the same head, the same tokens and exact masks, on scenes: th
 should win) and the boundaries of objects (which mask training should win).
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from samantics.metrics.intervals import Interval, bootstrap_statistic
+from samantics.metrics.intervals import bootstrap_statistic
 from samantics.models.encoder import Encoder
 from samantics.mojiworld import catalogue
 from samantics.mojiworld.rendered import Pictures, stored_pictures
@@ -40,10 +39,8 @@ class Scenes(NamedTuple):
 
 def scenes(world: World, stream: str, count: int) -> Scenes:
     """Scenes of the instance classes: `references` to learn from, `targets` to be asked."""
-    STREAMS[stream].require("references", "targets", "choice")
     pictures = stored_pictures(world, STREAMS[stream], count)
-    known = catalogue.instance_classes()["class"].tolist()
-    number = np.array([known.index(name) + 1 if name in known else 0 for name in catalogue.classes()])
+    number = 1 + pd.Index(catalogue.instance_classes()["class"]).get_indexer(catalogue.classes())  # 0: none of them
     labels = {
         "class": _painted(pictures, number[catalogue.class_of_drawing()]),
         "superclass": _painted(pictures, catalogue.superclass_of_drawing() + 1),
@@ -55,7 +52,7 @@ def _painted(pictures: Pictures, label_of_drawing: NDArray[np.int64]) -> NDArray
     """`(N, S, S)` the label of what each pixel shows, 0 for the ground."""
     table = np.where(pictures.drawings >= 0, label_of_drawing[pictures.drawings], 0)
     table = np.concatenate([np.zeros((len(table), 1), np.int64), table], axis=1)
-    painted: NDArray[np.int64] = np.take_along_axis(table, pictures.instances.reshape(len(table), -1).astype(int), 1)
+    painted = np.take_along_axis(table, pictures.instances.reshape(len(table), -1).astype(int), 1)
     return painted.reshape(pictures.instances.shape)
 
 
@@ -65,24 +62,20 @@ def outlines(instances: NDArray[np.uint8], cells: int) -> NDArray[np.bool_]:
     edge[:, :, :-1] |= instances[:, :, :-1] != instances[:, :, 1:]
     edge[:, :-1] |= instances[:, :-1] != instances[:, 1:]
     side = instances.shape[1] // cells
-    passed: NDArray[np.bool_] = edge.reshape(len(edge), cells, side, cells, side).max((2, 4))
-    return passed
+    return edge.reshape(len(edge), cells, side, cells, side).max((2, 4))
 
 
 @torch.no_grad()
-def token_maps(encoder: Encoder, images: NDArray[np.uint8], batch: int = 32) -> Tensor:
+def token_maps(encoder: Encoder, images: NDArray[np.uint8]) -> Tensor:
     """`(N, 144, C)` tokens of the last layer, averaged or interpolated to a grid of 12x12."""
     maps = []
-    for start in range(0, len(images), batch):
-        pixels = encoder.inputs([Image.fromarray(image) for image in images[start : start + batch]])
+    for start in range(0, len(images), 32):
+        pixels = encoder.inputs([Image.fromarray(image) for image in images[start : start + 32]])
         dense = encoder.encode(pixels)["final"].dense
         if dense.shape[-1] < GRID:
             dense = F.interpolate(dense, (GRID, GRID), mode="bilinear", align_corners=False)
         maps.append(F.adaptive_avg_pool2d(dense, GRID).flatten(2).mT.cpu())
     return torch.cat(maps)
-
-
-# -------------------------------------------------------------------------------------------------------- readout
 
 
 def shares(labels: NDArray[np.int64], count: int) -> Tensor:
@@ -100,14 +93,11 @@ def cells(edges: NDArray[np.bool_]) -> Tensor:
     return torch.from_numpy(parts.reshape(-1, CELLS**2).astype(np.float32))
 
 
-def linear_readouts(
-    tokens: Tensor, labels: Sequence[Tensor], edges: Tensor, asked: Tensor, seed: int = 0
-) -> tuple[Tensor, ...]:
+def linear_readouts(tokens: Tensor, labels: Sequence[Tensor], edges: Tensor, asked: Tensor) -> tuple[Tensor, ...]:
     """One linear layer for each question, on standardised tokens, by Adam with cosine decay; alike for all encoders.
 
-    The layers do not know of each other: they are trained side by side because they see the same `(M, C)` tokens.
-    Targets are `labels`, for each level `(M, K)` shares of K labels in a token, and `edges`, `(M, 16)`: does an outline
-    pass each cell? Returned are their logits for the `(..., C)` tokens that are `asked`.
+    Of `(M, C)` tokens they learn `labels`, at each level `(M, K)` shares of K labels in a token, and `(M, 16)` `edges`:
+    does an outline pass each cell? Returned are the layers' logits for the `(..., C)` tokens that are `asked`.
     """
     mean, std = tokens.mean(0), tokens.std(0).clamp(min=1e-6)
     inputs, widths = (tokens - mean) / std, [part.shape[1] for part in (*labels, edges)]
@@ -115,7 +105,7 @@ def linear_readouts(
     nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
     optimiser = torch.optim.Adam(layer.parameters(), lr=RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, EPOCHS)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     for _ in range(EPOCHS):
         for batch in torch.randperm(len(inputs), generator=generator).split(BATCH):
             *of_labels, of_edges = layer(inputs[batch]).split(widths, 1)
@@ -128,9 +118,6 @@ def linear_readouts(
         schedule.step()
     with torch.no_grad():
         return tuple(layer((asked - mean) / std).split(widths, -1))
-
-
-# --------------------------------------------------------------------------------------------------------- metrics
 
 
 def overlaps(logits: Tensor, labels: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -165,31 +152,26 @@ def average_precision(counts: NDArray[np.float64]) -> float:
     return float(100 * (precision * right).sum() / right.sum())
 
 
-def dense_rows(encoder: Encoder, train: Scenes, test: Scenes, seeds: Sequence[int] = (0,)) -> list[dict[str, Any]]:
+def dense_rows(encoder: Encoder, train: Scenes, test: Scenes) -> list[dict[str, Any]]:
     """Both questions for one encoder: `encoder, task, metric, value, low, high, seeds`; 95 % over scenes."""
-    counts = [max(int(part.max()) for part in (train.labels[level], test.labels[level])) + 1 for level in train.labels]
-    targets = [shares(labels, count) for labels, count in zip(train.labels.values(), counts, strict=True)]
+    counts = {level: 1 + int(max(part.labels[level].max() for part in (train, test))) for level in train.labels}
+    targets = [shares(train.labels[level], count) for level, count in counts.items()]
     inputs, asked = (token_maps(encoder, part.images) for part in (train, test))
-    edges, truth = (cells(part.edges) for part in (train, test))
-    found = [linear_readouts(inputs.flatten(0, 1), targets, edges, asked, seed) for seed in seeds]
-    rows = []
-    for level, logits in zip(train.labels, zip(*found, strict=True), strict=False):
-        interval = _interval(mean_iou, [overlaps(one, test.labels[level]) for one in logits])
-        rows.append({"task": "semantic", "metric": f"mIoU, {level}", **interval})
-    interval = _interval(average_precision, [score_counts(logits[-1], truth) for logits in found])
-    rows.append({"task": "boundary", "metric": "average precision", **interval})
-    return [{"encoder": encoder.name, **row, "seeds": len(seeds)} for row in rows]
+    *of_labels, of_edges = linear_readouts(inputs.flatten(0, 1), targets, cells(train.edges), asked)
+
+    def row(task: str, metric: str, statistic: Callable[[Any], float], found: NDArray[np.float64]) -> dict[str, Any]:
+        interval = bootstrap_statistic(lambda scenes: statistic(found[scenes]), len(found))
+        return {"encoder": encoder.name, "task": task, "metric": metric, **interval._asdict(), "seeds": 1}
+
+    rows = [
+        row("semantic", f"mIoU, {level}", mean_iou, overlaps(logits, test.labels[level]))
+        for level, logits in zip(train.labels, of_labels, strict=True)
+    ]
+    scores = score_counts(of_edges, cells(test.edges))
+    return [*rows, row("boundary", "average precision", average_precision, scores)]
 
 
-def _interval(statistic: Any, found: Sequence[NDArray[np.float64]]) -> dict[str, float]:
-    """Of the mean over seeds, resampling scenes."""
-    interval: Interval = bootstrap_statistic(
-        lambda rows: float(np.mean([statistic(counts[rows]) for counts in found])), len(found[0])
-    )
-    return interval._asdict()
-
-
-def dense_table(encoders: Sequence[Encoder], train: Scenes, test: Scenes, seeds: Sequence[int] = (0,)) -> pd.DataFrame:
+def dense_table(encoders: Sequence[Encoder], train: Scenes, test: Scenes) -> pd.DataFrame:
     """`dense_rows` of all encoders."""
-    found = on_all_cores(dense_rows, [(encoder, train, test, seeds) for encoder in encoders])
-    return pd.DataFrame([row for rows in found for row in rows])
+    found = on_all_cores(dense_rows, [(encoder, train, test) for encoder in encoders])
+    return pd.DataFrame(itertools.chain(*found))

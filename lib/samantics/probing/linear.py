@@ -1,61 +1,52 @@
 """The linear probe: how much of a class can one linear layer read off frozen features?
 
-`linear_probe` is the sound version: learning rate and epochs are chosen on a held-out part of train, and training goes
-on until more epochs do not help. `protocol.paper_probe` is the paper's. Features are arrays in memory or a `Column` of
-a store, which is streamed: memory does not grow with it.
+`linear_probe` is the sound version, `paper_probe` the paper's. Features are arrays in memory or a `Column` of a store,
+which is streamed: memory does not grow with it.
 """
 
-from __future__ import annotations
-
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from samantics.errors import StudyError
 from samantics.probing.features import Column
 
 Features = NDArray[Any] | Column  # (N, C)
 Labels = NDArray[Any]  # (N,) integers from 0
+Data = tuple[Features, Labels, Features, Labels, int]  # what every probe takes first: train, test, number of classes
 
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 HELD_OUT = 0.2
-BATCH = 128
+EPOCHS = 15  # of the first training
+BATCH = 128  # the paper's, too
 MOMENTUM = 0.9  # as DINOv2's linear evaluation
 CHUNK_BYTES = 192 << 20  # float32 features in memory at a time
 
 
 class ProbeResult(NamedTuple):
-    """The answers of a probe for every test image, and how it was trained; what was not chosen is NaN."""
+    """The answers of a probe for every test image."""
 
     predictions: NDArray[np.int64]  # (seeds, n) the best class
     top1: NDArray[np.bool_]  # (seeds, n) is it the true one?
     top5: NDArray[np.bool_]  # (seeds, n) is the true one among the best five?
-    learning_rates: NDArray[Any]  # (seeds,) as chosen
-    epochs: NDArray[Any]  # (seeds,)
-    held_out: NDArray[Any]  # (seeds,) accuracy on the held-out part of train, which chose them
-    converged: NDArray[Any]  # (seeds,) had more epochs stopped helping?
 
 
-def scored(ranked: NDArray[np.int64], labels: Labels, choice: Sequence[float] = (np.nan,) * 4) -> ProbeResult:
-    """The result of one seed, from the `(n, 5)` best classes of every test image (best first) and what was chosen."""
+def scored(ranked: NDArray[np.int64], labels: Labels) -> ProbeResult:
+    """The result of the `(seeds, n, 5)` best classes of every test image, best first."""
     right = ranked == labels[:, None]
-    return ProbeResult(ranked[None, :, 0], right[None, :, 0], right.any(1)[None], *(np.array([one]) for one in choice))
-
-
-def joined(results: Sequence[ProbeResult]) -> ProbeResult:
-    """Probes of one seed each as one result of many seeds."""
-    return ProbeResult(*(np.concatenate(parts) for parts in zip(*results, strict=True)))
+    return ProbeResult(ranked[..., 0], right[..., 0], right.any(-1))
 
 
 def linear_probe(
     train_x: Features, train_y: Labels, test_x: Features, test_y: Labels, classes: int,
     seeds: Sequence[int] = (0, 1, 2), rates: Sequence[float] = RATES, standardise: bool = True,
-    groups: Labels | None = None, epochs: int = 15, max_epochs: int = 120,
+    groups: Labels | None = None, max_epochs: int = 120,
 ) -> ProbeResult:  # fmt: skip
     """A linear classifier by SGD with momentum and cosine decay, all its choices made on a held-out part of train.
 
@@ -71,22 +62,22 @@ def linear_probe(
         rates: learning rates in rising order; with a single one nothing is held out or chosen.
         standardise: bring every feature to mean 0 and standard deviation 1 (of train).
         groups: `(N,)` what is held out together (an artist, where test images are by other artists).
-        epochs, max_epochs: of the first and at most of the last training.
+        max_epochs: of the last training, at most.
 
     Raises:
-        StudyError: one class only, labels that do not fit the features, features that are not finite, or too few images
-            of every class to hold some out.
+        StudyError: labels that do not fit the features, features that are not finite, or too few images of every class
+            to hold some out.
     """
     train_x, test_x = checked(train_x, train_y, classes, "train"), checked(test_x, test_y, classes, "test")
-    everything, results = np.ones(len(train_y), bool), []
+    everything, ranked = np.ones(len(train_y), bool), []
     for seed in seeds:
-        choice: tuple[float, int, float, bool] = (rates[0], max_epochs, np.nan, False)
+        rate, epochs = rates[0], max_epochs
         if len(rates) > 1:
             held = held_out_rows(train_y, seed, groups)
-            choice = _choose(train_x, train_y, held, rates, epochs, max_epochs, seed, classes, standardise)
-        layer = train_heads(train_x, train_y, everything, choice[:1], choice[1], seed, classes, standardise)
-        results.append(scored(layer.ranked(test_x)[:, 0], test_y, choice))
-    return joined(results)
+            rate, epochs = chosen_settings(train_x, train_y, held, rates, max_epochs, seed, classes, standardise)
+        layer = train_heads(train_x, train_y, everything, (rate,), epochs, seed, classes, standardise)
+        ranked.append(best_five(layer.scores, test_x, 512)[:, 0])
+    return scored(np.stack(ranked), test_y)
 
 
 def held_out_rows(labels: Labels, seed: int, groups: Labels | None = None) -> NDArray[np.bool_]:
@@ -101,31 +92,60 @@ def held_out_rows(labels: Labels, seed: int, groups: Labels | None = None) -> ND
     return np.isin(units, held)
 
 
-def few_shot_rows(labels: Labels, shots: int, seed: int) -> NDArray[np.int64]:
-    """`(classes * shots,)` rows: `shots` random ones of every class, which must have as many."""
-    rng = np.random.default_rng(seed)
-    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    return np.sort(np.concatenate([rng.choice(rows, shots, replace=False) for rows in members]))
-
-
-def _choose(
-    x: Features, y: Labels, held: NDArray[np.bool_], rates: Sequence[float], epochs: int, max_epochs: int, seed: int,
-    classes: int, standardise: bool,
-) -> tuple[float, int, float, bool]:  # fmt: skip
-    """Learning rate, epochs, held-out accuracy, and whether more epochs had stopped helping."""
-    best = (rates[0], epochs, -1.0)
+def chosen_settings(
+    x: Features, y: Labels, held: NDArray[np.bool_], rates: Sequence[float], max_epochs: int, seed: int, classes: int,
+    standardise: bool,
+) -> tuple[float, int]:  # fmt: skip
+    """Learning rate and epochs that are best on the `held` rows, trained until more epochs stop helping there."""
+    epochs, highest = min(EPOCHS, max_epochs), -1.0
+    chosen = rates[0], epochs
     while True:
         layers = train_heads(x, y, ~held, rates, epochs, seed, classes, standardise)
-        accuracy = (layers.ranked(x, held)[:, :, 0] == y[held][:, None]).mean(axis=0)
+        accuracy = (best_five(layers.scores, x, 512, held)[:, :, 0] == y[held][:, None]).mean(axis=0)
         winner = int(accuracy.argmax())
-        error = float(np.sqrt(accuracy[winner] * (1 - accuracy[winner]) / held.sum()))
-        gain = accuracy[winner] - best[2]
+        error = np.sqrt(accuracy[winner] * (1 - accuracy[winner]) / held.sum())
+        gain = accuracy[winner] - highest
         if gain > 0:
-            best = (rates[winner], epochs, float(accuracy[winner]))
+            chosen, highest = (rates[winner], epochs), accuracy[winner]
         if gain <= error / 2 or 2 * epochs > max_epochs:
-            return *best, bool(gain <= error / 2)
-        rates = rates[max(0, winner - 1) : winner + 2]
-        epochs *= 2
+            return chosen
+        rates, epochs = rates[max(0, winner - 1) : winner + 2], 2 * epochs
+
+
+def paper_probe(
+    train_x: Features, train_y: Labels, test_x: Features, test_y: Labels, classes: int, epochs: int = 10
+) -> list[ProbeResult]:
+    """The protocol of the paper's code on stored features, which are the same in every epoch: answers after each one.
+
+    Adam without weight decay, gradients clipped, halved rate after five epochs without a better loss on the reported
+    split, 16-bit mixed precision (bfloat16), features as they are.
+    """
+    train_x, test_x = checked(train_x, train_y, classes, "train"), checked(test_x, test_y, classes, "test")
+    layer, generator = nn.Linear(train_x.shape[1], classes), torch.Generator().manual_seed(0)
+    for parameter in (layer.weight, layer.bias):  # as usual, but not from the global generator: probes train in threads
+        nn.init.uniform_(parameter, -(train_x.shape[1] ** -0.5), train_x.shape[1] ** -0.5, generator=generator)
+    optimiser = torch.optim.Adam(layer.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, factor=0.5, patience=5)
+    labels, test_labels = (torch.from_numpy(part.astype(np.int64)) for part in (train_y, test_y))
+    rng, course = np.random.default_rng(0), []
+    for _ in range(epochs):
+        with tiny_numbers_as_zero():
+            for rows, vectors in batches(train_x, BATCH, rng=rng):
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = F.cross_entropy(layer(vectors), labels[rows])
+                optimiser.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+                optimiser.step()
+        ranked, total = np.empty((len(test_y), min(5, classes)), np.int64), 0.0
+        for rows, vectors in batches(test_x, 4096):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                logits = layer(vectors).float()
+            total += float(F.cross_entropy(logits, test_labels[rows], reduction="sum"))
+            ranked[rows] = logits.topk(ranked.shape[1]).indices.numpy()
+        schedule.step(total / len(test_y))
+        course.append(scored(ranked[None], test_y))
+    return course
 
 
 # ----------------------------------------------------------------------------------- many layers trained side by side
@@ -137,6 +157,10 @@ class Heads(NamedTuple):
     weights: Tensor
     mean: Tensor
     scale: Tensor
+
+    def scores(self, x: Tensor) -> Tensor:
+        """`(n, R, K)` logits of `(n, C)` features."""
+        return self.logits(self.prepare(x))
 
     def prepare(self, x: Tensor) -> Tensor:
         """`(n, C + 1)`."""
@@ -151,13 +175,6 @@ class Heads(NamedTuple):
         excess = self.logits(prepared).softmax(dim=2)
         where = labels[:, None, None].expand(-1, excess.shape[1], 1)
         return excess.scatter_add_(2, where, excess.new_full(where.shape, -1.0))
-
-    def ranked(self, x: Features, use: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
-        """`(n, R, 5)` best classes of every layer for the rows in `use`, best first (fewer of fewer classes)."""
-        best = np.empty((len(x), self.weights.shape[1], min(5, self.weights.shape[2])), np.int32)
-        for rows, vectors in batches(x, 512, use):
-            best[rows] = self.logits(self.prepare(vectors)).topk(best.shape[2]).indices.numpy()
-        return (best if use is None else best[use]).astype(np.int64)
 
 
 def train_heads(
@@ -177,9 +194,8 @@ def train_heads(
                 decay = 0.5 * (1 + np.cos(np.pi * min(1.0, step / steps)))
                 prepared = heads.prepare(vectors)
                 excess = heads.excess(prepared, labels[rows]).flatten(1)
-                speed.flatten(1).addmm_(
-                    prepared.T, excess, beta=MOMENTUM, alpha=1 / len(rows)
-                )  # plus the mean gradient
+                # the speed becomes MOMENTUM * speed + the mean gradient
+                speed.flatten(1).addmm_(prepared.T, excess, beta=MOMENTUM, alpha=1 / len(rows))
                 weights.addcmul_(speed, rate * decay, value=-1)
                 step += 1
     return heads
@@ -218,21 +234,11 @@ def _moments(x: Features, use: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray
 
 
 def checked(x: Features, y: Labels, classes: int, which: str) -> Features:
-    """The features, if they and the labels belong together; read at once where they fit into one chunk.
-
-    Raises:
-        StudyError: says what is wrong with which part.
-    """
-    if classes < 2:
-        raise StudyError(f"there is {classes} class: a probe needs two or more")
-    if len(x) != len(y):
-        raise StudyError(f"{len(x)} {which} features but {len(y)} labels: take the labels of the images that were kept")
-    if not len(y):
-        raise StudyError(f"there are no {which} images: check the data folder")
+    """The features, if they and the labels belong together; read at once where they fit into one chunk."""
+    if x.shape[0] != len(y):
+        raise StudyError(f"{x.shape[0]} {which} features but {len(y)} labels: take those of the images that were kept")
     if int(np.min(y)) < 0 or int(np.max(y)) >= classes:
         raise StudyError(f"{which} labels reach from {np.min(y)} to {np.max(y)}, but there are {classes} classes")
-    if which == "train" and len(np.unique(y)) < 2:
-        raise StudyError("all train images are of one class: a probe needs two or more")
     if isinstance(x, Column):  # what the store holds is finite
         return np.asarray(x) if 4 * x.shape[0] * x.shape[1] <= CHUNK_BYTES else x
     if not np.isfinite(x).all():
@@ -247,20 +253,28 @@ def batches(
 
     Of a store some shards are read at a time: each is a random part of the images.
     """
-    use = np.ones(len(x), bool) if use is None else use
     mixed = (lambda rows: rows) if rng is None else rng.permutation
-    if not isinstance(x, Column):
-        rows = mixed(np.flatnonzero(use))
-        for start in range(0, len(rows), size):
-            yield rows[start : start + size], torch.from_numpy(x[rows[start : start + size]]).float()
-        return
-    shards = mixed(np.arange(x.store.shards))
-    together = max(1, CHUNK_BYTES // (4 * x.shape[1]) // x.store.shard_rows)
-    for first in range(0, len(shards), together):
-        blocks = [x.block(int(shard)) for shard in shards[first : first + together]]
-        rows = np.concatenate([block[0] for block in blocks])
-        used = mixed(np.flatnonzero(use[rows]))
-        rows, vectors = rows[used], np.concatenate([block[1] for block in blocks])[used]
-        del blocks
-        for start in range(0, len(rows), size):
-            yield rows[start : start + size], torch.from_numpy(vectors[start : start + size]).float()
+    blocks: Iterable[Any] = [(np.arange(x.shape[0]), x)]  # rows with their features
+    if isinstance(x, Column):
+        shards = mixed(np.arange(len(x.store.members)))
+        together = max(1, CHUNK_BYTES // (4 * x.shape[1]) // x.store.shard_rows)
+        chunks = np.split(shards, range(together, len(shards), together))
+        blocks = (tuple(map(np.concatenate, zip(*map(x.block, chunk), strict=True))) for chunk in chunks)
+    for rows, vectors in blocks:
+        used = mixed(np.arange(len(rows)) if use is None else np.flatnonzero(use[rows]))
+        for start in range(0, len(used), size):
+            chosen = used[start : start + size]
+            yield rows[chosen], torch.from_numpy(vectors[chosen]).float()
+
+
+@torch.no_grad()
+def best_five(
+    scores: Callable[[Tensor], Tensor], x: Features, size: int, use: NDArray[np.bool_] | None = None
+) -> NDArray[np.int64]:
+    """`(n, ..., 5)` classes with the highest `scores` `(b, ..., K)` of every row in `use`, best first."""
+    rows, best = [], []
+    for numbers, vectors in batches(x, size, use):
+        of_classes = scores(vectors)
+        rows.append(numbers)
+        best.append(of_classes.topk(min(5, of_classes.shape[-1])).indices.numpy())
+    return np.concatenate(best)[np.argsort(np.concatenate(rows))]

@@ -2,32 +2,33 @@
 
 Of the ten pictures that lie nearest to a picture in one space, which share is among its ten nearest in another? The
 other space may be a model's, or something that the world knows of its pictures: colours, silhouettes, classes.
+Instruments that have learned nothing (`INSTRUMENTS`) are the floors that every number on MojiWorld stands beside.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import nn
 
 from samantics.data.classification import ClassificationData, Task
 from samantics.data.folders import Images
 from samantics.metrics.intervals import bootstrap_mean
-from samantics.mojiworld.floors import colour_histograms
+from samantics.mojiworld.world import RGB
 
-K = 10
+K, DRAWS = 10, 99  # neighbours; permutations
 
 
-def nearest(vectors: NDArray[Any], k: int = K) -> NDArray[np.bool_]:
-    """`(N, N)` True where a picture is among the `k` nearest (cosine) of the row's; never itself."""
+def nearest(vectors: NDArray[Any]) -> NDArray[np.bool_]:
+    """`(N, N)` True where a picture is among the `K` nearest (cosine) of the row's; never itself."""
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     cosines = unit @ unit.T
     np.fill_diagonal(cosines, -np.inf)
-    near = np.zeros(cosines.shape, bool)
+    near, k = np.zeros(cosines.shape, bool), min(K, len(unit) - 1)
     np.put_along_axis(near, np.argpartition(-cosines, k, axis=1)[:, :k], True, axis=1)
     return near
 
@@ -39,15 +40,13 @@ def same(labels: NDArray[Any]) -> NDArray[np.bool_]:
 
 def mutual_knn(near: NDArray[np.bool_], other: NDArray[np.bool_]) -> NDArray[np.float64]:
     """`(N,)` share of each picture's neighbours that the other relation knows too."""
-    shares: NDArray[np.float64] = (near & other).sum(1) / near.sum(1)
-    return shares
+    return (near & other).sum(1) / near.sum(1)
 
 
-def null(near: NDArray[np.bool_], other: NDArray[np.bool_], draws: int = 99, seed: int = 0) -> NDArray[np.float64]:
-    """`(draws,)` mean shares with the other relation's pictures permuted: what two spaces share that share nothing."""
-    rng = np.random.default_rng(seed)
-    rows, columns = np.nonzero(near)
-    orders = (rng.permutation(len(near)) for _ in range(draws))
+def null(near: NDArray[np.bool_], other: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """`(DRAWS,)` mean shares with the other relation's pictures permuted: what two spaces share that share nothing."""
+    rng, (rows, columns) = np.random.default_rng(0), np.nonzero(near)
+    orders = (rng.permutation(len(near)) for _ in range(DRAWS))
     return np.array([other[order[rows], order[columns]].mean() for order in orders])
 
 
@@ -69,6 +68,41 @@ def similarity_table(spaces: Mapping[str, NDArray[np.bool_]], known: Mapping[str
     return pd.DataFrame(rows)
 
 
+# what has learned nothing: `(N, S, S, 3)` pictures to vectors
+
+
+def small_pixels(images: RGB) -> NDArray[np.float32]:
+    """`(N, 768)` of length 1: the pictures at 16x16 pixels, less their mean colour."""
+    small = [np.asarray(Image.fromarray(i).resize((16, 16), Image.Resampling.BOX), np.float32) for i in images]
+    return _unit((np.stack(small) - np.mean(small, (1, 2), keepdims=True)).reshape(len(images), -1))
+
+
+def colour_histograms(images: RGB) -> NDArray[np.float32]:
+    """`(N, 216)` of length 1: square roots of the shares of 6x6x6 colours, so that cosines are Hellinger's."""
+    codes = [((image // 43) * np.array([36, 6, 1], np.uint8)).sum(-1, dtype=np.uint8).ravel() for image in images]
+    return _unit(np.sqrt(np.stack([np.bincount(code, minlength=216) for code in codes])))
+
+
+@torch.no_grad()
+def untrained_features(images: RGB) -> NDArray[np.float32]:
+    """`(N, 128)` of length 1: the mean of the pictures after four random convolutions of stride 2."""
+    generator, layers = torch.Generator().manual_seed(0), []
+    for channels, width in ((3, 32), (32, 64), (64, 128), (128, 128)):
+        layer = nn.Conv2d(channels, width, 3, 2, 1, bias=False)
+        nn.init.kaiming_normal_(layer.weight, generator=generator)
+        layers += [layer, nn.GroupNorm(1, width), nn.GELU()]
+    network, parts = nn.Sequential(*layers), np.array_split(images, -(-len(images) // 128))
+    maps = [network((torch.tensor(part).permute(0, 3, 1, 2).float() - 128) / 64) for part in parts]
+    return _unit(torch.cat(maps).mean((2, 3)).numpy())
+
+
+def _unit(vectors: NDArray[np.floating]) -> NDArray[np.float32]:
+    return (vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-8)).astype(np.float32)
+
+
+INSTRUMENTS = {"pixels": small_pixels, "colour histogram": colour_histograms, "untrained network": untrained_features}
+
+
 def silhouettes(masks: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
     """`(N, 256)` shape of every picture's object: its mask cut to its box, at 16x16, less its mean."""
     small = []
@@ -79,10 +113,9 @@ def silhouettes(masks: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
     return np.stack(small) - np.mean(small, axis=1, keepdims=True)
 
 
-def squares(images: Images, rows: NDArray[np.int64], side: int = 96) -> NDArray[np.uint8]:
-    """`(n, side, side, 3)` RGB of the images in `rows`, squashed, whatever their size."""
-    found = (Image.fromarray(np.asarray(images[int(row)])).resize((side, side)) for row in rows)
-    return np.stack([np.asarray(image) for image in found])
+def squares(images: Images, rows: NDArray[np.int64]) -> RGB:
+    """`(n, 96, 96, 3)` RGB of the images in `rows`, squashed, whatever their size."""
+    return np.stack([np.asarray(Image.fromarray(np.asarray(images[int(row)])).resize((96, 96))) for row in rows])
 
 
 def known_relations(data: ClassificationData, task: Task, rows: NDArray[np.int64]) -> dict[str, NDArray[np.bool_]]:

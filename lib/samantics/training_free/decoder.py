@@ -11,8 +11,6 @@ prompt tokens, a dozen at most; `x` are image tokens, `q, k, v` the projections 
 Predicted IoUs come before the masks, so masks that will be dropped for theirs are never made.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import warnings
@@ -26,7 +24,7 @@ from sam2.modeling.sam2_base import SAM2Base
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
-from segment_anything.modeling.image_encoder import get_rel_pos, window_partition, window_unpartition
+from segment_anything.modeling.image_encoder import get_rel_pos
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,6 +32,7 @@ from samantics.errors import StudyError
 
 MASK_THRESHOLD = 0.0  # of logits, in both packages
 LOGITS_AT_ONCE = 2**21  # of attention: 8 MB
+_resized = functools.partial(F.interpolate, mode="linear", align_corners=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +61,6 @@ class EncodedImage:
         return (columns @ (low.transpose(1, 2) @ rows.T)).transpose(1, 2)
 
 
-def _resized(matrix: Tensor, length: int) -> Tensor:
-    return F.interpolate(matrix, length, mode="linear", align_corners=False)
-
-
 @torch.inference_mode()
 def encode_image(model: Any, image: Image.Image) -> EncodedImage:
     """Encode an RGB image as the package's own predictor does.
@@ -76,17 +71,18 @@ def encode_image(model: Any, image: Image.Image) -> EncodedImage:
     size = (image.height, image.width)
     if isinstance(model, Sam):
         if min(size) * model.image_encoder.img_size / max(size) < 0.5:
-            shape = f"{image.width}x{image.height}"
-            raise StudyError(f"an image of {shape} pixels is too narrow for SAM: remove or crop it")
+            raise StudyError(
+                f"an image of {image.width}x{image.height} pixels is too narrow for SAM: remove or crop it"
+            )
         resized = SamPredictor(model).transform.apply_image(np.asarray(image))
         pixels = torch.as_tensor(resized, device=model.device).permute(2, 0, 1)[None]
-        return EncodedImage(model, _embedding(model, pixels)[0], (), size, (resized.shape[0], resized.shape[1]))
+        return EncodedImage(model, _embedding(model, pixels)[0], (), size, resized.shape[:2])
     if isinstance(model, SAM2Base):
         predictor = sam2_predictor(model)
         predictor.set_image(np.array(image))  # a copy: torch warns of arrays that it may not write to
-        maps = predictor._features
+        maps, frame = predictor._features, (model.image_size, model.image_size)
         high_res = tuple(level[0] for level in maps["high_res_feats"])
-        return EncodedImage(model, maps["image_embed"][0], high_res, size, (model.image_size, model.image_size))
+        return EncodedImage(model, maps["image_embed"][0], high_res, size, frame)
     raise StudyError(f"{type(model).__name__} has no mask decoder: propose masks with sam or sam2")
 
 
@@ -102,19 +98,15 @@ def sam2_predictor(model: SAM2Base) -> SAM2ImagePredictor:
 
 def _embedding(model: Sam, pixels: Tensor) -> Tensor:
     """`(1, C, h, w)`: SAM's image encoder with its attention computed in parts that fit a processor's cache."""
-    encoder = model.image_encoder
-    x = encoder.patch_embed(model.preprocess(pixels))
-    x = x if encoder.pos_embed is None else x + encoder.pos_embed
-    for block in encoder.blocks:
-        windows, padded = block.norm1(x), x.shape[1:3]
-        if block.window_size:
-            windows, padded = window_partition(windows, block.window_size)
-        windows = block.attn(windows) if windows.is_cuda else _attended(block.attn, windows)  # a GPU's is fused
-        if block.window_size:
-            windows = window_unpartition(windows, block.window_size, padded, x.shape[1:3])
-        x = x + windows
-        x = x + block.mlp(block.norm2(x))
-    return encoder.neck(x.permute(0, 3, 1, 2))
+    blocks = () if pixels.is_cuda else model.image_encoder.blocks  # a GPU's is fused already
+    attentions = [block.attn for block in blocks if block.attn.use_rel_pos]  # not the small pocket models'
+    try:
+        for attention in attentions:
+            attention.forward = functools.partial(_attended, attention)
+        return model.image_encoder(model.preprocess(pixels))
+    finally:
+        for attention in attentions:
+            del attention.forward
 
 
 def _attended(attention: Any, x: Tensor) -> Tensor:
@@ -122,20 +114,16 @@ def _attended(attention: Any, x: Tensor) -> Tensor:
     batch, height, width, _ = x.shape
     tokens, heads = height * width, attention.num_heads
     query, key, value = attention.qkv(x).view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).flatten(1, 2)
-    seen = torch.empty_like(query)
-    if attention.use_rel_pos:
-        grid = query.unflatten(1, (height, width))
-        by_row = torch.einsum("bhwc,hkc->bhwk", grid, get_rel_pos(height, height, attention.rel_pos_h)).flatten(1, 2)
-        by_column = torch.einsum("bhwc,wkc->bhwk", grid, get_rel_pos(width, width, attention.rel_pos_w)).flatten(1, 2)
+    seen, grid = torch.empty_like(query), query.unflatten(1, (height, width))
+    by_row = torch.einsum("bhwc,hkc->bhwk", grid, get_rel_pos(height, height, attention.rel_pos_h)).flatten(1, 2)
+    by_column = torch.einsum("bhwc,wkc->bhwk", grid, get_rel_pos(width, width, attention.rel_pos_w)).flatten(1, 2)
     some, few = max(1, LOGITS_AT_ONCE // tokens**2), max(1, LOGITS_AT_ONCE // tokens)
     for i in range(0, len(query), some):
         for j in range(0, tokens, few):
             part = (slice(i, i + some), slice(j, j + few))
             logits = (query[part] * attention.scale) @ key[part[0]].transpose(1, 2)
-            if attention.use_rel_pos:
-                logits = logits.unflatten(2, (height, width)).add_(by_row[part][..., None])
-                logits = logits.add_(by_column[part][..., None, :]).flatten(2)
-            seen[part] = logits.softmax(-1) @ value[part[0]]
+            logits = logits.unflatten(2, (height, width)).add_(by_row[part][..., None])
+            seen[part] = logits.add_(by_column[part][..., None, :]).flatten(2).softmax(-1) @ value[part[0]]
     seen = seen.view(batch, heads, height, width, -1).permute(0, 2, 3, 1, 4).flatten(3)
     return attention.proj(seen)
 
@@ -154,26 +142,29 @@ class PointDecoder:
 
     def __init__(self, image: EncodedImage) -> None:
         self.image = image
-        two = isinstance(image.model, SAM2Base)
-        self.prompts = image.model.sam_prompt_encoder if two else image.model.prompt_encoder
-        self.decoder = image.model.sam_mask_decoder if two else image.model.mask_decoder
+        sam2 = isinstance(image.model, SAM2Base)
+        self.prompts = image.model.sam_prompt_encoder if sam2 else image.model.prompt_encoder
+        self.decoder = image.model.sam_mask_decoder if sam2 else image.model.mask_decoder
         self.has_object_score = bool(getattr(self.decoder, "pred_obj_scores", False))  # SAM 2.1: a token more in front
         self.tokens = (image.embedding + self.prompts.no_mask_embed.weight[0][:, None, None]).flatten(1).T.contiguous()
         self.positions = self.prompts.get_dense_pe()[0].flatten(1).T.contiguous()
+        first, placed = self.decoder.transformer.layers[0], self.tokens + self.positions
+        reading, writing = first.cross_attn_token_to_image, first.cross_attn_image_to_token
+        # keys and values of the first layer's reading, queries of its writing, each (heads, N, C / heads / 2)
+        shared = (reading.k_proj(placed), reading.v_proj(self.tokens), writing.q_proj(placed))
+        self.shared = tuple(part.unflatten(1, (reading.num_heads, -1)).transpose(0, 1) for part in shared)
 
     def decode(self, points: NDArray[Any]) -> Decoded:
         """Three masks' worth of tokens for each of `(P, 2)` points (x, y) in pixels of the image."""
         prompt = self._prompt_tokens(points)
         transformer = self.decoder.transformer
         first, second = transformer.layers
-        queries = _self_attended(first, prompt, prompt)
         whole = self.tokens.expand(len(points), -1, -1)
-        queries, tokens = self._layer(first, queries, prompt, whole, self._first_projections)
-        queries = _self_attended(second, queries, prompt)
+        queries, tokens = self._layer(first, prompt, prompt, whole, self.shared)
         queries, tokens = self._layer(second, queries, prompt, tokens, None)
         final = transformer.final_attn_token_to_image
-        queries = queries + _read(final, queries + prompt, tokens, tokens + self.positions)
-        queries = transformer.norm_final_attn(queries)
+        read = _read(final, queries + prompt, tokens, tokens + self.positions)
+        queries = transformer.norm_final_attn(queries + read)
         start, heads = 1 + self.has_object_score, self.decoder.output_hypernetworks_mlps
         kernels = torch.stack([heads[n](queries[:, start + n]) for n in range(1, len(heads))], dim=1)
         return Decoded(self.decoder.iou_prediction_head(queries[:, start - 1])[:, 1:], kernels, tokens)
@@ -206,41 +197,33 @@ class PointDecoder:
             own.insert(0, self.decoder.obj_score_token.weight)
         return torch.cat([torch.cat(own).expand(len(points), -1, -1), sparse], dim=1)
 
-    @functools.cached_property
-    def _first_projections(self) -> tuple[Tensor, ...]:
-        """Keys and values of the first layer's reading, queries of its writing, each `(heads, N, C / heads / 2)`."""
-        first, placed = self.decoder.transformer.layers[0], self.tokens + self.positions
-        reading, writing = first.cross_attn_token_to_image, first.cross_attn_image_to_token
-        projected = (reading.k_proj(placed), reading.v_proj(self.tokens), writing.q_proj(placed))
-        return tuple(p.unflatten(1, (reading.num_heads, -1)).transpose(0, 1) for p in projected)
-
     def _layer(
         self, layer: Any, queries: Tensor, prompt: Tensor, tokens: Tensor, shared: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, Tensor]:
-        """One two-way block after its self-attention: prompt tokens read the image, think, and write to it."""
+        """One two-way block: prompt tokens read one another and the image, think, and write to the image."""
         reading, writing = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
-        placed = tokens if shared else tokens + self.positions
-        if shared is None:
-            read = _read(reading, queries + prompt, tokens, placed)
+        if layer.skip_first_layer_pe:
+            queries = layer.norm1(layer.self_attn(q=queries, k=queries, v=queries))
         else:
-            read = _read_shared(reading, queries + prompt, shared[0], shared[1])
+            asked = queries + prompt
+            queries = layer.norm1(queries + layer.self_attn(q=asked, k=asked, v=queries))
+        placed, asked = tokens if shared else tokens + self.positions, queries + prompt
+        read = _read_shared(reading, asked, *shared[:2]) if shared else _read(reading, asked, tokens, placed)
         queries = layer.norm2(queries + read)
         queries = layer.norm3(queries + layer.mlp(queries))
-        keys = _heads(writing.k_proj(queries + prompt), writing)
+        heads, keys = writing.num_heads, _heads(writing.k_proj(queries + prompt), writing)
         keys = keys * keys.shape[-1] ** -0.5
-        if shared is None:
-            weight = writing.q_proj.weight.unflatten(0, (writing.num_heads, -1))
-            few = (keys @ weight).flatten(1, 2)  # (P, heads * T, C)
-            constant = (keys @ writing.q_proj.bias.view(writing.num_heads, -1, 1)).flatten(1, 2)
-            logits = torch.baddbmm(constant, few, placed.transpose(1, 2)).unflatten(1, (writing.num_heads, -1))
-        else:
+        if shared:
             logits = keys @ shared[2].transpose(1, 2)
+        else:
+            few = (keys @ writing.q_proj.weight.unflatten(0, (heads, -1))).flatten(1, 2)  # (P, heads * T, C)
+            constant = (keys @ writing.q_proj.bias.view(heads, -1, 1)).flatten(1, 2)
+            logits = torch.baddbmm(constant, few, placed.transpose(1, 2)).unflatten(1, (heads, -1))
         weights = logits.softmax(dim=2).flatten(1, 2)  # over the T tokens that an image token may read
-        outward = writing.out_proj.weight.unflatten(1, (writing.num_heads, -1)).permute(1, 2, 0)
+        outward = writing.out_proj.weight.unflatten(1, (heads, -1)).permute(1, 2, 0)
         values = (_heads(writing.v_proj(queries), writing) @ outward).flatten(1, 2)
         written = torch.baddbmm(writing.out_proj.bias, weights.transpose(1, 2), values)
-        norm = layer.norm4
-        return queries, F.layer_norm(written.add_(tokens), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        return queries, layer.norm4(written.add_(tokens))
 
     @functools.cached_property
     def _finer_maps(self) -> tuple[Tensor, ...]:
@@ -257,13 +240,6 @@ class PointDecoder:
 def _heads(x: Tensor, attention: Any) -> Tensor:
     """`(P, T, C)` to `(P, heads, T, C / heads)`."""
     return x.unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
-
-
-def _self_attended(layer: Any, queries: Tensor, prompt: Tensor) -> Tensor:
-    if layer.skip_first_layer_pe:
-        return layer.norm1(layer.self_attn(q=queries, k=queries, v=queries))
-    placed = queries + prompt
-    return layer.norm1(queries + layer.self_attn(q=placed, k=placed, v=queries))
 
 
 def _read_shared(attention: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

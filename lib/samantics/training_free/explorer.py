@@ -1,7 +1,6 @@
 """What there is to look at: references, what is like a place, truth above predictions."""
 
-from __future__ import annotations
-
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from textwrap import fill
@@ -21,15 +20,14 @@ from samantics.models.encoder import Encoder
 from samantics.training_free import mask_features
 from samantics.training_free.pipeline import Pipeline
 
-Point = tuple[float, float]
 SOURCES = ("dinov2", "clip", "sam2", "sam")  # whose maps are shown
 KIND_SHADES = {"correct": "#0072B2", "class": "#E69F00", "location": "#E69F00"}  # other kinds of error: black
 
 
-def reference_figure(pipeline: Pipeline, most: int = 24) -> Figure:
-    """The first reference of each class, or of so many of them, with the number of its references."""
+def reference_figure(pipeline: Pipeline) -> Figure:
+    """The first reference of each class, of 24 classes at most, with the number of its references."""
     groups, names, dataset = pipeline.references[0], pipeline.data.names, pipeline.data.references
-    some = list(groups)[:: -(-len(groups) // most)]
+    some = list(groups)[:: math.ceil(len(groups) / 24)]
     rows = {" " * start: some[start : start + 8] for start in range(0, len(some), 8)}
 
     def draw(axis: Axes, instance: Instance) -> None:
@@ -51,15 +49,14 @@ def gallery_figure(
 
     def draw(axis: Axes, what: tuple[str, int]) -> None:
         row, image_id = what
-        masks, shades, words = [i.rle for i in dataset.by_image[image_id]], ["#FFFFFF"], list[str]()
+        rles, shades, words, tint = [i.rle for i in dataset.by_image[image_id]], ["#FFFFFF"], list[str](), 0.0
         if row == "predicted":
             found = judged[judged["image_id"] == image_id]
-            masks = [results[place]["segmentation"] for place in found.index]
+            rles, tint = [results[place]["segmentation"] for place in found.index], 0.2
             shades = [KIND_SHADES.get(kind, "#222222") for kind in found["kind"]]
             words = [names[category] for category in found["category_id"]]
-        tint = 0.2 * (row == "predicted")
-        decoded = [mask_of(rle) for rle in masks]
-        plots.show_instances(axis, read_image(dataset, image_id), masks=decoded, names=words, shades=shades, tint=tint)
+        masks = [mask_of(rle) for rle in rles]
+        plots.show_instances(axis, read_image(dataset, image_id), masks=masks, names=words, shades=shades, tint=tint)
 
     rows = {row: [(row, image_id) for image_id in image_ids] for row in ("truth", "predicted")}
     shown = [Counter(names[i.category_id] for i in dataset.by_image[image_id]).items() for image_id in image_ids]
@@ -67,7 +64,7 @@ def gallery_figure(
     return plots.image_grid(rows, {"truth": titles}, size=1.9, draw=draw)
 
 
-def likeness_map(encoder: Encoder, image: Image.Image, point: Point) -> NDArray[np.float32]:
+def likeness_map(encoder: Encoder, image: Image.Image, point: tuple[float, float]) -> NDArray[np.float32]:
     """`(height, width)` cosine of every pixel's feature to that of the pixel at `point` (x, y), not below 0.
 
     Raises:
@@ -81,11 +78,10 @@ def likeness_map(encoder: Encoder, image: Image.Image, point: Point) -> NDArray[
     rows, columns = mask_features.resizing(geometry, grid.shape[1:])
     here = mask_features.unit(grid @ columns[int(point[0])] @ rows[int(point[1])])
     cosines = (mask_features.unit(grid.reshape(len(grid), -1).T) @ here).reshape(grid.shape[1:])
-    likeness: NDArray[np.float32] = (rows @ cosines @ columns.T).clip(0, 1)
-    return likeness
+    return (rows @ cosines @ columns.T).clip(0, 1)
 
 
-def likeness_figure(models: Mapping[str, Encoder], image: Image.Image, point: Point) -> Figure:
+def likeness_figure(models: Mapping[str, Encoder], image: Image.Image, point: tuple[float, float]) -> Figure:
     """The likeness maps of a point by the models of `SOURCES`, a scale for each: they differ in their cosines."""
     figure = plots.image_grid({"": [image] * (len(SOURCES) + 1)}, size=2.1)
     figure.axes[0].set_title("the place", fontsize=9)

@@ -5,12 +5,11 @@ weighted sum of tokens, so it is computed from the mask's weight on each token, 
 than a token still weighs on its nearest tokens: no reference vanishes and nothing becomes NaN.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from samantics.cache import cache_dir, hash_value, kept, reading, remove_leftovers
-from samantics.data.coco import CocoDataset, Instance, Rle, mask_of, read_image, shown
+from samantics.cache import cache_dir, hash_value, kept, reading
+from samantics.data.coco import CocoDataset, Instance, Mask, Rle, mask_of, read_image, shown
 from samantics.errors import StudyError
 from samantics.models.encoder import PIXELS_AT_ONCE, Encoder
 from samantics.models.preprocessing import Geometry
@@ -47,15 +46,11 @@ def resizing(geometry: Geometry, grid: tuple[int, int]) -> tuple[Features, Featu
 
 def token_weights(masks: NDArray[np.bool_], geometry: Geometry, grid: tuple[int, int]) -> NDArray[np.float32]:
     """`(M, h * w)`: the share of each token of a `grid` `(h, w)` in the mean over `(M, height, width)` masks."""
-    _check_seen(masks)
+    if not masks.any((1, 2)).all():
+        raise StudyError("a mask to pool over is empty: leave out objects without visible pixels")
     rows, columns = resizing(geometry, grid)
     weights = rows.T @ (masks.astype(np.float32) @ columns)
     return (weights / masks.sum((1, 2), dtype=np.float32)[:, None, None]).reshape(len(masks), grid[0] * grid[1])
-
-
-def _check_seen(masks: NDArray[np.bool_]) -> None:
-    if not masks.any((1, 2)).all():
-        raise StudyError("a mask to pool over is empty: leave out objects without visible pixels")
 
 
 def _interpolation(pixels: int, scale: float, offset: float, size: int, tokens: int) -> NDArray[np.float32]:
@@ -80,63 +75,51 @@ def dense_maps(encoder: Encoder, images: Sequence[Image.Image]) -> NDArray[np.fl
     return encoder.encode(uncropped(encoder).inputs(images))["final"].dense.cpu().numpy()
 
 
-def cut_outs(image: Image.Image, masks: NDArray[np.bool_]) -> list[Image.Image]:
-    """What each of `(N, height, width)` masks covers, alone on grey, in a square a little larger than its box."""
-    _check_seen(masks)
-    pixels, cut = np.asarray(image), []
-    for mask in masks:
-        (top, bottom), (left, right) = (np.flatnonzero(mask.any(axis))[[0, -1]] for axis in (1, 0))
-        half = max(bottom - top, right - left) / 2 * (1 + MARGIN) + 1
-        middle = (left + right + 1) / 2, (top + bottom + 1) / 2
-        alone = Image.fromarray(np.where(mask[..., None], pixels, np.array(GREY, np.uint8)))
-        square = (math.floor(middle[0] - half), math.floor(middle[1] - half))
-        canvas = Image.new("RGB", (math.ceil(2 * half),) * 2, GREY)
-        canvas.paste(alone, (-square[0], -square[1]))
-        cut.append(canvas)
-    return cut
+def cut_out(image: Image.Image, mask: Mask) -> Image.Image:
+    """What a mask `(height, width)` covers, alone on grey, in a square a little larger than its box."""
+    (top, bottom), (left, right) = (np.flatnonzero(mask.any(axis))[[0, -1]] for axis in (1, 0))
+    half = max(bottom - top, right - left) / 2 * (1 + MARGIN) + 1
+    corner = math.floor((left + right + 1) / 2 - half), math.floor((top + bottom + 1) / 2 - half)
+    alone = Image.fromarray(np.where(mask[..., None], np.asarray(image), np.array(GREY, np.uint8)))
+    canvas = Image.new("RGB", (math.ceil(2 * half),) * 2, GREY)
+    canvas.paste(alone, (-corner[0], -corner[1]))
+    return canvas
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Masked:
-    """An image and its masks; what several encoders need of them is computed once."""
-
-    image: Image.Image
-    rles: Sequence[Rle]
-
-    @functools.cache  # noqa: B019 - lives as long as its batch
-    def weights(self, geometry: Geometry, grid: tuple[int, int]) -> NDArray[np.float32]:
-        """`token_weights` of all masks, a few at a time: all at once, a photograph's may not fit memory."""
-        some = max(1, MASK_PIXELS_AT_ONCE // (geometry.width * geometry.height))
-        chunks = (self.rles[i : i + some] for i in range(0, len(self.rles), some))
-        none = np.empty((0, grid[0] * grid[1]), np.float32)
-        masks = (np.array([mask_of(rle) for rle in chunk]) for chunk in chunks)
-        return np.concatenate([none, *(token_weights(chunk, geometry, grid) for chunk in masks)])
+@functools.lru_cache(16)  # what several encoders need of the images of a batch is computed once
+def _weights(counts: tuple[str, ...], geometry: Geometry, grid: tuple[int, int]) -> NDArray[np.float32]:
+    """`token_weights` of masks by run lengths, a few at a time: all at once, a photograph's may not fit memory."""
+    rles = [{"size": [geometry.height, geometry.width], "counts": its} for its in counts]
+    some = max(1, MASK_PIXELS_AT_ONCE // (geometry.width * geometry.height))
+    masks = (np.array([mask_of(rle) for rle in rles[i : i + some]]) for i in range(0, len(rles), some))
+    none = np.empty((0, grid[0] * grid[1]), np.float32)
+    return np.concatenate([none, *(token_weights(chunk, geometry, grid) for chunk in masks)])
 
 
-def _batch(side: int) -> int:
-    """Images of that side that are encoded at once: on a CPU small ones are a third slower in hundreds."""
-    return max(1, min(16, PIXELS_AT_ONCE // side**2))
+Masked = tuple[Image.Image, Sequence[Rle]]  # an image and its masks
 
 
-def _in_map(encoder: Encoder, batch: Sequence[_Masked]) -> list[NDArray[Any]]:
+def _in_map(encoder: Encoder, batch: Sequence[Masked]) -> list[NDArray[Any]]:
     """The paper's way: the image is encoded whole, and a mask's feature is the mean of the map under it."""
-    maps, geometry = dense_maps(encoder, [one.image for one in batch]), uncropped(encoder).preprocess.geometry
-    grid = (maps.shape[2], maps.shape[3])
-    flat = maps.reshape(len(maps), maps.shape[1], -1)
-    return [one.weights(geometry(*one.image.size), grid) @ its.T for one, its in zip(batch, flat, strict=True)]
+    maps, geometry = dense_maps(encoder, [image for image, _ in batch]), uncropped(encoder).preprocess.geometry
+    found = []
+    for (image, rles), its in zip(batch, maps, strict=True):
+        weights = _weights(tuple(rle["counts"] for rle in rles), geometry(*image.size), its.shape[1:])
+        found.append(weights @ its.reshape(len(its), -1).T)
+    return found
 
 
-def _cut_out(encoder: Encoder, batch: Sequence[_Masked]) -> list[NDArray[Any]]:
+def _cut_out(encoder: Encoder, batch: Sequence[Masked]) -> list[NDArray[Any]]:
     """Every mask is an image of its own, read as the encoder's authors read images (class token or mean)."""
-    cut = [alone for one in batch for rle in one.rles for alone in cut_outs(one.image, mask_of(rle)[None])]
-    some = _batch(encoder.image_size)
+    cut = [cut_out(image, mask_of(rle)) for image, rles in batch for rle in rles]
+    some = encoder.images_at_once
     inputs = (encoder.inputs(cut[i : i + some]) for i in range(0, len(cut), some))
     found = [encoder.pooled(pixels, [encoder.headline])[encoder.headline].cpu().numpy() for pixels in inputs]
-    ends = np.cumsum([len(one.rles) for one in batch])[:-1]
+    ends = np.cumsum([len(rles) for _, rles in batch])[:-1]
     return np.split(np.concatenate(found), ends) if found else [np.empty((0, 0))] * len(batch)
 
 
-VIEWS: Mapping[str, Callable[[Encoder, Sequence[_Masked]], list[NDArray[Any]]]] = {"map": _in_map, "cut_out": _cut_out}
+VIEWS: Mapping[str, Callable[[Encoder, Sequence[Masked]], list[NDArray[Any]]]] = {"map": _in_map, "cut_out": _cut_out}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,69 +132,49 @@ class MaskFeatures:
         """`(N, C)` features of unit length of an image's masks, by one encoder."""
         path = self.places[image_id]
         with reading(path), np.load(path) as arrays:  # of which this one alone is read
-            found: Features = arrays[f"{source}/{image_id}"]
-        return found
+            return arrays[f"{source}/{image_id}"]
 
 
 def encode_masks(
-    encoders: Mapping[str, Encoder],
-    dataset: CocoDataset,
-    masks: Mapping[int, Sequence[Rle]],
-    folder: Path | None = None,
-    view: str = "map",
-) -> MaskFeatures:
+    encoders: Mapping[str, Encoder], dataset: CocoDataset, masks: Mapping[int, Sequence[Rle]],
+    folder: Path | None = None, view: str = "map",
+) -> MaskFeatures:  # fmt: skip
     """Features of masks (by image id) by all encoders, in a view of `VIEWS`; a rerun finds them in `folder`'s files."""
-    folder = folder or cache_dir() / "mask_features"
-    remove_leftovers(folder)
-    places = dict[int, Path]()
     key = [FORMAT, {name: encoder.key for name, encoder in encoders.items()}, dataset.hash, view]
-    batch = _batch(max(encoder.image_size for encoder in encoders.values()))
-    read = functools.partial(_read, encoders, dataset, VIEWS[view])
-    bar = shown(dataset, masks, "features of masks")
+    # an encoder serves one thread at a time: two at once would read each other's features
+    threads = len(encoders) > 1 and all(encoder.device.type == "cpu" for encoder in encoders.values())
+
+    def features(some: Sequence[int]) -> dict[str, Features]:
+        batch = [(read_image(dataset, image_id), masks[image_id]) for image_id in some]
+        jobs = [(encoder, batch) for encoder in encoders.values()]
+        found = on_all_cores(VIEWS[view], jobs) if threads and len(batch) > 1 else itertools.starmap(VIEWS[view], jobs)
+        named = zip(encoders, found, strict=True)
+        return {f"{name}/{n}": unit(of) for name, its in named for n, of in zip(some, its, strict=True)}
+
+    side = max(encoder.image_size for encoder in encoders.values())
+    batch = max(1, min(16, PIXELS_AT_ONCE // side**2))  # names the files: not `images_at_once`, which asks the GPU
+    places, bar = dict[int, Path](), shown(dataset, masks, "features of masks")
     while some := list(itertools.islice(bar, batch)):
-        chosen = {image_id: masks[image_id] for image_id in some}
-        counts = [(image_id, [rle["counts"] for rle in rles]) for image_id, rles in chosen.items()]
-        path = folder / f"{hash_value([*key, counts])}.npz"
+        counts = [(image_id, [rle["counts"] for rle in masks[image_id]]) for image_id in some]
+        path = (folder or cache_dir() / "mask_features") / f"{hash_value([*key, counts])}.npz"
         if not path.is_file():  # else nothing is read yet
-            kept(path, functools.partial(read, chosen))
-        places |= dict.fromkeys(chosen, path)
+            kept(path, functools.partial(features, some))
+        places |= dict.fromkeys(some, path)
     return MaskFeatures(places)
 
 
-def _read(
-    encoders: Mapping[str, Encoder],
-    dataset: CocoDataset,
-    view: Callable[[Encoder, Sequence[_Masked]], list[NDArray[Any]]],
-    masks: Mapping[int, Sequence[Rle]],
-) -> dict[str, Features]:
-    """Features of the masks of a few images, named as `MaskFeatures` looks them up."""
-    batch = [_Masked(read_image(dataset, image_id), rles) for image_id, rles in masks.items()]
-    jobs = [(encoder, batch) for encoder in encoders.values()]
-    # an encoder serves one thread at a time: two at once would read each other's features
-    side_by_side = len(batch) > 1 and len(jobs) > 1 and all(encoder.device.type == "cpu" for encoder, _ in jobs)
-    found = on_all_cores(view, jobs) if side_by_side else itertools.starmap(view, jobs)
-    return {
-        f"{name}/{image_id}": unit(features)
-        for name, its in zip(encoders, found, strict=True)
-        for image_id, features in zip(masks, its, strict=True)
-    }
-
-
 def reference_features(
-    encoders: Mapping[str, Encoder],
-    dataset: CocoDataset,
-    instances: Sequence[Instance],
-    folder: Path | None = None,
-    view: str = "map",
-) -> dict[str, dict[int, Features]]:
+    encoders: Mapping[str, Encoder], dataset: CocoDataset, instances: Sequence[Instance],
+    folder: Path | None = None, view: str = "map",
+) -> dict[str, dict[int, Features]]:  # fmt: skip
     """`(C,)` feature of each instance, by encoder and instance id (see `encode_masks`)."""
-    by_image: dict[int, list[Instance]] = {}
+    by_image = defaultdict[int, list[Instance]](list)
     for instance in instances:
-        by_image.setdefault(instance.image_id, []).append(instance)
-    rles = {image_id: [i.rle for i in found] for image_id, found in by_image.items()}
-    features = encode_masks(encoders, dataset, rles, folder, view)
-    ids = [instance.id for found in by_image.values() for instance in found]
-    return {
-        name: dict(zip(ids, (vector for n in by_image for vector in features.of(name, n)), strict=True))
-        for name in encoders
-    }
+        by_image[instance.image_id].append(instance)
+    masks = {image_id: [instance.rle for instance in found] for image_id, found in by_image.items()}
+    features = encode_masks(encoders, dataset, masks, folder, view)
+    of_instances = {name: dict[int, Features]() for name in encoders}
+    for (image_id, found), name in itertools.product(by_image.items(), encoders):
+        ids = [instance.id for instance in found]
+        of_instances[name] |= zip(ids, features.of(name, image_id), strict=True)
+    return of_instances

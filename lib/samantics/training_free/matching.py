@@ -1,7 +1,5 @@
 """Training-free classification of proposals: features of masks against a memory of a few references per class."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,11 +28,7 @@ class MemoryBank:
 
 
 def remember(references: Mapping[int, Sequence[Instance]], features: Mapping[int, Features]) -> MemoryBank:
-    """The memory bank of references (by category), given their features `(C,)` by instance id.
-
-    Raises:
-        StudyError: no category has a reference.
-    """
+    """The memory bank of references (by category, one at least), given their features `(C,)` by instance id."""
     chosen = {category: instances for category, instances in references.items() if instances}
     if not chosen:
         raise StudyError("no category has a reference: give annotated reference images")
@@ -80,8 +74,7 @@ def class_scores(bank: MemoryBank, features: Features, scoring: str = "prototype
     Raises:
         StudyError: no such scoring.
     """
-    scores: Features = _chosen(SCORINGS, scoring, "scoring")(bank, features).clip(min=0)
-    return scores
+    return _chosen(SCORINGS, scoring, "scoring")(bank, features).clip(min=0)
 
 
 def merged_scores(
@@ -89,9 +82,8 @@ def merged_scores(
 ) -> NDArray[np.float64]:
     """Scores `(N,)` after merging, for masks ranked best first; 0 marks a mask that is dropped.
 
-    IoS_ij = |M_i and M_j| / |M_i| is the share of mask i inside a better-ranked mask j of its class. `hard` drops where
-    the largest exceeds one half; `soft` multiplies by sqrt(1 - largest); `semantic_soft` does with IoS_ij times
-    max(0, f_i . f_j), so that a part that looks unlike the whole is kept (arXiv 2507.02798).
+    By the largest share of mask i inside a better mask j of its class, IoS_ij = |M_i and M_j| / |M_i|; `semantic_soft`
+    takes it times max(0, f_i . f_j), so that a part that looks unlike the whole is kept (arXiv 2507.02798).
     """
     factor, final = _chosen(MERGINGS, merging, "merging"), scores.astype(np.float64)
     if merging == "none":
@@ -107,14 +99,9 @@ def merged_scores(
 
 
 def match(
-    image_id: int,
-    proposals: Proposals,
-    features: Features,
-    bank: MemoryBank,
-    scoring: str = "prototype",
-    merging: str = "none",
-    nms: float = 0.5,
-) -> list[Result]:
+    image_id: int, proposals: Proposals, features: Features, bank: MemoryBank,
+    scoring: str = "prototype", merging: str = "none", nms: float = 0.5,
+) -> list[Result]:  # fmt: skip
     """The classified, ranked instances of one image as COCO results; none where there are no proposals.
 
     Args:
@@ -131,14 +118,9 @@ def match(
 
 
 def ranked(
-    image_id: int,
-    proposals: Proposals,
-    features: Features,
-    categories: NDArray[np.int64],
-    scores: NDArray[Any],
-    merging: str = "none",
-    nms: float = 0.5,
-) -> list[Result]:
+    image_id: int, proposals: Proposals, features: Features, categories: NDArray[np.int64], scores: NDArray[Any],
+    merging: str = "none", nms: float = 0.5,
+) -> list[Result]:  # fmt: skip
     """COCO results of proposals with categories and scores `(N,)`, the best 100 after per-class NMS and merging."""
     boxes, *others = (torch.as_tensor(v) for v in (proposals.boxes, proposals.predicted_iou, categories))
     alone = batched_nms(boxes, *others, nms).numpy()
@@ -146,10 +128,11 @@ def ranked(
     found, categories = proposals.select(alone), categories[alone]
     final = merged_scores(found.rles, features[alone], categories, scores[alone], merging)
     order = [row for row in np.argsort(-final, kind="stable").tolist() if final[row] > 0][:100]
-    return [result_of(image_id, int(categories[row]), found.rles[row], found.boxes[row], final[row]) for row in order]
+    return [result_of(image_id, int(categories[row]), found, row, final[row]) for row in order]
 
 
-def result_of(image_id: int, category_id: int, rle: Rle, box: NDArray[np.float64], score: float) -> Result:
-    """One entry of a COCO result file; `box` is x0, y0, x1, y1."""
-    place = {"image_id": image_id, "category_id": category_id, "bbox": xywh(tuple(box.tolist()))}
-    return {**place, "segmentation": rle, "score": float(score)}
+def result_of(image_id: int, category_id: int, proposals: Proposals, row: int, score: float) -> Result:
+    """One entry of a COCO result file: one of the proposals, with a name."""
+    box = xywh(tuple(proposals.boxes[row].tolist()))
+    place = {"image_id": image_id, "category_id": category_id, "bbox": box}
+    return {**place, "segmentation": proposals.rles[row], "score": float(score)}

@@ -1,7 +1,5 @@
 """Notebook 03's way from data to AP: proposals, a memory bank of references, matching, one row per variant."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -19,13 +17,7 @@ from samantics.models.encoder import Encoder, load_encoder, within_reach
 from samantics.run import Run
 from samantics.training_free.mask_features import Features, MaskFeatures, encode_masks, reference_features
 from samantics.training_free.matching import MemoryBank, match, remember
-from samantics.training_free.proposals import (
-    Proposals,
-    ProposalSettings,
-    get_proposals,
-    masks_from_boxes,
-    true_masks,
-)
+from samantics.training_free.proposals import Proposals, ProposalSettings, get_proposals, masks_from_boxes, true_masks
 
 FORMAT = 3  # of cached tables; raised when the same settings would give other numbers
 PROPOSERS = ("sam", "sam2", "truth")
@@ -33,22 +25,14 @@ PROPOSERS = ("sam", "sam2", "truth")
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One row of the table: where masks and meaning come from.
+    """One row of the table: where masks and meaning come from."""
 
-    Attributes:
-        proposals: `sam`, `sam2` or `truth` (the annotated masks, all of which are kept).
-        source: of meaning, a model's name.
-        merging, scoring: names of `matching.MERGINGS` and `matching.SCORINGS`.
-        shots: references per class.
-        view: of `mask_features.VIEWS`: how the source sees a mask.
-    """
-
-    proposals: str = "sam"
-    source: str = "dinov2"
-    merging: str = "none"
-    shots: int = 10
-    scoring: str = "prototype"
-    view: str = "map"
+    proposals: str = "sam"  # `sam`, `sam2` or `truth` (the annotated masks, all of which are kept)
+    source: str = "dinov2"  # of meaning, a model's name
+    merging: str = "none"  # of `matching.MERGINGS`
+    shots: int = 10  # references per class
+    scoring: str = "prototype"  # of `matching.SCORINGS`
+    view: str = "map"  # of `mask_features.VIEWS`: how the source sees a mask
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,19 +47,19 @@ class Pipeline:
 
     @functools.cached_property
     def references(self) -> dict[int, dict[int, tuple[Instance, ...]]]:
-        """By seed, then category: the headline's references, of which fewer shots take the first.
+        """By seed, then category, as many as the most shots ask for; fewer shots take the first.
 
         Where the file has a box and no mask, SAM makes the mask.
         """
-        settings, dataset = self.run.scale.pipeline, self.data.references
-        most = max(settings.shots, *settings.shot_curve)
-        chosen = [choose_references(dataset, most, seed, self.data.rule) for seed in range(settings.reference_seeds)]
-        every = {i.id: i for groups in chosen for group in groups.values() for i in group}
+        settings, dataset, rule = self.run.scale.pipeline, self.data.references, self.data.rule
+        most, seeds = max(settings.shots, *settings.shot_curve), range(settings.reference_seeds)
+        chosen = {seed: choose_references(dataset, most, seed, rule) for seed in seeds}
+        every = {i.id: i for groups in chosen.values() for group in groups.values() for i in group}
         masked = masks_from_boxes(self.models["sam"].model, dataset, [i for i in every.values() if i.box_only])
         every |= {instance.id: instance for instance in masked}
         return {
             seed: {category: tuple(every[i.id] for i in group) for category, group in groups.items()}
-            for seed, groups in enumerate(chosen)
+            for seed, groups in chosen.items()
         }
 
     def bank(self, source: str, shots: int, seed: int = 0, view: str = "map") -> MemoryBank:
@@ -86,10 +70,10 @@ class Pipeline:
     @functools.cache  # noqa: B019 - one pipeline lives as long as its notebook
     def proposals(self, proposer: str) -> dict[int, Proposals]:
         """Proposals of every target by `sam` or `sam2`; `truth` gives the annotated masks."""
+        targets, folder = self.data.targets, self.run.cache / "proposals"
         if proposer == "truth":
-            return true_masks(self.data.targets)
-        root = self.run.cache / "proposals"
-        return get_proposals(self.models[proposer], self.data.targets, self.proposal_settings, root)
+            return true_masks(targets)
+        return get_proposals(self.models[proposer], targets, self.proposal_settings, folder)
 
     def features(self, proposer: str, source: str, image_id: int, view: str = "map") -> Features:
         """`(N, C)` features of unit length of one image's proposals, by one source."""
@@ -127,18 +111,16 @@ class Pipeline:
             results += match(image_id, found, features, bank, variant.scoring, variant.merging, nms)
         return results
 
+    def runs(self, variant: Variant) -> list[list[Result]]:
+        """`predict` with each draw of references."""
+        return [self.predict(variant, seed) for seed in self.references]
+
 
 def start(
-    run: Run,
-    references: str = "",
-    targets: str = "",
-    images: str = "",
-    weights: str = "",
-    proposers: Sequence[str] = PROPOSERS,
-    skip_bad_images: bool = False,
-    min_area: float = ReferenceRule.min_area,
+    run: Run, references: str = "", targets: str = "", images: str = "", weights: str = "",
+    proposers: Sequence[str] = PROPOSERS, skip_bad_images: bool = False, min_area: float = ReferenceRule.min_area,
     target_images: str = "",
-) -> Pipeline:
+) -> Pipeline:  # fmt: skip
     """A pipeline on these files or, without any, on the scale's own data.
 
     Args:
@@ -154,20 +136,15 @@ def start(
     data = load_data(run, references, targets, images, skip_bad_images, min_area, target_images)
     if settings.targets and not targets:
         data = dataclasses.replace(data, targets=data.targets.first(settings.targets))
-    size = None if chosen == "zoo" else settings.semantic_size or None
-    models = {
-        name: load_encoder(name, chosen, run.device, run.seed, image_size=size if name == "dinov2" else None)
-        for name in within_reach(settings.sources, chosen)
-    }
+    names = within_reach(settings.sources, chosen)
+    models = {name: load_encoder(name, chosen, run.device, run.seed) for name in names}
+    if settings.semantic_size and chosen != "zoo" and "dinov2" in models:
+        larger = dataclasses.replace(models["dinov2"].preprocess, size=settings.semantic_size, short=0)
+        models["dinov2"] = dataclasses.replace(models["dinov2"], preprocess=larger)
     for name, model in models.items():
         run.record(f"weights_{name}", model.weights_hash)
-    limits = ProposalSettings(
-        settings.points_per_side, settings.predicted_iou, settings.stability, box_nms=settings.box_nms
-    )
-    return Pipeline(run, data, models, limits, tuple(proposers))
-
-
-# --------------------------------------------------------------------------------------------------------- tables
+    limits = {name: getattr(settings, name) for name in ("points_per_side", "predicted_iou", "stability", "box_nms")}
+    return Pipeline(run, data, models, ProposalSettings(**limits), tuple(proposers))
 
 
 def ap_table(pipeline: Pipeline, variants: Iterable[Variant], iou_types: Sequence[str] = IOU_TYPES) -> pd.DataFrame:
@@ -178,8 +155,7 @@ def ap_table(pipeline: Pipeline, variants: Iterable[Variant], iou_types: Sequenc
     """
 
     def rows(variant: Variant) -> list[dict[str, Any]]:
-        runs = [pipeline.predict(variant, seed) for seed in pipeline.references]
-        head = dataclasses.asdict(variant)
+        runs, head = pipeline.runs(variant), dataclasses.asdict(variant)
         tail = {name: head.pop(name) for name in ("scoring", "view")}
         return [head | ap_row(pipeline.data.targets, runs, iou_type) | tail for iou_type in iou_types]
 
@@ -191,11 +167,8 @@ def mask_ap_difference(pipeline: Pipeline, more: Variant, less: Variant) -> Diff
     """Mask AP of one variant minus that of another, paired over images and seeds of references, in points."""
 
     def difference() -> Difference:
-        targets = pipeline.data.targets
-        runs = [
-            [evaluate(targets, pipeline.predict(v, s), sizes=False) for s in pipeline.references] for v in (more, less)
-        ]
-        return ap_difference_by_seeds([(1, runs[0]), (-1, runs[1])])
+        every = ([evaluate(pipeline.data.targets, run, sizes=False) for run in pipeline.runs(v)] for v in (more, less))
+        return ap_difference_by_seeds(list(zip((1, -1), every, strict=True)))
 
     return Difference(*kept_result(pipeline, [more, less], ["difference"], difference))
 
@@ -206,21 +179,16 @@ def kept_result(
     """What `make` returns, from the run's cache where all that it depends on is as it was (`what`: its name, ...)."""
     data, models = pipeline.data, pipeline.models
     names = sorted({name for v in variants for name in (v.source, v.proposals) if name in models})
-    key = hash_value(
-        [
-            FORMAT,
-            [data.references.hash, data.targets.hash, dataclasses.asdict(data.rule)],
-            [dataclasses.asdict(pipeline.proposal_settings), pipeline.run.scale.pipeline.reference_seeds],
-            [{name: models[name].key for name in names}, [dataclasses.asdict(v) for v in variants], what],
-        ]
-    )
-    return kept(pipeline.run.cache / "pipeline" / f"{key}.{ending}", make)
+    files = [data.references.hash, data.targets.hash, dataclasses.asdict(data.rule)]
+    settings = [dataclasses.asdict(pipeline.proposal_settings), pipeline.run.scale.pipeline.reference_seeds]
+    asked = [{name: models[name].key for name in names}, [dataclasses.asdict(v) for v in variants], what]
+    return kept(pipeline.run.cache / "pipeline" / f"{hash_value([FORMAT, files, settings, asked])}.{ending}", make)
 
 
 def ap_row(targets: CocoDataset, runs: Sequence[Sequence[Result]], iou_type: str) -> dict[str, Any]:
     """COCO's nine figures, averaged over runs (None where no object has that size), and AP's interval."""
     evaluations = [evaluate(targets, results, iou_type) for results in runs]
     means = pd.DataFrame([e.metrics for e in evaluations], columns=METRICS).astype(float).mean()
-    interval = ap_interval(evaluations)
     metrics = means.astype(object).where(means.notna(), None).to_dict()
-    return {"iou_type": iou_type, **metrics, "low": interval.low, "high": interval.high, "seeds": len(runs)}
+    _, low, high = ap_interval(evaluations)
+    return {"iou_type": iou_type, **metrics, "low": low, "high": high, "seeds": len(runs)}

@@ -1,11 +1,9 @@
 """Notebook 05: the reader's own images and COCO files, a small example in their place, and files to take away."""
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,9 @@ from PIL import Image
 from torchvision.utils import draw_bounding_boxes
 
 from samantics import plots
-from samantics.cache import atomic_path, write_json
-from samantics.data.coco import CocoDataset, ImageRecord, load_coco, mask_of, read_image, shown, write_coco
+from samantics.cache import atomic_path, write_json, write_text
+from samantics.data.coco import CocoDataset, ImageRecord, mask_of, read_image, shown
+from samantics.data.coco_files import write_coco
 from samantics.metrics.coco_ap import Result
 from samantics.models import pocket
 from samantics.mojiworld import catalogue as tables
@@ -52,19 +51,19 @@ def inputs(
     settings, shots = run.scale.pipeline, shots or run.scale.pipeline.shots
     settings = dataclasses.replace(settings, shots=shots, shot_curve=(shots,))
     scale = dataclasses.replace(run.scale, weights=weights or run.scale.weights, pipeline=settings)
-    run, own = dataclasses.replace(run, scale=scale), any(files.values())
-    if folder or own:
-        run = own_data(run)
-        empty_own(run.figures, "05_*", filter(None, [folder, *files.values()]))
-        return run, folder, dict(files) if own else {}
-    return run, str(_example_folder(run.cache / "example/folder")), _example_files(run.cache / "example")
+    run, given = dataclasses.replace(run, scale=scale), list(filter(None, [folder, *files.values()]))
+    if not given:
+        return run, str(_example_folder(run.cache / "example/folder")), _example_files(run.cache / "example")
+    run = own_data(run)
+    empty_own(run.figures, "05_*", given)
+    return run, folder, dict(files) if any(files.values()) else {}
 
 
 def _example_folder(folder: Path) -> Path:
     """Pictures of a few classes by several artists, a sub-folder for each."""
     drawings, names = visible_drawings("labels", "novel")[0], tables.catalogue()["class"]
-    stream, wanted = Stream("example", "labels", ("object",)), names[drawings].unique()[: EXAMPLE["classes"]]
-    for name in wanted:
+    stream = Stream("example", "labels", ("object",))
+    for name in names[drawings].unique()[: EXAMPLE["classes"]]:
         own = drawings[names[drawings] == name]
         for number in range(EXAMPLE["pictures"]):
             path = folder / name / f"{number:02d}.png"
@@ -78,7 +77,7 @@ def _example_files(home: Path) -> dict[str, str]:
     files = {"images": str(home)}
     for role in ("references", "targets"):
         stream = Stream(f"example {role}", role, ("scene",), "novel")
-        scenes, path = load_coco(*write_scenes(WORLD, stream, EXAMPLE[role], home)), home / f"{role}.json"
+        scenes, path = write_scenes(WORLD, stream, EXAMPLE[role], home), home / f"{role}.json"
         images = [dataclasses.replace(r, file=f"{scenes.folder.name}/{r.file}") for r in scenes.images.values()]
         write_coco(path, images, scenes.categories, scenes.instances)
         files[role] = str(path)
@@ -87,11 +86,11 @@ def _example_files(home: Path) -> dict[str, str]:
 
 def top_results(results: Sequence[Result], min_score: float = 0.0, most: int = 20) -> list[Result]:
     """The best-scored results of each image, best first: at most `most`, none below `min_score`."""
-    left, chosen = dict.fromkeys([result["image_id"] for result in results], most), []
+    chosen, counts = [], Counter[int]()
     for result in sorted(results, key=lambda r: -r["score"]):
-        if result["score"] >= min_score and left[result["image_id"]]:
+        counts[result["image_id"]] += 1
+        if result["score"] >= min_score and counts[result["image_id"]] <= most:
             chosen.append(result)
-            left[result["image_id"]] -= 1
     return chosen
 
 
@@ -120,10 +119,10 @@ def export(results: Sequence[Result], dataset: CocoDataset, names: Mapping[int, 
         The files.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    place = {category: number for number, category in enumerate(names)}
-    stems, annotations = _stems(dataset), list[dict[str, Any]]()
+    place, annotations = {category: number for number, category in enumerate(names)}, list[dict[str, Any]]()
+    stems = _stems(dataset)
     for image_id in shown(dataset, dataset.images, "files to take away"):
-        record = dataset.images[image_id]
+        record, stem = dataset.images[image_id], stems[image_id]
         found = [result for result in results if result["image_id"] == image_id]
         masks = [mask_of(result["segmentation"]) for result in found]
         labels = np.zeros((record.height, record.width), np.uint8 if len(names) < 256 else np.uint16)
@@ -133,13 +132,12 @@ def export(results: Sequence[Result], dataset: CocoDataset, names: Mapping[int, 
             entry = {"id": len(annotations) + 1, "iscrowd": 0, "area": float(mask.sum())}
             annotations.append({**result, **entry, "segmentation": polygons(mask)})
         words = [f"{names[result['category_id']]} {result['score']:.2f}" for result in found]
-        overlay = _overlay(read_image(dataset, image_id), found, masks, words)
-        _save(folder / "label_maps" / f"{stems[image_id]}.png", labels)
-        _save(folder / "overlays" / f"{stems[image_id]}.png", overlay)
-        _write(folder / "yolo" / f"{stems[image_id]}.txt", [_yolo_line(result, place, record) for result in found])
+        _save(folder / "label_maps" / f"{stem}.png", labels)
+        _save(folder / "overlays" / f"{stem}.png", _overlay(read_image(dataset, image_id), found, masks, words))
+        write_text(folder / "yolo" / f"{stem}.txt", "".join(_yolo_line(result, place, record) for result in found))
     write_json(folder / "instances.json", _coco_head(dataset, names) | {"annotations": annotations})
     write_json(folder / "results.json", list(results))
-    _write(folder / "classes.txt", names.values())
+    write_text(folder / "classes.txt", "".join(f"{name}\n" for name in names.values()))
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
@@ -148,19 +146,20 @@ def _coco_head(dataset: CocoDataset, names: Mapping[int, str]) -> dict[str, Any]
     return {"images": images, "categories": [{"id": category, "name": name} for category, name in names.items()]}
 
 
+def _stems(dataset: CocoDataset) -> dict[int, str]:
+    """What the files of each image are called: as the image without its ending, and its id where others are, too."""
+    stems = {image_id: str(Path(record.file).with_suffix("")) for image_id, record in dataset.images.items()}
+    while len(set(stems.values())) < len(stems):  # again, where x.png has become x_1 and there is an x_1.png
+        alike = Counter(stems.values())
+        stems = {n: f"{stem}_{n}" if alike[stem] > 1 else stem for n, stem in stems.items()}
+    return stems
+
+
 def _yolo_line(result: Result, place: Mapping[int, int], record: ImageRecord) -> str:
     """`class x y width height`."""
     x, y, width, height = result["bbox"]
-    centre = (x + width / 2) / record.width, (y + height / 2) / record.height
-    shares = (*centre, width / record.width, height / record.height)
-    return " ".join([str(place[result["category_id"]]), *(f"{share:.6f}" for share in shares)])
-
-
-def _stems(dataset: CocoDataset) -> dict[int, str]:
-    """File names without ending, by image id; images that differ in their ending only get their id as well."""
-    stems = {image_id: str(Path(record.file).with_suffix("")) for image_id, record in dataset.images.items()}
-    counts = Counter(stems.values())
-    return {image_id: f"{stem}_{image_id}" if counts[stem] > 1 else stem for image_id, stem in stems.items()}
+    shares = np.array([x + width / 2, y + height / 2, width, height]) / ([record.width, record.height] * 2)
+    return " ".join([str(place[result["category_id"]]), *(f"{share:.6f}" for share in shares)]) + "\n"
 
 
 def _overlay(
@@ -182,8 +181,3 @@ def _overlay(
 def _save(path: Path, pixels: NDArray[Any]) -> None:
     with atomic_path(path) as temporary:
         Image.fromarray(pixels).save(temporary)
-
-
-def _write(path: Path, lines: Iterable[str]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -1,7 +1,5 @@
 """What an objective is: one class that holds a model and turns a batch of pictures into a loss."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
@@ -13,10 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
-from typing_extensions import override
 
-from samantics.models.encoder import Encoder
-from samantics.models.preprocessing import IMAGENET
+from samantics.models.encoder import ZOO, Encoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +27,10 @@ class Batch:
     @property
     def pixels(self) -> Tensor:
         """`(B, 3, side, side)` normalised."""
-        if self.side == self.images.shape[-1]:
-            return normalised(self.images)
-        floats = self.images.float() / 255
-        return normalised(functional.interpolate(floats, self.side, mode="bilinear", antialias=True))
+        images = self.images
+        if self.side != images.shape[-1]:
+            images = functional.interpolate(images.float() / 255, self.side, mode="bilinear", antialias=True)
+        return normalised(images)
 
 
 class Objective(nn.Module):
@@ -42,7 +38,6 @@ class Objective(nn.Module):
 
     model: Any  # what is shipped: the official package's own class
 
-    @override
     def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to minimise, and figures for the log."""
         raise NotImplementedError
@@ -56,8 +51,7 @@ class Objective(nn.Module):
 
     def shipped(self) -> nn.Module:
         """The model as it is used after the training."""
-        model: nn.Module = self.model
-        return model
+        return self.model
 
 
 def at_size(module: nn.Module, name: str, pixels: Tensor, grid: int) -> Tensor:
@@ -68,8 +62,7 @@ def at_size(module: nn.Module, name: str, pixels: Tensor, grid: int) -> Tensor:
     table = module.get_parameter(name)
     square = table if table.ndim == 4 else table[1:].unflatten(0, (math.isqrt(len(table) - 1),) * 2)[None]
     if square.shape[1] == grid:
-        output: Tensor = module(pixels)
-        return output
+        return module(pixels)
     square = functional.interpolate(square.permute(0, 3, 1, 2), (grid, grid), mode="bicubic").permute(0, 2, 3, 1)
     fitted = square if table.ndim == 4 else torch.cat([table[:1], square[0].flatten(0, 1)])
     return functional_call(module, {name: fitted}, (pixels,))
@@ -77,9 +70,7 @@ def at_size(module: nn.Module, name: str, pixels: Tensor, grid: int) -> Tensor:
 
 def normalised(images: Tensor) -> Tensor:
     """`(B, 3, S, S)` uint8 RGB, or float RGB in 0-1, to what the zoo's encoders take."""
-    pixels = images.float() / 255 if images.dtype == torch.uint8 else images
-    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in IMAGENET)
-    return (pixels - mean) / std
+    return ZOO.normalised(images, seen=images[:, 0])  # which only padded images need
 
 
 def batches(images: NDArray[np.uint8], size: int = 64) -> Iterator[Tensor]:

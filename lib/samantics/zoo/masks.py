@@ -1,8 +1,5 @@
 """SAM and SAM 2: masks from clicks and boxes."""
 
-from __future__ import annotations
-
-import itertools
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -18,6 +15,10 @@ from samantics.models import pocket
 from samantics.zoo.contract import Batch, Objective, at_size
 
 PROMPTED = 4  # prompts for every image
+MAE_NAMES = {  # parts of a name in MAE's trunk, and in SAM's
+    "vit.embeddings.patch_embeddings.projection": "patch_embed.proj", "vit.layers.": "blocks.",
+    "attention.o_proj": "attn.proj", "layernorm_before": "norm1", "layernorm_after": "norm2", "mlp.fc": "mlp.lin",
+}  # fmt: skip
 
 
 class SamObjective(Objective):
@@ -61,9 +62,9 @@ class SamObjective(Objective):
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """The neck's output `(B, C, g, g)`, from normalised pixels; SAM 2 adds its two finer levels."""
-        encoder, side = self.model.image_encoder, pixels.shape[-1]
+        side = pixels.shape[-1]
         self.fit(side)
-        return (at_size(encoder, "pos_embed", pixels, side // self.config.patch_size),)
+        return (at_size(self.model.image_encoder, "pos_embed", pixels, side // self.config.patch_size),)
 
     def fit(self, side: int) -> None:
         """Tell the prompt encoder the size of the pictures, which it keeps as two numbers."""
@@ -73,7 +74,7 @@ class SamObjective(Objective):
     def prompt(
         self, points: Any = None, labels: Any = None, boxes: Any = None, before: Any = None
     ) -> tuple[Tensor, Tensor]:
-        """The package's tokens and map of one prompt for each of N objects.
+        """The package's tokens and map of one prompt for each of N objects: `sparse, dense` of `decode`.
 
         Args:
             points, labels: `(N, K, 2)` x, y in pixels and `(N, K)` 1 = object, 0 = background.
@@ -81,29 +82,31 @@ class SamObjective(Objective):
             before: `(N, 1, 4g, 4g)` logits of an earlier mask.
         """
         clicks = None if points is None else (points, labels)
-        sparse, dense = self.prompts(self.model)(points=clicks, boxes=boxes, masks=before)
-        return sparse, dense
+        return self.prompts(self.model)(points=clicks, boxes=boxes, masks=before)
 
     def decode(self, image: tuple[Tensor, ...], sparse: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `(N, 4, 4g, 4g)` of all masks of N prompts (first the single-mask token's), predicted IoU `(N, 4)`.
 
-        Args:
-            image: of `embed`, repeated: one for each prompt.
-            sparse, dense: of `prompt`.
+        `image` is `embed`'s, repeated: one for each prompt.
         """
-        logits, iou, *_ = self.predict(image, self.prompts(self.model).get_dense_pe(), sparse, dense)
-        return logits.float(), iou.float()
-
-    def predict(self, image: tuple[Tensor, ...], position: Tensor, sparse: Tensor, dense: Tensor) -> Any:
-        """The package's mask decoder on as many prompts as images."""
-        # it repeats one image for all prompts and adds the dense prompt: so each image goes in there
+        position = self.model.prompt_encoder.get_dense_pe()
+        # the package repeats one image for all prompts and adds the dense prompt: so each image goes in there
         nothing = torch.zeros_like(image[0][:1])
-        return self.model.mask_decoder.predict_masks(nothing, position, sparse, dense + image[0])
+        logits, iou = self.model.mask_decoder.predict_masks(nothing, position, sparse, dense + image[0])
+        return logits.float(), iou.float()
 
     @override
     def start_from(self, parent: Mapping[str, Tensor]) -> None:
-        encoder = self.model.image_encoder
-        trunk = trunk_of_mae(parent, len(encoder.blocks))
+        encoder, trunk = self.model.image_encoder, {}
+        for name, value in parent.items():
+            for old, new in MAE_NAMES.items():
+                name = name.replace(old, new)
+            trunk[name] = value
+        for name in [name for name in trunk if "attention.q_proj" in name]:
+            parts = [trunk[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            trunk[name.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
+        positions = parent["vit.embeddings.position_embeddings"][0, 1:]
+        trunk["pos_embed"] = positions.unflatten(0, (math.isqrt(len(positions)),) * 2)[None]
         wanted = [key for key in encoder.state_dict() if not key.startswith("neck")]
         encoder.load_state_dict({key: trunk[key] for key in wanted}, strict=False)
 
@@ -127,10 +130,12 @@ class Sam2Objective(SamObjective):
         return coarse + self.model.no_mem_embed.view(1, -1, 1, 1), fine, middle
 
     @override
-    def predict(self, image: tuple[Tensor, ...], position: Tensor, sparse: Tensor, dense: Tensor) -> Any:
-        return self.model.sam_mask_decoder.predict_masks(
-            image[0], position, sparse, dense, repeat_image=False, high_res_features=list(image[1:])
+    def decode(self, image: tuple[Tensor, ...], sparse: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+        position, finer = self.model.sam_prompt_encoder.get_dense_pe(), list(image[1:])
+        logits, iou, _, _ = self.model.sam_mask_decoder.predict_masks(
+            image[0], position, sparse, dense, repeat_image=False, high_res_features=finer
         )
+        return logits.float(), iou.float()
 
 
 def chosen_masks(instances: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,13 +179,8 @@ def jittered(boxes: Tensor) -> Tensor:
 def best_of_masks_loss(logits: Tensor, predicted_iou: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """SAM's loss: 20 focal + dice of the best mask of each prompt, plus the squared error of every predicted IoU.
 
-    Args:
-        logits: `(B, M, s, s)`.
-        predicted_iou: `(B, M)`.
-        targets: `(B, s, s)` 0 or 1.
-
-    Returns:
-        The mean loss and the mean IoU of the best mask.
+    Of `(B, M, s, s)` logits, `(B, M)` predicted IoU and `(B, s, s)` targets 0 or 1 the mean loss, and the mean IoU of
+    the best mask.
     """
     target, hard = targets[:, None].expand_as(logits), logits > 0
     iou = (hard & target.bool()).sum((-2, -1)) / (hard | target.bool()).sum((-2, -1)).clamp(min=1)
@@ -189,27 +189,3 @@ def best_of_masks_loss(logits: Tensor, predicted_iou: Tensor, targets: Tensor) -
     dice = 1 - (2 * (chance * target).sum((-2, -1)) + 1) / (chance.sum((-2, -1)) + target.sum((-2, -1)) + 1)
     loss = (20 * focal + dice).amin(-1).mean() + functional.mse_loss(predicted_iou, iou)
     return loss, iou.amax(-1).mean()
-
-
-MAE_NAMES = {  # parts of a name in MAE's trunk, and in SAM's
-    "vit.embeddings.patch_embeddings.projection": "patch_embed.proj",
-    "vit.layers.": "blocks.",
-    "attention.o_proj": "attn.proj",
-    "layernorm_before": "norm1",
-    "layernorm_after": "norm2",
-    "mlp.fc": "mlp.lin",
-}
-
-
-def trunk_of_mae(weights: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """A pocket MAE's trunk under the names of SAM's image encoder."""
-    trunk = {}
-    for name, value in weights.items():
-        for old, new in MAE_NAMES.items():
-            name = name.replace(old, new)
-        trunk[name] = value
-    positions = weights["vit.embeddings.position_embeddings"][0, 1:]
-    trunk["pos_embed"] = positions.unflatten(0, (math.isqrt(len(positions)),) * 2)[None]
-    for block, kind in itertools.product((f"blocks.{number}." for number in range(depth)), ("weight", "bias")):
-        trunk[f"{block}attn.qkv.{kind}"] = torch.cat([trunk[f"{block}attention.{part}_proj.{kind}"] for part in "qkv"])
-    return trunk

@@ -1,16 +1,12 @@
-"""What each model of the pocket zoo is trained for: the same pictures for all, one class of one contract each.
+"""What each model of the zoo is trained for: a subclass of `contract.Objective` and a line of `OBJECTIVES` each.
 
-A new objective is a subclass of `contract.Objective` and a line of `OBJECTIVES`: the training loop and the command
-line know it by that line alone. What SAM and SAM 2 ask is in `masks`.
+What SAM and SAM 2 ask is in `masks`.
 """
 
-from __future__ import annotations
-
 import copy
-import dataclasses
-import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import open_clip
@@ -34,8 +30,6 @@ MASKED = 0.6  # share of Hiera's squares that are hidden
 UNIT = 2  # their side, tokens: what a token of Hiera's last stage covers
 HUE = 0.5  # radians: classes have colours of their own, and turning hues all the way round hides them
 
-# ----------------------------------------------------------------------------------- hidden squares are painted again
-
 
 class MaeObjective(Objective):
     """Masked autoencoder (He et al. 2022, arXiv 2111.06377): `transformers`' model and loss.
@@ -50,16 +44,15 @@ class MaeObjective(Objective):
 
     @override
     def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        pixels = batch.pixels
-        own = batch.side == self.model.config.image_size
-        return self.model(pixels, interpolate_pos_encoding=not own).loss, {}
+        other = batch.side != self.model.config.image_size
+        return self.model(batch.pixels, interpolate_pos_encoding=other).loss, {}
 
 
 class HieraObjective(Objective):
     """The same question put to SAM 2's trunk and neck, in SimMIM's way (Xie et al. 2022, arXiv 2111.09886).
 
-    Hiera works in windows, so hidden squares stay in place, as mean grey; a linear layer paints them from the neck's
-    output. Its own MAE takes them out, with a Hiera of other code than `sam2`'s.
+    Hidden squares stay in place, as mean grey, because Hiera works in windows; its own MAE takes them out, with a
+    Hiera of other code than `sam2`'s. A linear layer paints them from the neck's output.
     """
 
     def __init__(self, config: pocket.ZooConfig = pocket.DEFAULT) -> None:
@@ -70,7 +63,9 @@ class HieraObjective(Objective):
     @override
     def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         pixels, patch = batch.pixels, self.config.patch_size
-        hidden = hidden_squares(len(pixels), batch.side // patch // UNIT, pixels.device)
+        side = batch.side // patch // UNIT
+        order = torch.rand(len(pixels), side * side, device=pixels.device).argsort(1).argsort(1)
+        hidden = (order < MASKED * side * side).unflatten(1, (side, side))  # as many of every picture
         seen = pixels * ~hidden[:, None].repeat_interleave(UNIT * patch, 2).repeat_interleave(UNIT * patch, 3)
         painted = self.paint(self.model.image_encoder(seen)["vision_features"].permute(0, 2, 3, 1).flatten(1, 2))
         true = functional.unfold(pixels, patch, stride=patch).transpose(1, 2)
@@ -78,28 +73,19 @@ class HieraObjective(Objective):
         return (painted.float() - true)[wanted].square().mean(), {}
 
 
-def hidden_squares(count: int, side: int, device: torch.device) -> Tensor:
-    """`(count, side, side)` bool: `MASKED` of the squares of every picture."""
-    order = torch.rand(count, side * side, device=device).argsort(1).argsort(1)
-    return (order < MASKED * side * side).unflatten(1, (side, side))
-
-
-# ------------------------------------------------------------------------------- views of one picture belong together
-
-
 class SelfSupervision(Objective):
     """Two views of a picture belong together; no labels (SimCLR, Chen et al. 2020, arXiv 2002.05709).
 
-    NT-Xent compares the class tokens of the views and, with `maps`, the means of their patch tokens too: then the map
-    itself has to carry what the picture shows. What is shipped is a moving average of the weights, as in DINOv2.
+    NT-Xent compares the class tokens of the views, and the means of their patch tokens too: so the map itself has to
+    carry what the picture shows. What is shipped is a moving average of the weights, as in DINOv2.
     DINOv2's own losses (class tokens against prototypes, masked patches) gained nothing at equal pictures in so short
     a training, and cost half as much again (assets/zoo/choices.csv).
     """
 
-    def __init__(self, config: pocket.ZooConfig = pocket.DEFAULT, maps: bool = True) -> None:
+    def __init__(self, config: pocket.ZooConfig = pocket.DEFAULT) -> None:
         super().__init__()
         self.student = pocket.build_dinov2(config)
-        self.heads = nn.ModuleList(SimCLRProjectionHead(config.width, 512, 128) for _ in range(1 + maps))
+        self.heads = nn.ModuleList(SimCLRProjectionHead(config.width, 512, 128) for _ in range(2))
         self.model = copy.deepcopy(self.student).requires_grad_(False)
         self.loss = NTXentLoss(temperature=0.15)
 
@@ -108,8 +94,8 @@ class SelfSupervision(Objective):
         # DINOv2's large crops begin at 0.32: of these pictures, often of one object, that is too little to share
         views = torch.cat([augmented(batch.images, batch.side, (0.5, 1.0)) for _ in range(2)])
         tokens = self.student(views).last_hidden_state
-        compared = [tokens[:, 0], tokens[:, 1:].mean(1)][: len(self.heads)]
-        pairs = [functional.normalize(h(v).float(), dim=1).chunk(2) for h, v in zip(self.heads, compared, strict=True)]
+        compared = zip(self.heads, (tokens[:, 0], tokens[:, 1:].mean(1)), strict=True)
+        pairs = [functional.normalize(head(vectors).float(), dim=1).chunk(2) for head, vectors in compared]
         found = (pairs[0][0] @ pairs[0][1].T).argmax(1) == torch.arange(len(batch.images), device=views.device)
         return torch.stack([self.loss(*pair) for pair in pairs]).mean(), {"retrieval": found.float().mean()}
 
@@ -120,7 +106,7 @@ class SelfSupervision(Objective):
 
 
 def augmented(images: Tensor, side: int, share: tuple[float, float]) -> Tensor:
-    """A random view of every image: a crop, mirrored or not, recoloured; normalised.
+    """A random view of every image: a crop, mirrored or not, recoloured; `(B, 3, side, side)` normalised.
 
     All images at once, each with its own numbers: torchvision's transforms give a batch one view for all.
 
@@ -128,9 +114,6 @@ def augmented(images: Tensor, side: int, share: tuple[float, float]) -> Tensor:
         images: `(B, 3, S, S)` uint8.
         side: of the views, pixels.
         share: least and largest share of an image's area that a view shows.
-
-    Returns:
-        `(B, 3, side, side)` float32.
     """
     count, device = len(images), images.device
     area = torch.empty(count, device=device).uniform_(*share)
@@ -162,15 +145,12 @@ def recoloured(views: Tensor) -> Tensor:
     return shifted.clamp(0, 1)
 
 
-# --------------------------------------------------------------------------------------- captions, or names as labels
-
-
 class ClipObjective(Objective):
     """Image and caption find each other in the batch (Radford et al. 2021): `open_clip`'s model and loss.
 
-    Before they are compared, vectors are standardised over the batch. Otherwise all images have nearly one direction at
-    first, and all captions another, and some seeds take half of the training to leave it. The model that is shipped
-    has the statistics in its last weights.
+    Before they are compared, vectors are standardised over the batch: otherwise all images have nearly one direction at
+    first, all captions another, and some seeds take half of the training to leave it. What ships has the statistics in
+    its last weights.
     """
 
     def __init__(self, config: pocket.ZooConfig = pocket.DEFAULT) -> None:
@@ -184,8 +164,7 @@ class ClipObjective(Objective):
     def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         rng = np.random.default_rng(int(torch.randint(2**31, (1,))))
         tokens = self.tokenizer([caption(rng, row) for row in batch.drawings.tolist()]).to(batch.images.device)
-        pixels = batch.pixels
-        vectors = at_size(self.model.visual, "positional_embedding", pixels, pixels.shape[-1] // self.patch_size)
+        vectors = at_size(self.model.visual, "positional_embedding", batch.pixels, batch.side // self.patch_size)
         image = self.compared(self.image_statistics, vectors)
         text = self.compared(self.text_statistics, self.model.encode_text(tokens))
         loss = self.loss(image, text, self.model.logit_scale.exp())
@@ -194,11 +173,9 @@ class ClipObjective(Objective):
 
     def compared(self, statistics: nn.BatchNorm1d, vectors: Tensor) -> Tensor:
         """Unit vectors, standardised over the batch also when they are measured: running averages are late."""
-        if self.training:
-            standard = statistics(vectors.float())
-        else:
-            standard = functional.batch_norm(vectors.float(), None, None, training=True)
-        return functional.normalize(standard, dim=1)
+        vectors = vectors.float()
+        own = statistics(vectors) if self.training else functional.batch_norm(vectors, None, None, training=True)
+        return functional.normalize(own, dim=1)
 
     @override
     def shipped(self) -> nn.Module:
@@ -254,11 +231,7 @@ def shown_classes(drawings: Tensor) -> Tensor:
     return shown.scatter(1, label[drawings], 1.0)[:, :-1]
 
 
-# -------------------------------------------------------------------------------------------------------- all of them
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One way to train a model."""
 
     make: Callable[[pocket.ZooConfig], Objective]  # the objective, its model untrained and of these sizes
@@ -269,18 +242,15 @@ class Entry:
 
 MASKS = "which pixels belong to the thing under this click, or in this box?"
 PIXELS = "what is behind the hidden squares?"
-VIEWS = "which views are of one picture?"
 OBJECTIVES = {
     "mae": Entry(MaeObjective, "mae", PIXELS),
     "hiera": Entry(HieraObjective, "sam2", PIXELS),
     "sam": Entry(SamObjective, "sam", MASKS, parent="mae"),
     "sam2": Entry(Sam2Objective, "sam2", MASKS, parent="hiera"),
     "clip": Entry(ClipObjective, "clip", "which of these captions belongs to this picture?"),
-    "dinov2": Entry(SelfSupervision, "dinov2", VIEWS),
+    "dinov2": Entry(SelfSupervision, "dinov2", "which views are of one picture?"),
     "supervised": Entry(SupervisedObjective, "supervised", "which classes does this picture show?"),
-    "simclr": Entry(functools.partial(SelfSupervision, maps=False), "dinov2", VIEWS),
     "sam_scratch": Entry(SamObjective, "sam", MASKS),
-    "sam2_scratch": Entry(Sam2Objective, "sam2", MASKS),
 }
 
 

@@ -1,18 +1,16 @@
 """Trains the models of the pocket zoo: the same loop, pictures, batches and schedule for all; the objective differs.
 
-Safe to kill at any moment: the same command goes on from the last checkpoint, to the same result, because every step
-draws its random numbers from `(seed, step)` and not from what came before.
+Safe to kill at any moment: a model that is asked for again goes on from its last checkpoint, to the same result,
+because every step draws its random numbers from `(seed, step)` and not from what came before.
 """
-
-from __future__ import annotations
 
 import contextlib
 import copy
 import dataclasses
-import itertools
 import math
 import os
 import platform
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,16 +26,19 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from samantics.cache import Checkpoint, atomic_path, hash_file, remove_leftovers, write_json
+from samantics.cache import Checkpoint, atomic_path, hash_file, write_json, write_text
 from samantics.errors import StudyError
 from samantics.models import pocket
-from samantics.models.encoder import Encoder, has_fast_half, zoo_encoder
+from samantics.models.encoder import has_fast_half, zoo_encoder
 from samantics.mojiworld.rendered import Pictures, stored_pictures
 from samantics.mojiworld.world import STREAMS, World, visible_drawings
 from samantics.zoo.contract import Batch, Objective, pooled
-from samantics.zoo.objectives import build_objective, entry
+from samantics.zoo.objectives import OBJECTIVES, build_objective, entry
 
-LICENCE = "CC BY-SA 4.0 (learned from drawings of six sets: see NOTICE)"
+TABLE = re.compile("embed|names|token")  # in the names of embeddings, whose rows are looked up one by one
+# Convolutions of SAM 2's neck, after which no norm holds the map's size (SAM's neck ends in one): at the full rate it
+# grew to a hundred times the positions that are added to it, and the decoder lost the prompt (assets/zoo/README.md).
+NO_NORM = re.compile(r"neck\.convs|conv_s[01]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,6 @@ class Recipe:
     clip: float = 1.0  # of the gradient's norm
     probe_points: int = 7  # how often the held-out objective and the probes are measured on the way
     checkpoint_every: int = 100  # steps
-    theme_strength: float = World().theme_strength  # of the world that is learned from
     seed: int = 0  # of initialisation, order of data, and augmentation
 
     @property
@@ -76,9 +76,6 @@ class Recipe:
         return {round(share * self.steps) for share in shares}
 
 
-# ---------------------------------------------------------------------------------------------------------- pictures
-
-
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
     """What a training reads, and what its curves are measured on: never a test artist."""
@@ -90,12 +87,11 @@ class TrainingData:
 
 
 def training_data(recipe: Recipe) -> TrainingData:
-    """The pool of a recipe's world, and unseen and labelled pictures of the default world; rendered once, then kept."""
-    size = pocket.DEFAULT.image_size
-    drawings = {name: sum(map(len, visible_drawings(STREAMS[name].role))) for name in ("labels", "choice")}
-    counts = {"held out": 512, "labels": drawings["labels"], "choice": 4 * drawings["choice"]}
-    pool = stored_pictures(World(size, recipe.theme_strength), STREAMS["pretraining"], recipe.pool)
-    return TrainingData(pool, *(stored_pictures(World(size), STREAMS[n], c) for n, c in counts.items()))
+    """The pool of a recipe, and unseen and labelled pictures to measure it on; rendered once, then kept."""
+    labels, choice = (sum(map(len, visible_drawings(STREAMS[name].role))) for name in ("labels", "choice"))
+    counts = {"pretraining": recipe.pool, "held out": 512, "labels": labels, "choice": 4 * choice}
+    world = World(pocket.DEFAULT.image_size)
+    return TrainingData(*(stored_pictures(world, STREAMS[name], count) for name, count in counts.items()))
 
 
 def batch_of(
@@ -103,10 +99,8 @@ def batch_of(
 ) -> Batch:
     """The pictures at `rows`, each mirrored or not, on the device; to be seen at `side` pixels (None: their own)."""
     order = np.sort(rows)  # memory-mapped files like to be read forwards
-    images, instances, drawings = (
-        torch.from_numpy(np.ascontiguousarray(array[order])).to(device)
-        for array in (pictures.images, pictures.instances, pictures.drawings)
-    )
+    parts = (pictures.images, pictures.instances, pictures.drawings)
+    images, instances, drawings = (torch.from_numpy(part[order]).to(device) for part in parts)
     images = images.permute(0, 3, 1, 2)
     mirrored = torch.rand(len(images), 1, 1, device=device) < 0.5
     images = torch.where(mirrored[..., None], images.flip(3), images)
@@ -121,22 +115,16 @@ def rows_of_step(recipe: Recipe, pool: int, step: int) -> NDArray[np.int64]:
     return np.array([orders[epoch][place] for epoch, place in zip(epochs, places, strict=True)])
 
 
-# ------------------------------------------------------------------------------------------------------ measurements
-
-
 def measured(name: str, objective: Objective, data: TrainingData, progress: float) -> dict[str, float]:
     """A point of the curves: probes of what would be shipped now, and the objective on held-out pictures."""
-    encoder = shipped_encoder(name, objective)
-    known, asked = (pooled(encoder, part.images) for part in (data.labelled, data.choice))
-    labels = (torch.from_numpy(part.labels).to(known.device) for part in (data.labelled, data.choice))
-    return probe_scores(known, next(labels), asked, next(labels)) | held_out_figures(objective, data.held_out, progress)
-
-
-def shipped_encoder(name: str, objective: Objective) -> Encoder:
-    """What would be shipped now, as an encoder that shares nothing with the training."""
     device = next(objective.parameters()).device
-    encoder = zoo_encoder(entry(name).architecture, copy.deepcopy(objective.shipped()), "")
-    return dataclasses.replace(encoder, model=encoder.model.to(device), device=device)
+    encoder = zoo_encoder(OBJECTIVES[name].architecture, copy.deepcopy(objective.shipped()), "")
+    encoder = dataclasses.replace(encoder, model=encoder.model.to(device), device=device)
+    train, test = (
+        (pooled(encoder, part.images), torch.from_numpy(part.labels).to(device))
+        for part in (data.labelled, data.choice)
+    )
+    return probe_scores(*train, *test) | held_out_figures(objective, data.held_out, progress)
 
 
 def probe_scores(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> dict[str, float]:
@@ -163,17 +151,14 @@ def held_out_figures(objective: Objective, pictures: Pictures, progress: float) 
     """Mean loss and figures of the objective on pictures never trained on, with fixed random choices."""
     device, batch = next(objective.parameters()).device, min(256, len(pictures))
     objective.eval()
-    rows: list[dict[str, float]] = []
+    rows = []
     for start in range(0, len(pictures) - batch + 1, batch):
         torch.manual_seed(start)
         with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_half(device)):
             loss, figures = objective(batch_of(pictures, np.arange(start, start + batch), device), progress)
         rows.append({"loss": float(loss)} | {key: float(value) for key, value in figures.items()})
     objective.train()
-    return {f"held_out_{key}": float(np.mean([row[key] for row in rows])) for key in rows[0]}
-
-
-# ---------------------------------------------------------------------------------------------------------- training
+    return pd.DataFrame(rows).mean().add_prefix("held_out_").to_dict()
 
 
 def train(name: str, recipe: Recipe, folder: Path, data: TrainingData, device: torch.device | str = "cpu") -> None:
@@ -190,9 +175,8 @@ def train(name: str, recipe: Recipe, folder: Path, data: TrainingData, device: t
     config = dataclasses.replace(pocket.DEFAULT, image_size=data.pool.images.shape[1])
     objective = untrained(name, config, folder).to(device).to(memory_format=torch.channels_last).train()
     optimisers = make_optimisers(objective, recipe)
-    remove_leftovers(folder)
-    settings = {"model": name} | dataclasses.asdict(recipe) | dataclasses.asdict(config)
-    checkpoint = Checkpoint(folder / f"{name}.ckpt", settings)
+    settings = dataclasses.asdict(recipe) | dataclasses.asdict(config)
+    checkpoint = Checkpoint(folder / f"{name}.ckpt", {"model": name} | settings)
     state = checkpoint.load() or {"step": 0, "seconds": 0.0, "rows": []}
     begin, seconds, rows = state["step"], state["seconds"], state["rows"]
     if begin:
@@ -216,7 +200,7 @@ def train(name: str, recipe: Recipe, folder: Path, data: TrainingData, device: t
 
 def untrained(name: str, config: pocket.ZooConfig, folder: Path) -> Objective:
     """The objective before its first step, with its parent's trunk where it has one."""
-    objective, parent = build_objective(name, config), entry(name).parent
+    objective, parent = build_objective(name, config), OBJECTIVES[name].parent
     if not parent:
         return objective
     path = folder / f"{parent}.safetensors"
@@ -236,32 +220,17 @@ def make_optimisers(objective: Objective, recipe: Recipe) -> list[torch.optim.Op
     decay. Convolutions that no norm follows learn at a tenth of the rate, biases with them.
     """
     trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-    matrices = [p for name, p in trained.items() if p.ndim == 2 and not is_table(name)]
-    free = [p for name, p in trained.items() if has_no_norm(name)]
-    other = [p for name, p in trained.items() if (p.ndim != 2 or is_table(name)) and not has_no_norm(name)]
-    groups = [
+    matrices = {name: p for name, p in trained.items() if p.ndim == 2 and not TABLE.search(name)}
+    free = {name: p for name, p in trained.items() if NO_NORM.search(name)}
+    other = [p for name, p in trained.items() if name not in matrices | free]
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in other if p.ndim == 4 and len(p) > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in other if not (p.ndim == 4 and len(p) > 1)], "weight_decay": 0.0},
+        {"params": list(free.values()), "weight_decay": recipe.weight_decay, "share": 0.1},  # of the rate
     ]
-    if free:
-        groups.append({"params": free, "weight_decay": recipe.weight_decay, "share": 0.1})  # of the rate
     options: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
-    muon = torch.optim.Muon(matrices, **options, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(matrices.values(), **options, adjust_lr_fn="match_rms_adamw")
     return [muon, torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=other[0].is_cuda)]
-
-
-def is_table(name: str) -> bool:
-    """Whether a matrix of that name is a table of embeddings, whose rows are looked up one by one."""
-    return any(part in name for part in ("embed", "names", "token"))
-
-
-def has_no_norm(name: str) -> bool:
-    """Whether a weight of that name is a convolution of SAM 2's neck, after which no norm holds the map's size.
-
-    At the full rate its map grew a hundred times as large as the positions that are added to it, and the decoder no
-    longer found the place of the prompt (assets/zoo/README.md). SAM's neck ends in a norm.
-    """
-    return any(part in name for part in ("neck.convs", "conv_s0", "conv_s1"))
 
 
 def take_step(
@@ -270,7 +239,7 @@ def take_step(
     """One optimiser step; all of its random numbers follow from the seed and the step."""
     device = next(objective.parameters()).device
     torch.manual_seed(recipe.seed * 1_000_003 + step)
-    for group in itertools.chain.from_iterable(optimiser.param_groups for optimiser in optimisers):
+    for group in [group for optimiser in optimisers for group in optimiser.param_groups]:
         group["lr"] = recipe.rate(step) * group.get("share", 1.0)
     side = recipe.small if step < recipe.growth * recipe.steps else None
     batch = batch_of(pool, rows_of_step(recipe, len(pool), step), device, side)
@@ -282,27 +251,24 @@ def take_step(
     objective.zero_grad(set_to_none=True)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(objective.parameters(), recipe.clip)
-    if step % 50 == 0 and not bool(torch.isfinite(norm)):  # asked now and then: the answer waits for the GPU
+    asked = step % 50 == 0 or step + 1 == recipe.steps  # now and then: the answer waits for the GPU
+    if asked and not bool(torch.isfinite(norm)):
         raise StudyError(f"the loss is not finite at step {step}: lower the learning rate and train again")
     for optimiser in optimisers:
         optimiser.step()
     objective.after_step((step + 1) / recipe.steps)
 
 
-# ----------------------------------------------------------------------------------------------------------- results
-
-
 def export(
     name: str, recipe: Recipe, config: pocket.ZooConfig, folder: Path, objective: Objective, rows: list[dict[str, Any]]
 ) -> None:
     """Write the model, its curve, and its card, which names the hash of the weights it started from."""
-    path, parent, device = folder / f"{name}.safetensors", entry(name).parent, next(objective.parameters()).device
+    path, parent, device = folder / f"{name}.safetensors", OBJECTIVES[name].parent, next(objective.parameters()).device
     with atomic_path(path) as temporary:
-        temporary.write_bytes(stored(objective.shipped().state_dict()))  # save_file would hide that a disk is full
-    with atomic_path(folder / f"{name}.csv") as temporary:
-        pd.DataFrame(rows).to_csv(temporary, index=False, float_format="%.5g")
-    cpu = f"{platform.machine()} CPU, {os.cpu_count()} cores"
-    world = World(config.image_size, recipe.theme_strength)
+        weights = {key: shortened(value).contiguous().cpu() for key, value in objective.shipped().state_dict().items()}
+        temporary.write_bytes(save(weights))  # save_file would hide that a disk is full
+    write_text(folder / f"{name}.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.5g"))
+    world, cpu = World(config.image_size), f"{platform.machine()} CPU, {os.cpu_count()} cores"
     card = {
         "model": name,
         "sha256": hash_file(path),
@@ -315,33 +281,29 @@ def export(
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "torch": torch.__version__,
         "last": {key: round(value, 5) for key, value in rows[-1].items()},
-        "licence": LICENCE,
+        "licence": "CC BY-SA 4.0 (learned from drawings of six sets: see NOTICE)",
     }
     write_json(folder / f"{name}.json", card)
 
 
-def stored(weights: dict[str, Tensor]) -> bytes:
-    """The file of these weights: 16-bit numbers, those of large tensors to five significant bits.
+def shortened(value: Tensor) -> Tensor:
+    """Weights as 16-bit numbers, those of large tensors to five significant bits; integers stay.
 
-    Such a file packs to 60 %, and git keeps every zoo that ever shipped. Biases, norms and SAM's frequencies keep
-    all their digits: they weigh nothing, and their errors would move every token alike.
+    A file of such numbers packs to 60 %, and git keeps every zoo that ever shipped. Biases, norms and SAM's frequencies
+    keep all their digits: they weigh nothing, and their errors would move every token alike.
     """
-    halves = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
-    return save({k: (rounded(v) if v.numel() > 1024 else v).contiguous().cpu() for k, v in halves.items()})
-
-
-def rounded(value: Tensor, bits: int = 5) -> Tensor:
-    """The nearest numbers of so many significant bits: errors of at most `2**-bits`, relative; integers stay."""
     if not value.is_floating_point():
         return value
-    mantissa, exponent = torch.frexp(value.double())
-    return torch.ldexp((mantissa * 2**bits).round() / 2**bits, exponent).to(value.dtype)
+    half = value.half()
+    mantissa, exponent = torch.frexp(half.double())
+    return torch.ldexp((mantissa * 32).round() / 32, exponent).half() if value.numel() > 1024 else half
 
 
 def train_models(names: Sequence[str], recipe: Recipe, folder: Path = pocket.ASSETS) -> None:
     """Train models one after the other, on a GPU where there is one: `python -m samantics train`."""
-    for name in names:
-        entry(name)  # refused before pictures are rendered
+    for place, name in enumerate(names):
+        if entry(name).parent not in names[:place]:
+            untrained(name, pocket.DEFAULT, folder)  # StudyError before pictures are rendered
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     data = training_data(recipe)
