@@ -77,7 +77,7 @@ def test_perfect_answers_score_100_and_follow_their_questions(perfect: Answers, 
     columns = "variant split shots artists iou_type AP AP50 AP75 AR100 low high seeds"
     assert " ".join(table.columns) == columns
     assert not table.isna().to_numpy().any()
-    by_test_artists = evaluation.by_artists(perfect.dataset, "test").instances  # the others are ignored
+    by_test_artists = perfect.dataset.by_artists("test").instances  # the others are ignored
     assert [i.crowd for i in by_test_artists] == [i.split == "train" for i in perfect.dataset.instances]
 
 

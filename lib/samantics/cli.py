@@ -114,7 +114,6 @@ def extract(
     half: Annotated[bool, Option("--half", help="Compute in bfloat16")] = False,
 ) -> None:
     """Encode both splits of an image folder into the store of features."""
-    given = _given({"batch_size": batch_size, "workers": workers})
     import torch
 
     from samantics.data.folders import image_folders
@@ -126,7 +125,7 @@ def extract(
     names = layers or [":".join(model.headline)]
     wanted = [(name.partition(":")[0], name.partition(":")[2] or "mean") for name in names]
     for split in splits:
-        store = encode_images(model, split, wanted, split.hash, **given)
+        store = encode_images(model, split, wanted, split.hash, batch_size=batch_size, workers=workers)
         print(f"{store.folder}: {len(store.kept)} images, {len(store.skipped)} unreadable")
 
 

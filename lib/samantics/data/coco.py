@@ -83,6 +83,11 @@ class CocoDataset:
         instances = tuple(instance for instance in self.instances if instance.image_id in images)
         return dataclasses.replace(self, images=images, instances=instances)
 
+    def by_artists(self, split: str) -> Self:
+        """The data with the objects by artists of another split as crowds: what falls on them is ignored."""
+        instances = tuple(i if i.split == split else dataclasses.replace(i, crowd=True) for i in self.instances)
+        return dataclasses.replace(self, instances=instances)
+
     @property
     def has_masks(self) -> bool:
         """Whether mask AP can be measured: some object has a mask (box AP needs boxes only)."""

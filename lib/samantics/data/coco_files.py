@@ -8,7 +8,7 @@ import json
 import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, TypeVar
@@ -350,6 +350,10 @@ def write_coco(
         | ({"artist": i.artist, "split": i.split} if i.artist else {})
         for i in instances
     ]
+    write_json(path, coco_entries(images, categories) | {"annotations": annotations})
+
+
+def coco_entries(images: Iterable[ImageRecord], categories: Mapping[int, str]) -> dict[str, Any]:
+    """Images and categories as COCO's JSON lists them."""
     entries = [{"id": r.id, "file_name": r.file, "width": r.width, "height": r.height} for r in images]
-    names = [{"id": number, "name": name} for number, name in categories.items()]
-    write_json(path, {"images": entries, "annotations": annotations, "categories": names})
+    return {"images": entries, "categories": [{"id": number, "name": name} for number, name in categories.items()]}

@@ -154,7 +154,7 @@ class Answers:
     @functools.cache  # noqa: B019 - lives as long as the notebook
     def _matched(self, variant: str, draw: Draw, artists: str) -> Evaluation:
         images = self.dataset.first(ASKED_ALL) if variant == "all_classes" else self.dataset
-        images = images if artists == "all" else by_artists(images, artists)
+        images = images if artists == "all" else images.by_artists(artists)
         return evaluate(images, self.results(variant, draw), "bbox", sizes=False).of(self.split.all)
 
     def evaluations(self, variant: str, side: str, artists: str = "all", shots: int = 0) -> list[Evaluation]:
@@ -232,12 +232,6 @@ def _means(runs: Sequence[Evaluation]) -> dict[str, Any]:
     means = pd.DataFrame([run.metrics for run in runs])[["AP", "AP50", "AP75", "AR100"]].astype(float).mean()
     _, low, high = ap_interval(runs, samples=200)
     return {**means, "low": low, "high": high, "seeds": len(runs)}
-
-
-def by_artists(dataset: CocoDataset, split: str) -> CocoDataset:
-    """The data with the objects by artists of another split as crowds: what falls on them is ignored."""
-    instances = tuple(i if i.split == split else dataclasses.replace(i, crowd=True) for i in dataset.instances)
-    return dataclasses.replace(dataset, instances=instances)
 
 
 def corners(result: Result) -> tuple[float, float, float, float]:

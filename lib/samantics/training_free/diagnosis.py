@@ -309,8 +309,7 @@ def subsets(pipeline: Pipeline) -> dict[str, tuple[CocoDataset, list[int]]]:
     base = [category for category in targets.categories if category not in novel]
     found = {"base": (targets, base), "novel": (targets, novel)}
     for split in sorted({i.split for i in targets.instances if i.split}):
-        own = tuple(i if i.split == split else dataclasses.replace(i, crowd=True) for i in targets.instances)
-        found[f"{split} artists"] = (dataclasses.replace(targets, instances=own), list(targets.categories))
+        found[f"{split} artists"] = (targets.by_artists(split), list(targets.categories))
     return {name: (data, chosen) for name, (data, chosen) in found.items() if shown & set(chosen)}
 
 

@@ -18,7 +18,7 @@ from torchvision.utils import draw_bounding_boxes
 from samantics import plots
 from samantics.cache import atomic_path, write_json, write_text
 from samantics.data.coco import CocoDataset, ImageRecord, mask_of, read_image, shown
-from samantics.data.coco_files import write_coco
+from samantics.data.coco_files import coco_entries, write_coco
 from samantics.metrics.coco_ap import Result
 from samantics.models import pocket
 from samantics.mojiworld import catalogue as tables
@@ -135,15 +135,10 @@ def export(results: Sequence[Result], dataset: CocoDataset, names: Mapping[int, 
         _save(folder / "label_maps" / f"{stem}.png", labels)
         _save(folder / "overlays" / f"{stem}.png", _overlay(read_image(dataset, image_id), found, masks, words))
         write_text(folder / "yolo" / f"{stem}.txt", "".join(_yolo_line(result, place, record) for result in found))
-    write_json(folder / "instances.json", _coco_head(dataset, names) | {"annotations": annotations})
+    write_json(folder / "instances.json", coco_entries(dataset.images.values(), names) | {"annotations": annotations})
     write_json(folder / "results.json", list(results))
     write_text(folder / "classes.txt", "".join(f"{name}\n" for name in names.values()))
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _coco_head(dataset: CocoDataset, names: Mapping[int, str]) -> dict[str, Any]:
-    images = [{"id": r.id, "file_name": r.file, "width": r.width, "height": r.height} for r in dataset.images.values()]
-    return {"images": images, "categories": [{"id": category, "name": name} for category, name in names.items()]}
 
 
 def _stems(dataset: CocoDataset) -> dict[int, str]:
